@@ -126,6 +126,9 @@ def test_top_k_gives_ties_to_the_lower_index():
     assert accept_top_k(torch.tensor([0.0, 1.0, 1.0, 1.0]), k=2).tolist() == [0, 1, 1, 0]
     assert accept_top_k(torch.tensor([1.0, 0.0, 0.0, 0.0]), k=2).tolist() == [1, 1, 0, 0]
     assert accept_best_of_n(torch.tensor([0.0, 2.0, 2.0])).tolist() == [0, 1, 0]
+    # Large enough for an unstable sort to show.
+    rewards = (torch.rand(5000, generator=seeded()) > 0.5).float()
+    assert torch.equal(accept_top_k(rewards, k=100).nonzero().flatten(), rewards.nonzero().flatten()[:100])
 
 
 @pytest.mark.parametrize(("group_size", "k"), [(4, 4), (4, 5), (4, 0), (4, -1), (1, None)])

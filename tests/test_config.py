@@ -1,0 +1,152 @@
+# Copyright 2026 The trl_pgraft authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import dataclasses
+import warnings
+
+import pytest
+from trl import TrlParser
+
+from trl_pgraft import GraftConfig, accept_all
+
+
+# Fields of DDPOConfig in TRL 0.23.1, the last release that had it, and their defaults (exp_name's is the script's).
+DDPO_DEFAULTS = {
+    "run_name": "", "seed": 0, "log_with": None, "tracker_kwargs": {}, "accelerator_kwargs": {}, "project_kwargs": {},
+    "tracker_project_name": "trl", "logdir": "logs", "num_epochs": 100, "save_freq": 1, "num_checkpoint_limit": 5,
+    "mixed_precision": "fp16", "allow_tf32": True, "resume_from": "", "sample_num_steps": 50, "sample_eta": 1.0,
+    "sample_guidance_scale": 5.0, "sample_batch_size": 1, "sample_num_batches_per_epoch": 2, "train_batch_size": 1,
+    "train_use_8bit_adam": False, "train_learning_rate": 3e-4, "train_adam_beta1": 0.9, "train_adam_beta2": 0.999,
+    "train_adam_weight_decay": 1e-4, "train_adam_epsilon": 1e-8, "train_gradient_accumulation_steps": 1,
+    "train_max_grad_norm": 1.0, "train_num_inner_epochs": 1, "train_cfg": True, "train_adv_clip_max": 5.0,
+    "train_clip_range": 1e-4, "train_timestep_fraction": 1.0, "per_prompt_stat_tracking": False,
+    "per_prompt_stat_tracking_buffer_size": 16, "per_prompt_stat_tracking_min_count": 16,
+    "async_reward_computation": False, "max_workers": 2, "negative_prompts": "", "push_to_hub": False,
+}  # fmt: skip
+OTHER_DEFAULTS = {"sample_eta": 0.0, "train_cfg": False, "mixed_precision": None}
+
+
+def test_it_has_every_field_of_ddpo_with_its_default():
+    found = {f.name: getattr(GraftConfig(), f.name) for f in dataclasses.fields(GraftConfig)}
+    assert {name: found[name] for name in DDPO_DEFAULTS} == {**DDPO_DEFAULTS, **OTHER_DEFAULTS}
+    assert isinstance(found["exp_name"], str)
+    for name, default in DDPO_DEFAULTS.items():
+        assert type(found[name]) is type(default) or name == "mixed_precision"
+
+
+def test_ddpos_defaults_are_taken():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert GraftConfig(**DDPO_DEFAULTS).guidance_loss == "combined"
+
+
+def test_every_field_has_help_and_differing_defaults_say_why():
+    fields = {f.name: f.metadata["help"] for f in dataclasses.fields(GraftConfig)}
+    assert all(fields.values())
+    assert all("DDPO" in fields[name] for name in OTHER_DEFAULTS)
+
+
+def test_fields_that_only_ppo_uses_are_named_in_one_warning():
+    with pytest.warns(UserWarning) as caught:
+        GraftConfig(train_clip_range=0.2, per_prompt_stat_tracking=True, train_adv_clip_max=5.0)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    message = str(caught[0].message)
+    assert "train_clip_range" in message and "per_prompt_stat_tracking" in message
+    assert "train_adv_clip_max" not in message, "it has its default"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"tuned_fraction": 0}, r"tuned_fraction=0 is outside \(0, 1\]"),
+        ({"tuned_fraction": 1.5}, r"tuned_fraction=1.5 is outside \(0, 1\]"),
+        ({"train_timestep_fraction": 0.0}, r"train_timestep_fraction=0.0 is outside \(0, 1\]"),
+        ({"samples_per_prompt": 1}, "samples_per_prompt=1.*at least 2"),
+        ({"samples_per_prompt": 4, "acceptance_kwargs": {"k": 4}}, "k=4 of samples_per_prompt=4 must be.*less"),
+        ({"acceptance_kwargs": {"k": 8}}, "k=8 of samples_per_prompt=8"),
+        ({"acceptance_kwargs": {"k": 0}}, "k=0 of samples_per_prompt=8"),
+        ({"acceptance": "best"}, "acceptance='best' is not one of top_k.*callable"),
+        ({"acceptance_kwargs": {"top": 2}}, "acceptance_kwargs do not fit acceptance='top_k'.*'top'"),
+        ({"acceptance": "exponential"}, "acceptance_kwargs do not fit acceptance='exponential'.*'beta'"),
+        ({"acceptance": "preference", "samples_per_prompt": 4}, "samples_per_prompt=4.*preference.*2"),
+        ({"guidance_loss": "guided"}, "guidance_loss='guided' is not one of 'conditional', 'corrected', 'combined'"),
+        ({"sample_from": "base"}, "sample_from='base' is not one of 'policy', 'reference'"),
+        ({"timestep_sampling": "uniform"}, "timestep_sampling='uniform' is not one of"),
+        ({"mixed_precision": "fp32"}, "mixed_precision='fp32' is not one of 'no', 'fp16', 'bf16'"),
+        ({"log_with": "paper"}, "log_with='paper' is not one of"),
+        ({"num_epochs": 0}, "num_epochs=0 must be at least 1"),
+        ({"sample_batch_size": 0}, "sample_batch_size=0 must be at least 1"),
+        ({"train_gradient_accumulation_steps": 0}, "train_gradient_accumulation_steps=0 must be at least 1"),
+        ({"num_checkpoint_limit": 0}, "num_checkpoint_limit=0 must be at least 1"),
+        ({"max_merged_rank": 0}, "max_merged_rank=0 must be at least 1"),
+        ({"train_learning_rate": 0.0}, "train_learning_rate=0.0 must be positive"),
+        ({"sample_guidance_scale": 0.0}, "sample_guidance_scale=0.0 must be positive"),
+        ({"tuned_guidance_scale": 0.0}, "tuned_guidance_scale=0.0 must be positive"),
+        ({"caption_dropout": 1.0}, r"caption_dropout=1.0 is outside \[0, 1\)"),
+        ({"ema_decay": 1.0}, r"ema_decay=1.0 is outside \(0, 1\)"),
+        ({"reward_retries": -1}, "reward_retries=-1 must be at least 0"),
+    ],
+)
+def test_what_is_out_of_range_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        GraftConfig(**options)
+
+
+def test_a_callable_acceptance_is_taken():
+    assert GraftConfig(acceptance=accept_all).acceptance is accept_all
+    assert GraftConfig(acceptance=accept_all).to_dict()["acceptance"] == "accept_all"
+
+
+def test_a_preference_compares_two_samples():
+    assert GraftConfig(acceptance="preference").samples_per_prompt == 2
+
+
+@pytest.mark.parametrize("images, wanted, size", [(32, None, 8), (4, None, 4), (32, 24, 24), (16, 24, 16)])
+def test_the_group_size_is_free_within_a_round(images, wanted, size):
+    assert GraftConfig(samples_per_prompt=wanted).group_size(images) == size
+
+
+@pytest.mark.parametrize("steps, fraction, timesteps", [(50, 1.0, 50), (50, 0.1, 5), (10, 0.05, 1)])
+def test_train_timestep_fraction_means_what_it_means_in_ddpo(steps, fraction, timesteps):
+    config = GraftConfig(sample_num_steps=steps, train_timestep_fraction=fraction)
+    assert config.num_train_timesteps == timesteps
+
+
+def test_the_token_is_neither_stored_nor_shown():
+    config = GraftConfig(hub_token="hf_secret")
+    assert config.hub_token == "hf_secret"
+    assert "hf_secret" not in str(config.to_dict()) and "hf_secret" not in repr(config)
+
+
+def test_configurations_can_be_compared_and_do_not_share_their_dicts():
+    one, other = GraftConfig(), GraftConfig()
+    assert one == other
+    one.acceptance_kwargs["k"] = 2
+    assert other.acceptance_kwargs == {} and one != other
+
+
+def test_trls_parser_reads_it_from_the_command_line():
+    arguments = ["--tuned_fraction", "0.3", "--acceptance", "best_of_n", "--samples_per_prompt", "4"]
+    arguments += ["--eval_prompts", "a cat", "a dog", "--ema_decay", "0.9", "--resume_from_checkpoint", "somewhere"]
+    (config,) = TrlParser([GraftConfig]).parse_args_and_config(arguments)
+    assert (config.tuned_fraction, config.acceptance, config.samples_per_prompt) == (0.3, "best_of_n", 4)
+    assert (config.eval_prompts, config.ema_decay) == (["a cat", "a dog"], 0.9)
+    assert config.resume_from_checkpoint == "somewhere"
+
+
+def test_trls_parser_reads_it_from_a_file(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("tuned_fraction: 0.3\nacceptance_kwargs:\n  k: 3\nsample_num_steps: 20\n")
+    (config,) = TrlParser([GraftConfig]).parse_args_and_config(["--config", str(path), "--sample_num_steps", "10"])
+    assert (config.tuned_fraction, config.acceptance_kwargs, config.sample_num_steps) == (0.3, {"k": 3}, 10)

@@ -1,0 +1,365 @@
+# Copyright 2026 The trl_pgraft authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import inspect
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from tiny_pipelines import ToyPipeline, tiny_flux, tiny_sd, tiny_sdxl
+from torch import nn
+
+from trl_pgraft import GraftConfig
+from trl_pgraft.denoiser_call import (
+    denoiser_name_of,
+    denoiser_of,
+    observe_calls,
+    record_conditioning,
+    record_trajectory,
+    replay,
+)
+from trl_pgraft.levels import tuned_levels
+from trl_pgraft.probe import learn_denoiser_call, sampler_timesteps
+
+
+PROMPTS = ["a cat", "two dogs", "a cat"]
+GUIDED = {"num_inference_steps": 5, "guidance_scale": 3.0}
+UNGUIDED = {"num_inference_steps": 5, "guidance_scale": 1.0}
+
+
+def run(pipeline, arguments, prompts=PROMPTS, seed=0):
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    if "negative_prompt" in arguments:
+        arguments = {**arguments, "negative_prompt": [arguments["negative_prompt"]] * len(prompts)}
+    return pipeline(prompt=prompts, generator=generators, output_type="latent", **arguments).images
+
+
+def hooks_of(module):
+    return (len(module._forward_pre_hooks), len(module._forward_hooks))
+
+
+def recorded_predictions(pipeline, arguments):
+    """Latents, timestep and output of each denoiser call of one run of the pipeline."""
+    calls, denoiser = [], denoiser_of(pipeline)
+    names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
+
+    def keep(module, args, kwargs, output):
+        named = {**dict(zip(names, args, strict=False)), **kwargs}
+        calls.append((named[names[0]].clone(), named["timestep"], output[0].clone()))
+
+    handle = denoiser.register_forward_hook(keep, with_kwargs=True)
+    run(pipeline, arguments)
+    handle.remove()
+    return calls
+
+
+def with_point_mass(pipeline, target):
+    """Replace the denoiser's forward by the exact one of data that are always `target`."""
+    denoiser, scheduler = denoiser_of(pipeline), pipeline.scheduler
+
+    def forward(x_t, t, **_):
+        if isinstance(scheduler, DDIMScheduler):
+            alpha = scheduler.alphas_cumprod[t].sqrt()
+            return ((x_t - alpha * target) / (1 - alpha**2).sqrt(),)
+        sigma = scheduler.sigmas[scheduler.step_index]
+        alpha, sigma = 1 / (1 + sigma**2).sqrt(), sigma / (1 + sigma**2).sqrt()
+        return ((x_t - alpha * target) / sigma,)
+
+    def flow_forward(hidden_states, timestep, **_):
+        return ((hidden_states - target) / timestep.reshape(-1, 1, 1),)
+
+    is_flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+    denoiser.forward = flow_forward if is_flow else lambda sample, timestep, **_: forward(sample, timestep)
+    return pipeline
+
+
+@pytest.mark.parametrize("arguments", [GUIDED, UNGUIDED, {**GUIDED, "negative_prompt": "ugly"}])
+def test_stable_diffusion_is_understood(sd, arguments):
+    call = learn_denoiser_call(sd, arguments)
+    assert (call.latents_name, call.timestep_name) == ("sample", "timestep")
+    assert call.clock == (1.0, 0.0) and call.sign == 1 and call.calls_per_step == 1
+    assert call.is_guided == (arguments is not UNGUIDED)
+    assert call.conditional_branch == (1 if call.is_guided else 0)
+    assert call.batch_axes["encoder_hidden_states"] == 0
+
+
+@pytest.mark.parametrize("guidance_embeds", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flux_is_understood(guidance_embeds, dtype):
+    flux = tiny_flux(guidance_embeds=guidance_embeds).to(dtype=dtype)
+    call = learn_denoiser_call(flux, GUIDED)
+    assert (call.latents_name, call.timestep_name) == ("hidden_states", "timestep")
+    assert call.clock == (0.001, 0.0) and call.training_timestep(0.5) == pytest.approx(500)
+    assert not call.is_guided and call.timestep_dtype == dtype
+    axes = call.batch_axes
+    assert axes["encoder_hidden_states"] == 0 and axes["img_ids"] is None and axes["txt_ids"] is None
+    assert axes["guidance"] == (0 if guidance_embeds else None)
+
+
+@pytest.mark.parametrize("conditional_first", [True, False])
+@pytest.mark.parametrize("calls", [1, 2])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_other_conventions_are_found_out(conditional_first, calls, sign):
+    pipeline = ToyPipeline(conditional_first, calls, clock=lambda t: 1 - t / 1000, sign=sign)
+    call = learn_denoiser_call(pipeline, {"guidance_scale": 2.0})
+    assert (call.latents_name, call.timestep_name) == ("x", "t")
+    assert call.clock == (-0.001, 1.0) and call.training_timestep(0.25) == 750
+    assert call.sign == sign and call.calls_per_step == calls and call.is_guided
+    assert call.conditional_branch == (0 if conditional_first else 1)
+    assert call.batch_axes == {"condition": 0}
+    conditioning = record_conditioning(pipeline, call, ["a", "abc"], {"guidance_scale": 2.0})
+    assert conditioning.conditional["condition"].tolist() == [1.0, 3.0]
+    assert conditioning.unconditional["condition"].tolist() == [0.0, 0.0]
+
+
+def test_an_uncommon_clock_is_fitted():
+    pipeline = ToyPipeline(clock=lambda t: 0.3 * t + 7, sign=1)
+    scale, offset = learn_denoiser_call(pipeline).clock
+    assert scale == pytest.approx(0.3, rel=1e-5) and offset == pytest.approx(7, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "make, arguments",
+    [
+        (tiny_sd, GUIDED),
+        (tiny_sd, UNGUIDED),
+        (tiny_sd, {**GUIDED, "negative_prompt": "ugly"}),
+        (tiny_sdxl, GUIDED),
+        (tiny_sdxl, UNGUIDED),
+        (tiny_flux, GUIDED),
+    ],
+)
+def test_replay_is_the_pipelines_own_prediction(make, arguments):
+    pipeline = make()
+    call = learn_denoiser_call(pipeline, arguments)
+    conditioning = record_conditioning(pipeline, call, ["a cat", "two dogs"], arguments)
+    prompts = [0, 1, 0]
+    for latents, timestep, output in recorded_predictions(pipeline, arguments):
+        t = torch.full((3,), call.training_timestep(float(timestep.flatten()[0])))
+        parts = output.chunk(call.branches)
+        x_t = latents[: len(prompts)]
+        with torch.no_grad():
+            conditional = replay(denoiser_of(pipeline), call, x_t, t, conditioning.rows(prompts, "cpu"))
+            torch.testing.assert_close(conditional, parts[call.conditional_branch], rtol=0, atol=1e-5)
+            if call.is_guided:
+                rows = conditioning.rows(prompts, "cpu", unconditional=True)
+                unconditional = replay(denoiser_of(pipeline), call, x_t, t, rows)
+                torch.testing.assert_close(unconditional, parts[1 - call.conditional_branch], rtol=0, atol=1e-5)
+                assert not torch.allclose(conditional, unconditional, atol=1e-4)
+
+
+def test_replay_takes_a_timestep_for_each_row_and_has_gradients(sd):
+    call = learn_denoiser_call(sd, GUIDED)
+    conditioning = record_conditioning(sd, call, ["a cat", "a dog"], GUIDED)
+    x_t, t = torch.randn(2, 4, 8, 8), torch.tensor([900.0, 17.0])
+    together = replay(sd.unet, call, x_t, t, conditioning.rows([0, 1], "cpu"))
+    apart = [replay(sd.unet, call, x_t[i : i + 1], t[i : i + 1], conditioning.rows([i], "cpu")) for i in (0, 1)]
+    torch.testing.assert_close(together, torch.cat(apart), rtol=0, atol=1e-5)
+    together.sum().backward()
+    assert sd.unet.conv_in.weight.grad.abs().sum() > 0
+
+
+def test_replay_keeps_the_sign_of_the_scheduler():
+    pipeline = ToyPipeline(sign=-1)
+    call = learn_denoiser_call(pipeline)
+    x_t, t = torch.randn(2, 2, 4, 4), torch.tensor([400.0, 800.0])
+    condition = {"condition": torch.tensor([1.0, 2.0])}
+    expected = -pipeline.transformer(x_t, 1 - t / 1000, **condition)[0]
+    torch.testing.assert_close(replay(pipeline.transformer, call, x_t, t, condition), expected)
+
+
+def test_arguments_beyond_the_signature_are_seen_as_they_were_given():
+    class Open(nn.Module):
+        def forward(self, x, timestep, **kwargs):
+            return (x,)
+
+    seen = []
+    with observe_calls(module := Open(), seen.append):
+        module(torch.zeros(1), 3, text="a")
+    assert [{**seen[0], "x": None}] == [{"x": None, "timestep": 3, "text": "a"}]
+
+
+def test_asking_leaves_no_trace(sd):
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    call = learn_denoiser_call(sd, GUIDED)
+    record_conditioning(sd, call, ["a"], GUIDED)
+    sampler_timesteps(sd, GUIDED)
+    assert torch.equal(torch.rand(3), expected)
+    assert hooks_of(sd.unet) == (0, 0)
+    assert "step" not in vars(sd.scheduler)
+
+
+def test_conditioning_is_recorded_without_sampling(sd):
+    call = learn_denoiser_call(sd, GUIDED)
+    calls = []
+    sd.unet.register_forward_hook(lambda *_: calls.append(1))
+    record_conditioning(sd, call, ["a", "b"], GUIDED)
+    assert calls == []
+
+
+def test_conditioning_rows_follow_the_prompts(sd):
+    call = learn_denoiser_call(sd, GUIDED)
+    both = record_conditioning(sd, call, ["a cat", "a dog"], GUIDED)
+    dog = record_conditioning(sd, call, ["a dog"], GUIDED)
+    rows = both.rows([1, 1, 0], "cpu")["encoder_hidden_states"]
+    torch.testing.assert_close(rows[:2], dog.rows([0, 0], "cpu")["encoder_hidden_states"])
+    assert not torch.allclose(rows[2], rows[1])
+
+
+def test_sampler_timesteps_are_those_of_a_run(sd, flux):
+    for pipeline in (sd, flux):
+        asked = sampler_timesteps(pipeline, GUIDED)
+        run(pipeline, GUIDED)
+        assert asked == pipeline.scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_flux])
+def test_the_final_latents_are_recorded_after_the_last_step(make):
+    pipeline = make()
+    call = learn_denoiser_call(pipeline, GUIDED)
+    expected = run(pipeline, GUIDED)
+    with record_trajectory(pipeline, call, position=5, batch_size=3) as trajectory:
+        assert torch.equal(run(pipeline, GUIDED), expected), "observing changes nothing"
+    assert torch.equal(trajectory.x_i, expected)
+    assert trajectory.timesteps == pipeline.scheduler.timesteps.tolist()
+    assert trajectory.denoiser_calls == 3 * 5 * call.branches
+
+
+@pytest.mark.parametrize("position", [0, 3, 9])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_recorded_states_restart_the_sampler(sd, position, prediction_type):
+    """What is recorded at a position, put back at that timestep, leads to the same end."""
+    sd.scheduler = DDIMScheduler.from_config(sd.scheduler.config, prediction_type=prediction_type)
+    arguments = {**GUIDED, "num_inference_steps": 10}
+    call = learn_denoiser_call(sd, arguments)
+    with record_trajectory(sd, call, position, batch_size=3) as trajectory:
+        expected = run(sd, arguments)
+    conditioning = record_conditioning(sd, call, PROMPTS, arguments)
+    x_t = trajectory.x_i
+    with torch.no_grad():
+        for t in sd.scheduler.timesteps[position:]:
+            c = replay(sd.unet, call, x_t, t.expand(3), conditioning.rows([0, 1, 2], "cpu"))
+            u = replay(sd.unet, call, x_t, t.expand(3), conditioning.rows([0, 1, 2], "cpu", unconditional=True))
+            x_t = sd.scheduler.step(u + 3.0 * (c - u), t, x_t).prev_sample
+    torch.testing.assert_close(x_t, expected, rtol=1e-4, atol=1e-4)
+
+
+def euler(spacing):
+    return EulerDiscreteScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing=spacing, steps_offset=1
+    )
+
+
+PIPELINES = {
+    "ddim": tiny_sd,
+    "euler": lambda: tiny_sd(euler("leading")),
+    "euler with real-valued timesteps": lambda: tiny_sd(euler("linspace")),
+    "flow": lambda: tiny_flux(shift=1.0),
+    "shifted flow": lambda: tiny_flux(shift=3.0),
+}
+
+
+@pytest.mark.parametrize("fraction", [0.2, 0.5, 0.9])
+@pytest.mark.parametrize("make", PIPELINES.values(), ids=PIPELINES.keys())
+def test_recorded_states_follow_the_forward_kernel(make, fraction):
+    """With data x_0 = c an exact sampler stays on x_t = alpha_t c + sigma_t noise, with one noise throughout."""
+    pipeline = make()
+    shape = (4, 8, 8) if denoiser_name_of(pipeline) == "unet" else (16, 16)
+    target = torch.randn(shape, generator=torch.Generator().manual_seed(7))
+    with_point_mass(pipeline, target)
+    arguments = {"num_inference_steps": 10, "guidance_scale": 1.0}
+    call = learn_denoiser_call(pipeline, arguments)
+    config = GraftConfig(tuned_fraction=fraction, sample_num_steps=10)
+    levels, switch = tuned_levels(config, pipeline, call, arguments)
+    states = {}
+    for position in (0, levels.position):
+        with record_trajectory(pipeline, call, position, batch_size=3) as trajectory:
+            run(pipeline, arguments)
+        states[position] = trajectory.x_i
+    alpha_t, sigma_t = levels.schedule(trajectory.timesteps[0])
+    noise = (states[0] - alpha_t.float() * target) / sigma_t.float()
+    alpha_i, sigma_i = levels.level_i
+    assert trajectory.timesteps[levels.position] == switch.state_timestep
+    torch.testing.assert_close(states[levels.position], alpha_i * target + sigma_i * noise, rtol=0, atol=2e-5)
+    assert 0.8 < noise.std() < 1.2 and 0 < sigma_i < sigma_t
+
+
+@pytest.mark.parametrize("calls, conditional_first", [(1, True), (1, False), (2, True), (2, False)])
+def test_states_are_recorded_whatever_the_branches(calls, conditional_first):
+    pipeline = ToyPipeline(conditional_first, calls)
+    call = learn_denoiser_call(pipeline, {"guidance_scale": 2.0})
+    with record_trajectory(pipeline, call, position=0, batch_size=3) as trajectory:
+        pipeline(["a", "b", "c"], 4, 2.0, torch.Generator().manual_seed(1))
+    expected = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(trajectory.x_i, expected)
+    assert trajectory.denoiser_calls == 3 * 4 * 2
+
+
+def test_an_exception_while_recording_leaves_nothing_behind(sd):
+    call = learn_denoiser_call(sd, GUIDED)
+    with pytest.raises(KeyboardInterrupt), record_trajectory(sd, call, position=2, batch_size=3):
+        run(sd, GUIDED)
+        raise KeyboardInterrupt
+    assert hooks_of(sd.unet) == (0, 0) and "step" not in vars(sd.scheduler)
+
+
+def test_a_scheduler_step_of_the_users_own_is_put_back(sd):
+    original = sd.scheduler.step
+    sd.scheduler.step = own = lambda *args, **kwargs: original(*args, **kwargs)
+    call = learn_denoiser_call(sd, GUIDED)
+    with record_trajectory(sd, call, position=1, batch_size=3):
+        run(sd, GUIDED)
+    assert sd.scheduler.step is own
+
+
+def test_what_is_no_pipeline_is_refused():
+    with pytest.raises(ValueError, match="sd_pipeline: dict has neither.*transformer.*unet"):
+        denoiser_of({})
+
+
+def test_a_denoiser_without_a_timestep_is_refused(sd):
+    sd.unet = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="Linear.forward has no argument `timestep`"):
+        learn_denoiser_call(sd, GUIDED)
+
+
+def test_a_pipeline_that_changes_the_prediction_is_refused():
+    pipeline = ToyPipeline(sign=2)
+    with pytest.raises(ValueError, match="something other than plus or minus"):
+        learn_denoiser_call(pipeline)
+
+
+@pytest.mark.parametrize(
+    "unguided, message",
+    [
+        (lambda guided, x, t, condition: guided(x, t, condition, 2.0), "plus or minus"),
+        (lambda guided, x, t, condition: guided(x, t, condition + 5, 1.0), "no branch .*sample_guidance_scale=1.0"),
+    ],
+    ids=["still guided", "conditioned otherwise"],
+)
+def test_guidance_that_cannot_be_turned_off_is_refused(unguided, message):
+    pipeline = ToyPipeline()
+    guided = pipeline._guided
+    pipeline._guided = lambda x, t, c, scale: unguided(guided, x, t, c) if scale == 1.0 else guided(x, t, c, scale)
+    with pytest.raises(ValueError, match=message):
+        learn_denoiser_call(pipeline, {"guidance_scale": 2.0})
+
+
+def test_a_pipeline_that_skips_its_denoiser_is_refused():
+    pipeline = ToyPipeline()
+    pipeline._guided = lambda x, *_: x
+    with pytest.raises(ValueError, match="without calling its `transformer`"):
+        learn_denoiser_call(pipeline)

@@ -1,0 +1,37 @@
+# Copyright 2026 The trl_pgraft authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+import torch
+
+from trl_pgraft.pictures import before_after_grid
+
+
+def images(*values):
+    return torch.stack([torch.full((3, 8, 8), value, dtype=torch.uint8) for value in values])
+
+
+def test_grid_shows_each_pair_above_each_other():
+    grid = before_after_grid(images(10, 20, 30), images(110, 120, 130), ["one", "two", "three"], columns=2, size=32)
+    first, second = 56 + 16, 56 + 36 + 16
+    assert grid.getpixel((first, 4 + 16)) == (10,) * 3 and grid.getpixel((first, 4 + 36 + 16)) == (110,) * 3
+    assert grid.getpixel((second, 4 + 16)) == (20,) * 3 and grid.getpixel((second, 4 + 36 + 16)) == (120,) * 3
+    below = 4 + 2 * 32 + 4 + 46
+    assert grid.getpixel((first, below + 16)) == (30,) * 3
+
+
+def test_grid_takes_any_prompt():
+    labels = ["x" * 10_000, "<b>&\x00\x1b[31m\n\u202e", ""]
+    grid = before_after_grid(images(1, 2, 3), images(4, 5, 6), labels, size=16)
+    assert grid.size[0] > 3 * 16

@@ -1,0 +1,733 @@
+# Copyright 2026 The trl_pgraft authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import asyncio
+import itertools
+import json
+import random
+
+import datasets
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from peft import LoraConfig
+from tiny_pipelines import ATTENTION, adapter_use, tiny_flux, tiny_sd, tiny_sdxl
+from transformers import TrainerCallback
+
+from trl_pgraft import GraftConfig, PGraftTrainer, TimestepGate, accept_best_of_n, load_pgraft_adapter, register_reward
+from trl_pgraft import trainer as trainer_module
+from trl_pgraft.adapters import adapter_parameters, tuner_layers
+from trl_pgraft.denoiser_call import denoiser_of
+from trl_pgraft.hub import read_switch
+from trl_pgraft.rewards import RewardError, functions
+
+
+ANIMALS = ["a cat", "a dog", "an ant"]
+
+
+def brightness(images, prompts, metadata):
+    """A reward in DDPO's convention."""
+    return images.mean((1, 2, 3)), {}
+
+
+def colour(images):
+    return 100 * (images[:, 0] - images[:, 2]).mean((1, 2))
+
+
+def redness(*, prompts, images, **columns):
+    """A reward in TRL's convention."""
+    return [float(image.getpixel((0, 0))[0]) for image in images]
+
+
+def any_animal():
+    return random.choice(ANIMALS), {"kind": "animal"}
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Makes small configurations: rounds of one group of four images and two optimizer steps."""
+
+    def make(**options):
+        defaults = {
+            "num_epochs": 1,
+            "sample_num_steps": 4,
+            "sample_guidance_scale": 3.0,
+            "sample_batch_size": 4,
+            "sample_num_batches_per_epoch": 1,
+            "samples_per_prompt": 4,
+            "acceptance_kwargs": {} if "acceptance" in options else {"k": 1},
+            "train_batch_size": 2,
+            "train_timestep_fraction": 0.25,
+            "train_num_inner_epochs": 2,
+            "train_learning_rate": 1e-2,
+            "lora_rank": 2,
+            "output_dir": str(tmp_path / "out"),
+        }
+        return GraftConfig(**{**defaults, **options})
+
+    return make
+
+
+def make_trainer(config, pipeline=None, reward=brightness, prompts=any_animal, **options):
+    return PGraftTrainer(config, reward, prompts, pipeline or tiny_sd(), **options)
+
+
+def adapter_of(trainer):
+    return [p.detach().clone() for p in adapter_parameters(trainer.denoiser, "pgraft")]
+
+
+def base_of(denoiser):
+    return {n.replace("base_layer.", ""): p.clone() for n, p in denoiser.named_parameters() if "lora_" not in n}
+
+
+def equal(one, other):
+    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def assert_close(one, other, atol):
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+def assert_base_is_untouched(trainer, base):
+    found = base_of(trainer.denoiser)
+    assert found.keys() == base.keys()
+    assert all(torch.equal(found[name], base[name]) for name in base)
+
+
+def assert_nothing_is_left_behind(trainer):
+    assert len(trainer.denoiser._forward_pre_hooks) == len(trainer.denoiser._forward_hooks) == 0
+    assert "step" not in vars(trainer.pipeline.scheduler)
+
+
+# Training moves what it should move.
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"guidance_loss": "conditional"},
+        {"guidance_loss": "corrected"},
+        {"guidance_loss": "combined"},
+        {"train_cfg": True, "tuned_fraction": 1.0},
+        {"sample_guidance_scale": 1.0},
+        {"tuned_guidance_scale": 1.0},
+        {"tuned_fraction": 1.0},
+        {"timestep_sampling": "sampler", "ema_decay": 0.5, "gradient_checkpointing": True},
+    ],
+    ids=str,
+)
+def test_every_trainable_parameter_moves_and_no_other(config, options):
+    trainer = make_trainer(config(**options))
+    base, before = base_of(trainer.denoiser), adapter_of(trainer)
+    trainable = {id(p) for p in trainer.denoiser.parameters() if p.requires_grad}
+    assert trainable == {id(p) for p in adapter_parameters(trainer.denoiser, "pgraft")}
+    (metrics,) = trainer.train()
+    assert metrics["skipped_steps"] == 0 and trainer.progress.global_step == 2
+    for old, new in zip(before, adapter_of(trainer), strict=True):
+        assert not torch.equal(old, new)
+    assert_base_is_untouched(trainer, base)
+    assert_nothing_is_left_behind(trainer)
+
+
+@pytest.mark.parametrize("make", [tiny_sdxl, tiny_flux])
+def test_the_same_holds_for_other_models(config, make):
+    trainer = make_trainer(config(), make())
+    base, before = base_of(trainer.denoiser), adapter_of(trainer)
+    trainer.train()
+    assert not any(torch.equal(old, new) for old, new in zip(before, adapter_of(trainer), strict=True))
+    assert_base_is_untouched(trainer, base)
+
+
+@pytest.mark.parametrize(
+    "make, options",
+    [
+        (tiny_sd, {"guidance_loss": "conditional"}),
+        (tiny_sd, {"guidance_loss": "corrected", "num_epochs": 2}),
+        (tiny_sd, {"guidance_loss": "combined"}),
+        (tiny_sd, {"tuned_guidance_scale": 1.0}),
+        (tiny_flux, {}),
+    ],
+)
+def test_with_a_control_the_difference_becomes_the_adapter(config, make, options):
+    trainer = make_trainer(config(control_adapter=True, **options), make())
+    base = base_of(trainer.denoiser)
+    assert not trainer.has_adapter
+    trainer.train()
+    assert list(trainer.denoiser.peft_config) == ["pgraft"]
+    layers = tuner_layers(trainer.denoiser, "pgraft")
+    assert all(layer.get_delta_weight("pgraft").abs().max() > 1e-6 for layer in layers)
+    assert {layer.r["pgraft"] for layer in layers} == {4 * trainer.config.num_epochs}
+    assert_base_is_untouched(trainer, base)
+    assert_nothing_is_left_behind(trainer)
+
+
+def spied_fits(monkeypatch):
+    """What each call of `fit` was given: the trained adapter's parameters and all rows."""
+    fits, original = [], trainer_module.fit
+
+    def spy(accelerator, loss, states, passes, *args, **kwargs):
+        passes = list(passes)
+        fits.append((loss, states, passes))
+        return original(accelerator, loss, states, iter(passes), *args, **kwargs)
+
+    monkeypatch.setattr(trainer_module, "fit", spy)
+    return fits
+
+
+def test_where_all_are_accepted_both_fits_see_the_same_rows(config, monkeypatch):
+    fits = spied_fits(monkeypatch)
+    trainer = make_trainer(config(acceptance="all", control_adapter=True))
+    trainer.train()
+    accepted, control = ([sorted(rows.states.tolist()) for rows in passes] for _, _, passes in fits)
+    assert accepted == control == [list(range(4))] * 2
+    assert [rows.seeds for rows in fits[0][2]] == [rows.seeds for rows in fits[1][2]]
+
+
+def test_a_control_sees_as_many_rows_of_the_same_groups(config, monkeypatch):
+    fits = spied_fits(monkeypatch)
+    make_trainer(config(sample_num_batches_per_epoch=3, acceptance_kwargs={"k": 2}, control_adapter=True)).train()
+    (_, _, accepted), (_, _, control) = fits
+    for one, other in zip(accepted, control, strict=True):
+        assert len(one) == len(other) == 6
+        assert [i // 4 for i in one.states.tolist()] == [i // 4 for i in other.states.tolist()]
+    states = [{i for rows in passes for i in rows.states.tolist()} for passes in (accepted, control)]
+    assert states[0] != states[1]
+
+
+def test_without_a_signal_the_control_changes_next_to_nothing(config):
+    """Where everything is accepted, both fits learn the same, and less is left than one of them alone changes."""
+    options = {"acceptance": "all", "train_num_inner_epochs": 4}
+    plain = make_trainer(config(**options))
+    plain.train()
+    controlled = make_trainer(config(**options, control_adapter=True))
+    controlled.train()
+    changes = [
+        torch.cat([layer.get_delta_weight("pgraft").flatten() for layer in tuner_layers(t.denoiser, "pgraft")]).norm()
+        for t in (plain, controlled)
+    ]
+    assert 0 < changes[1] < 0.5 * changes[0]
+
+
+def test_graft_has_no_switch(config):
+    trainer = make_trainer(config(tuned_fraction=1.0))
+    assert trainer.switch.switch_timestep is None and trainer.levels.level_i == (1.0, 0.0)
+    trainer.train()
+    assert read_switch(trainer.output_dir / "adapter").switch_timestep is None
+    with trainer.sampler() as pipeline, adapter_use(trainer.denoiser) as use:
+        pipeline(prompt="a cat", **trainer.arguments)
+    assert all(use.values()) and len(use) == 4
+
+
+def test_p_graft_runs_the_adapter_on_the_tuned_steps(config):
+    trainer = make_trainer(config(tuned_fraction=0.25))
+    with trainer.sampler() as pipeline, adapter_use(trainer.denoiser) as use:
+        pipeline(prompt="a cat", **trainer.arguments)
+    assert list(use.values()) == [True, False, False, False]
+    with trainer.sampler(reference=True) as pipeline, adapter_use(trainer.denoiser) as use:
+        pipeline(prompt="a cat", **trainer.arguments)
+    assert list(use.values()) == [False] * 4
+    assert_nothing_is_left_behind(trainer)
+
+
+def exact_gaussian():
+    """
+    A pipeline that starts out right: for latents of law N(0, I) the exact velocity is zero, and that of a network
+    with small random weights is nearly so.
+    """
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1,
+        set_alpha_to_one=False, prediction_type="v_prediction",
+    )  # fmt: skip
+    return tiny_sd(scheduler)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"control_adapter": True}, pytest.param({"tuned_fraction": 1.0}, marks=pytest.mark.slow)],
+    ids=["P-GRAFT", "P-GRAFT with control", "GRAFT"],
+)
+def test_rewards_improve_towards_red_and_towards_blue(config, options):
+    """Paired with the reference's images of the same seeds, and in both directions, so that drift cannot pass."""
+    defaults = {"num_epochs": 2, "sample_guidance_scale": 1.0, "sample_batch_size": 24, "samples_per_prompt": 12}
+    defaults |= {"acceptance_kwargs": {"k": 3}, "train_batch_size": 6, "train_timestep_fraction": 0.5}
+    defaults |= {"train_num_inner_epochs": 4}
+    lora = LoraConfig(r=8, lora_alpha=8, target_modules=["conv_in", "conv_out", "conv1", "conv2", *ATTENTION])
+    for sign in (1, -1):
+        trainer = make_trainer(
+            config(**{**defaults, **options}),
+            exact_gaussian(),
+            lambda images, prompts, metadata, sign=sign: (sign * colour(images), {}),
+            peft_config=lora,
+        )
+        before = trainer.evaluate(["a cat"] * 24, reference=True).reward
+        trainer.train()
+        gain = trainer.evaluate(["a cat"] * 24).reward - before
+        assert gain.mean() > 0.25 * before.std(), f"direction {sign}"
+        assert gain.mean() > 4 * gain.std() / 24**0.5, f"direction {sign}"
+
+
+# Rounds.
+
+
+def test_a_round_is_the_same_whatever_the_batches(config):
+    """Groups of 24 and of 6 in six batches of 5 and in one batch."""
+    trainers = []
+    for size, count in ((5, 6), (30, 1)):
+        options = {"sample_batch_size": size, "sample_num_batches_per_epoch": count, "train_batch_size": 4}
+        trainers.append(make_trainer(config(**options, samples_per_prompt=24)))
+    rounds = [trainer._draw_round(0) for trainer in trainers]
+    assert [group.size for group in rounds[0].groups] == [24, 6]
+    torch.testing.assert_close(rounds[0].states, rounds[1].states, rtol=0, atol=1e-5)
+    torch.testing.assert_close(rounds[0].reward, rounds[1].reward, rtol=0, atol=1 / 255)
+    assert torch.equal(rounds[0].decision.accepted, rounds[1].decision.accepted)
+    for trainer, round_ in zip(trainers, rounds, strict=True):
+        trainer._fine_tune(round_, 0)
+    assert_close(adapter_of(trainers[0]), adapter_of(trainers[1]), atol=1e-3)
+
+
+def test_equal_seeds_are_equal_runs_and_other_seeds_are_not(config, tmp_path):
+    runs = []
+    for number, seed in enumerate((0, 0, 1)):
+        runs.append(make_trainer(config(seed=seed, output_dir=str(tmp_path / str(number)))))
+        runs[-1].train()
+    one, same, other = (adapter_of(trainer) for trainer in runs)
+    assert equal(one, same) and not equal(one, other)
+
+
+def test_samples_from_the_reference_do_not_depend_on_the_policy(config, tmp_path):
+    rounds = {}
+    for source in ("policy", "reference"):
+        trainer = make_trainer(config(sample_from=source, num_epochs=2, output_dir=str(tmp_path / source)))
+        for parameter in adapter_parameters(trainer.denoiser, "pgraft"):
+            parameter.data.fill_(0.5)
+        rounds[source] = trainer._draw_round(0).states
+    untouched = make_trainer(config())._draw_round(0).states
+    assert torch.equal(rounds["reference"], untouched)
+    assert not torch.allclose(rounds["policy"], untouched, atol=1e-3)
+
+
+def test_a_prompt_is_asked_for_once_a_group_and_its_columns_reach_the_reward(config):
+    count, seen = itertools.count(), []
+
+    def spy(*, prompts, images, number, legs):
+        seen.extend(zip(prompts, number, legs, strict=True))
+        return [float(i) for i in range(len(prompts))]
+
+    dataset = datasets.Dataset.from_dict({"prompt": ["a cat", "an ant"], "number": [0, 1], "legs": [4, 6]})
+    two_groups = config(sample_num_batches_per_epoch=2)
+    make_trainer(two_groups, reward=None, prompts=None, reward_funcs=spy, train_dataset=dataset)._draw_round(0)
+    assert sorted(seen) == [("a cat", 0, 4)] * 4 + [("an ant", 1, 6)] * 4
+    make_trainer(two_groups, prompts=lambda: (f"prompt {next(count)}", {}))._draw_round(0)
+    assert next(count) == 2
+
+
+def test_weights_and_left_out_samples_enter_the_sum(config):
+    def first(*, prompts, images, **_):
+        return [1.0, 2.0, None, 4.0]
+
+    def second(*, prompts, images, **_):
+        return [40.0, 30.0, 20.0, 10.0]
+
+    trainer = make_trainer(config(), reward=None, reward_funcs=[first, second], reward_weights=[1.0, 0.1])
+    round_ = trainer._draw_round(0)
+    assert round_.reward[[0, 1, 3]].tolist() == pytest.approx([5.0, 5.0, 5.0]) and round_.reward[2].isnan()
+    metrics = trainer.train()[-1]
+    assert metrics["rewards/first/mean"] == pytest.approx(7 / 3) and metrics["rewards/second/mean"] == 25
+
+
+def test_rewards_may_be_async_and_scored_in_threads(config, tmp_path):
+    async def later(*, prompts, images, **_):
+        await asyncio.sleep(0.01)
+        return redness(prompts=prompts, images=images)
+
+    later.__name__ = "redness"
+    rounds = []
+    for reward, is_async in ((redness, False), (later, True)):
+        options = {"async_reward_computation": is_async, "max_workers": 3, "sample_batch_size": 2}
+        trainer = make_trainer(config(**options, sample_num_batches_per_epoch=4), reward=None, reward_funcs=reward)
+        rounds.append(trainer._draw_round(0))
+    assert torch.equal(rounds[0].values, rounds[1].values) and rounds[0].values.unique().numel() > 2
+    assert torch.equal(rounds[0].decision.accepted, rounds[1].decision.accepted)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_rewards_of_images_can_be_computed_as_in_ddpo(config, is_async):
+    trainer = make_trainer(config(), reward=lambda images, prompts, metadata: (images.mean((1, 2, 3)), metadata))
+    images = torch.rand(2, 3, 8, 8)
+    batches = [(images, ("a", "b"), (1, 2)), ((255 * images).to(torch.uint8), ("c", "d"), (3, 4))]
+    rewards, infos = trainer.compute_rewards(batches, is_async)
+    for found in rewards:
+        torch.testing.assert_close(found.float(), images.mean((1, 2, 3)), rtol=0, atol=1 / 255)
+    assert infos == ((1, 2), (3, 4))
+
+
+def test_rewards_are_known_by_name(config, monkeypatch):
+    monkeypatch.setattr(functions, "_REGISTRY", dict(functions._REGISTRY))
+    register_reward("red")(redness)
+    trainer = make_trainer(config(), reward=None, reward_funcs=["red", "trl_pgraft.rewards.jpeg:jpeg_compressibility"])
+    assert [reward.name for reward in trainer.rewards] == ["red", "jpeg_compressibility"]
+    assert trainer.train()[0]["rewards/red/mean"] > 0
+
+
+def test_of_equal_images_one_is_accepted(config):
+    options = {"acceptance": "all", "deduplicate_by": lambda image, prompt: prompt}
+    round_ = make_trainer(config(**options, sample_num_batches_per_epoch=2))._draw_round(0)
+    assert round_.decision.accepted.tolist() == [True, False, False, False] * 2
+
+
+@pytest.mark.parametrize("acceptance", ["best_of_n", accept_best_of_n])
+def test_acceptance_by_name_or_callable(config, acceptance):
+    metrics = make_trainer(config(acceptance=acceptance)).train()[0]
+    assert metrics["accepted"] == 1 and metrics["acceptance_rate"] == 0.25
+
+
+def test_a_round_without_signal_trains_nothing_and_goes_on(config):
+    trainer = make_trainer(config(num_epochs=2), reward=lambda images, *_: (torch.ones(len(images)), {}))
+    before = adapter_of(trainer)
+    history = trainer.train()
+    assert [m["accepted"] for m in history] == [0, 0] and history[0]["frac_reward_zero_std"] == 1
+    assert equal(before, adapter_of(trainer)) and trainer.progress.global_step == 0
+
+
+def test_the_hook_gets_what_ddpo_gives(config):
+    seen = []
+    trainer = PGraftTrainer(
+        config(sample_num_batches_per_epoch=2),
+        lambda images, prompts, metadata: (images.mean((1, 2, 3)), {"n": len(images)}),
+        any_animal,
+        tiny_sd(),
+        lambda *args: seen.append(args),
+    )
+    trainer.train()
+    ((batches, global_step, tracker),) = seen
+    assert len(batches) == 2 and global_step == 0 and tracker is None
+    images, prompts, metadata, rewards, info = batches[0]
+    assert images.shape == (4, 3, 16, 16) and 0 <= images.min() and images.max() <= 1
+    assert len(prompts) == 4 and metadata[0] == {"kind": "animal"} and info == {"n": 4}
+    torch.testing.assert_close(rewards.float(), images.mean((1, 2, 3)))
+
+
+def test_a_second_lora_of_the_users_takes_part_and_stays(config):
+    pipeline = tiny_sd()
+    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=ATTENTION, init_lora_weights=False), "style")
+    style = [p.detach().clone() for p in adapter_parameters(pipeline.unet, "style")]
+    trainer = make_trainer(config(control_adapter=True), pipeline)
+    with trainer.sampler(reference=True), adapter_use(trainer.denoiser, "style") as use:
+        pipeline(prompt="a cat", **trainer.arguments)
+    assert all(use.values()), "the reference is the pipeline as it was handed in"
+    trainer.train()
+    assert equal(style, [p.detach() for p in adapter_parameters(pipeline.unet, "style")])
+
+
+# What is logged and saved.
+
+
+def test_metrics_are_returned_logged_and_written(config):
+    trainer = make_trainer(config(num_epochs=2, eval_prompts=["a cat", "a dog"], eval_freq=1))
+    history = trainer.train()
+    written = [json.loads(line) for line in (trainer.output_dir / "metrics.jsonl").read_text().splitlines()]
+    assert written == history
+    rounds = [m for m in history if "reward" in m]
+    assert [m["epoch"] for m in rounds] == [0, 1] and [m["images"] for m in rounds] == [4, 8]
+    assert [m["denoiser_calls"] for m in rounds] == [4 * 4 * 2, 4 * 4 * 2 * 2]
+    assert rounds[0]["implied_kl_sum"] < rounds[1]["implied_kl_sum"]
+    evaluations = [m for m in history if "eval/reward" in m]
+    assert [m["epoch"] for m in evaluations] == [0, 1, 2], "the base comes first"
+    assert evaluations[0]["eval/reward"] == evaluations[0]["eval/rewards/brightness/mean"]
+
+
+def test_evaluation_repeats_itself_and_knows_the_reference(config):
+    trainer = make_trainer(config(train_learning_rate=0.3))
+    before = trainer.evaluate(ANIMALS)
+    trainer.train()
+    after, again = trainer.evaluate(ANIMALS), trainer.evaluate(ANIMALS)
+    reference = trainer.evaluate(ANIMALS, reference=True)
+    assert torch.equal(after.images, again.images) and torch.equal(before.images, reference.images)
+    assert not torch.equal(after.images, before.images)
+    assert before.reward.shape == (3,) and before.values.shape == (3, 1) and before.images.shape == (3, 3, 16, 16)
+    with pytest.raises(ValueError, match="evaluate: no prompts"):
+        trainer.evaluate()
+
+
+def test_the_saved_adapter_gives_the_trainers_images(config):
+    trainer = make_trainer(config(train_learning_rate=0.3, tuned_fraction=0.5))
+    trainer.train()
+    trainer.save_pretrained(trainer.output_dir / "mine")
+
+    def sample(pipeline):
+        generator = torch.Generator().manual_seed(0)
+        return pipeline(prompt="a cat", generator=generator, output_type="pt", **trainer.arguments).images
+
+    with trainer.sampler() as pipeline:
+        expected = sample(pipeline)
+    for folder in ("mine", "adapter"):
+        fresh = tiny_sd()
+        base = sample(fresh)
+        gate = load_pgraft_adapter(fresh, trainer.output_dir / folder)
+        assert torch.equal(sample(fresh), expected) and not torch.allclose(base, expected, atol=1e-3)
+        assert gate.switch_timestep == trainer.switch.switch_timestep
+
+
+class Recorder(TrainerCallback):
+    def __init__(self, stop_after=None):
+        self.events, self.stop_after = [], stop_after
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.events.append("begin")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.events.append((state.epoch, state.global_step, logs["epoch"]))
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.epoch == self.stop_after
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.events.append("end")
+
+
+def test_callbacks_are_called_and_can_stop_the_run(config):
+    recorder = Recorder(stop_after=2)
+    trainer = make_trainer(config(num_epochs=5), callbacks=[recorder, TrainerCallback])
+    assert len(trainer.train()) == 2
+    assert recorder.events == ["begin", (1, 2, 0), (2, 4, 1), "end"]
+
+
+# Interrupted and resumed.
+
+
+class Interrupting:
+    """A reward that leaves the run when it is asked for the n-th time."""
+
+    def __init__(self, at):
+        self.at, self.calls, self.__name__ = at, 0, "brightness"
+
+    def __call__(self, images, prompts, metadata):
+        self.calls += 1
+        if self.calls == self.at:
+            raise KeyboardInterrupt
+        return brightness(images, prompts, metadata)
+
+
+@pytest.mark.parametrize("control_adapter", [False, True])
+def test_a_resumed_run_is_the_uninterrupted_one(config, tmp_path, control_adapter):
+    def options(name):
+        return {
+            "num_epochs": 3,
+            "control_adapter": control_adapter,
+            "max_merged_rank": 10,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 1,
+            "output_dir": str(tmp_path / name),
+        }
+
+    whole = make_trainer(config(**options("whole")))
+    whole.train()
+    interrupted = make_trainer(config(**options("parts")), reward=Interrupting(at=2))
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.train()
+    assert_nothing_is_left_behind(interrupted)
+    resumed = make_trainer(config(**options("parts"), resume_from_checkpoint=True))
+    assert resumed.progress.epoch == 1 and resumed.progress.global_step == 2
+    if not control_adapter:
+        held = {id(p) for group in resumed.optimizer.param_groups for p in group["params"]}
+        assert held == {id(p) for p in adapter_parameters(resumed.denoiser, "pgraft")}
+    resumed.train()
+    assert equal(adapter_of(resumed), adapter_of(whole))
+    untimed = [
+        [{name: value for name, value in metrics.items() if "time/" not in name} for metrics in trainer.history]
+        for trainer in (resumed, whole)
+    ]
+    assert untimed[0] == untimed[1] and [m["epoch"] for m in untimed[0]] == [0, 1, 2]
+    assert [m["images"] for m in untimed[0]] == [4, 8, 12]
+    assert resumed.progress.global_step == whole.progress.global_step == 6
+
+
+def test_the_newest_checkpoint_is_taken_and_old_ones_are_removed(config):
+    trainer = make_trainer(config(num_epochs=4, num_checkpoint_limit=2))
+    trainer.train()
+    folder = trainer.output_dir / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint_2", "checkpoint_3"]
+    resumed = make_trainer(config(num_epochs=4, resume_from=str(folder)))
+    assert resumed.progress.epoch == 4 and equal(adapter_of(resumed), adapter_of(trainer))
+    older = make_trainer(config(num_epochs=4, resume_from=str(folder / "checkpoint_2")))
+    assert older.progress.epoch == 3 and not equal(adapter_of(older), adapter_of(trainer))
+
+
+def test_checkpoints_follow_save_freq_and_the_last_round_is_saved(config):
+    trainer = make_trainer(config(num_epochs=3, save_freq=2))
+    trainer.train()
+    names = sorted(path.name for path in (trainer.output_dir / "checkpoints").iterdir())
+    assert names == ["checkpoint_1", "checkpoint_2"]
+
+
+def test_a_run_is_not_resumed_with_another_switch(config):
+    trainer = make_trainer(config())
+    trainer.train()
+    folder = str(trainer.output_dir / "checkpoints")
+    with pytest.raises(ValueError, match="resume_from: the adapter of .*checkpoint_0 switches at.*tuned_fraction"):
+        make_trainer(config(tuned_fraction=0.75, resume_from=folder))
+
+
+def test_where_there_is_nothing_to_resume(config, tmp_path):
+    assert make_trainer(config(resume_from_checkpoint=True)).progress.epoch == 0
+    with pytest.raises(ValueError, match="resume_from"):
+        make_trainer(config(resume_from=str(tmp_path / "nowhere")))
+
+
+# Training on samples that were kept.
+
+
+def kept_round(trainer, epoch=0):
+    folder = trainer.output_dir / "samples" / f"round_{epoch:04d}"
+    files = [str(path) for path in sorted(folder.iterdir())]
+    return datasets.load_dataset("parquet", data_files=files, cache_dir=str(trainer.output_dir / "cache"))["train"]
+
+
+@pytest.mark.parametrize("control_adapter", [False, True])
+def test_a_kept_round_trains_the_same_adapter_again(config, tmp_path, monkeypatch, control_adapter):
+    options = {"control_adapter": control_adapter, "sample_num_batches_per_epoch": 2}
+    first = make_trainer(config(**options))
+    first.train()
+    dataset = kept_round(first)
+    assert len(dataset) == 8 and sum(dataset["accepted"]) == 2
+    options["output_dir"] = str(tmp_path / "again")
+    again = make_trainer(config(**options), reward=None, prompts=None, samples_dataset=dataset)
+    monkeypatch.setattr(again.pipeline.scheduler, "step", _not_called)
+    metrics = again.train()
+    assert equal(adapter_of(again), adapter_of(first))
+    assert len(metrics) == 1 and metrics[0]["accepted"] == 2
+    assert metrics[0]["reward"] == pytest.approx(first.history[0]["reward"], abs=1e-12)
+
+
+def _not_called(*args, **kwargs):
+    raise AssertionError("nothing is to be sampled")
+
+
+def test_samples_of_another_configuration_are_refused(config, tmp_path):
+    first = make_trainer(config())
+    first.train()
+    other = config(sample_guidance_scale=2.0, output_dir=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="samples_dataset was drawn from another model, scheduler, guidance"):
+        make_trainer(other, reward=None, prompts=None, samples_dataset=kept_round(first)).train()
+
+
+# Wrong input is named before anything is drawn.
+
+
+@pytest.fixture
+def no_call(monkeypatch):
+    """A pipeline that must not be called."""
+    pipeline = tiny_sd()
+    monkeypatch.setattr(type(pipeline), "__call__", _not_called)
+    return pipeline
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"sd_pipeline": None}, "sd_pipeline is required"),
+        ({"sd_pipeline": object()}, "sd_pipeline: object has neither a `transformer` nor a `unet`"),
+        ({"prompt_function": None}, "Exactly one of prompt_function, train_dataset, samples_dataset.*got none"),
+        (
+            {"train_dataset": datasets.Dataset.from_dict({"prompt": ["a cat"]})},
+            "Exactly one of.*prompt_function and train_dataset",
+        ),
+        (
+            {"prompt_function": None, "train_dataset": datasets.Dataset.from_dict({"prompt": []})},
+            "train_dataset is empty",
+        ),
+        (
+            {"prompt_function": None, "train_dataset": datasets.Dataset.from_dict({"text": ["a cat"]})},
+            "train_dataset has no column `prompt`; it has text",
+        ),
+        ({"reward_function": None}, "No reward: give reward_function.*reward_funcs"),
+        ({"reward_funcs": redness}, "reward_function.*or reward_funcs.*not both"),
+        ({"reward_function": None, "reward_funcs": "no_such_reward"}, "reward_funcs: no reward.*'no_such_reward'"),
+        (
+            {"reward_function": None, "reward_funcs": [redness], "reward_weights": [1.0, 2.0]},
+            "reward_weights has 2 values for 1 reward_funcs",
+        ),
+        ({"reward_weights": [1.0]}, "reward_weights are those of reward_funcs"),
+        ({"reward_function": None, "reward_funcs": [redness, redness]}, "named redness, redness.*`__name__`"),
+        ({"options": {"sample_batch_size": 1}}, "sample_batch_size.*= 1.*Draw more images"),
+        ({"options": {"samples_per_prompt": 8, "acceptance_kwargs": {"k": 4}}}, "groups have 4 images, of which k=4"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_before_any_call(config, no_call, change, message):
+    arguments = {"reward_function": brightness, "prompt_function": any_animal, "sd_pipeline": no_call, **change}
+    settings = config(sample_num_batches_per_epoch=1, **arguments.pop("options", {}))
+    with pytest.raises(ValueError, match=message):
+        PGraftTrainer(settings, **arguments)
+
+
+def test_full_fine_tuning_is_refused(config, no_call):
+    no_call.use_lora = False
+    with pytest.raises(ValueError, match="use_lora=False"):
+        make_trainer(config(), no_call)
+
+
+def test_a_prompt_that_is_no_string_is_refused_before_sampling(config):
+    trainer = make_trainer(config(), prompts=lambda: (["a cat"], {}))
+    trainer.pipeline.scheduler.step = _not_called
+    with pytest.raises(ValueError, match="prompt_function must return"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    "reward, message",
+    [
+        (lambda images, *_: (images.mean((1, 2, 3))[:2], {}), "returned 2 values for 4 images"),
+        (lambda images, *_: (images.mean((1, 2, 3)) * float("nan"), {}), "returned nan for"),
+    ],
+)
+def test_a_reward_that_answers_wrongly_stops_the_round(config, reward, message):
+    trainer = make_trainer(config(), reward=reward)
+    with pytest.raises(RewardError, match=f"Reward '<lambda>' on prompts .*{message}"):
+        trainer.train()
+    assert_nothing_is_left_behind(trainer)
+    assert trainer.progress.epoch == 0
+
+
+def test_a_reward_that_raises_is_retried_as_often_as_configured(config):
+    calls = []
+
+    def broken(images, prompts, metadata):
+        calls.append(1)
+        raise ConnectionError("no answer")
+
+    with pytest.raises(RewardError, match="'broken'.*a .*no answer.*in 4 attempts"):
+        make_trainer(config(reward_retries=3), reward=broken).train()
+    assert len(calls) == 4
+
+
+def test_tuned_guidance_needs_a_guided_pipeline(config):
+    with pytest.raises(ValueError, match="tuned_guidance_scale"):
+        make_trainer(config(tuned_guidance_scale=1.0), tiny_flux()).train()
+
+
+def test_an_exception_while_sampling_leaves_the_pipeline_as_it_was(config):
+    trainer = make_trainer(config(tuned_guidance_scale=1.0))
+
+    def fail(*_):
+        raise FloatingPointError("broken on purpose")
+
+    handle = denoiser_of(trainer.pipeline).conv_out.register_forward_pre_hook(fail)
+    with pytest.raises(FloatingPointError):
+        trainer.train()
+    handle.remove()
+    assert_nothing_is_left_behind(trainer)
+    with TimestepGate(trainer.denoiser, "pgraft", None) as gate:
+        assert gate._adapter.is_on
+    assert trainer.train()[0]["accepted"] == 1

@@ -1,0 +1,55 @@
+# Copyright 2026 The trl_pgraft authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""GRAFT and P-GRAFT: fine-tune diffusion models on rewards by rejection sampling, in TRL's ecosystem."""
+
+from .acceptance import (
+    accept_all,
+    accept_best_of_n,
+    accept_exponential,
+    accept_preference,
+    accept_threshold,
+    accept_top_k,
+    deduplicate,
+    implied_kl,
+)
+from .config import GraftConfig
+from .hub import load_pgraft_adapter, save_pgraft_adapter
+from .parameterizations import renoise
+from .rewards import get_reward, list_rewards, register_reward
+from .timestep_gate import SwitchLevel, TimestepGate
+from .trainer import PGraftTrainer
+
+
+__all__ = [
+    "GraftConfig",
+    "PGraftTrainer",
+    "SwitchLevel",
+    "TimestepGate",
+    "accept_all",
+    "accept_best_of_n",
+    "accept_exponential",
+    "accept_preference",
+    "accept_threshold",
+    "accept_top_k",
+    "deduplicate",
+    "get_reward",
+    "implied_kl",
+    "list_rewards",
+    "load_pgraft_adapter",
+    "register_reward",
+    "renoise",
+    "save_pgraft_adapter",
+]

@@ -1,0 +1,49 @@
+# Copyright 2026 The trl_pgraft authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""transformers' trainer callbacks, called by a loop that is not transformers' own."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+
+class Callbacks:
+    """
+    Calls `TrainerCallback`s with a state and a control of their own types.
+
+    Args:
+        callbacks (`Sequence[TrainerCallback]`):
+            Callbacks or their classes.
+        config ([`GraftConfig`]):
+            Handed to them as `args`.
+    """
+
+    def __init__(self, callbacks: Sequence[TrainerCallback | type[TrainerCallback]], config: Any):
+        self.callbacks = [callback() if isinstance(callback, type) else callback for callback in callbacks]
+        self.config = config
+        self.state = TrainerState(num_train_epochs=config.num_epochs)
+        self.control = TrainerControl()
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether a callback asked to stop training."""
+        return self.control.should_training_stop
+
+    def notify(self, event: str, **values: Any) -> None:
+        """Call method `event` of every callback."""
+        for callback in self.callbacks:
+            getattr(callback, event)(self.config, self.state, self.control, **values)

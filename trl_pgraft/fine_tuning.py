@@ -1,0 +1,300 @@
+# Copyright 2026 The trl_pgraft authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""Supervised fine-tuning of an adapter on accepted states: rows, training timesteps, the loss, the optimizer loop."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from .adapters import without_adapters
+from .denoiser_call import Conditioning, DenoiserCall, replay
+from .levels import TunedLevels
+from .losses import corrected_target, guided, weighted_mse
+from .parameterizations import renoise
+
+
+MOST_SKIPPED_IN_A_ROW = 10
+
+
+@dataclass(frozen=True)
+class Rows:
+    """
+    Training rows of one pass.
+
+    Args:
+        states (`torch.Tensor` of shape `(R,)`):
+            Index of each row's state x_I.
+        prompts (`torch.Tensor` of shape `(R,)`):
+            Index of each row's conditioning.
+        seeds (`list[int]`):
+            Seed of each row's timesteps and noise.
+    """
+
+    states: torch.Tensor
+    prompts: torch.Tensor
+    seeds: list[int]
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def take(self, index: torch.Tensor) -> "Rows":
+        """The rows at `index`."""
+        return Rows(self.states[index], self.prompts[index], [self.seeds[i] for i in index.tolist()])
+
+
+@dataclass(frozen=True)
+class GraftLoss:
+    """
+    The weighted denoising loss on re-noised states, with guidance as configured.
+
+    Args:
+        denoiser (`torch.nn.Module`):
+            The bare module, for the reference's prediction.
+        call ([`DenoiserCall`]):
+            How it is called.
+        conditioning ([`Conditioning`]):
+            Recorded conditioning of the prompts.
+        levels ([`TunedLevels`]):
+            Noise levels.
+        prediction_type (`str`):
+            What the denoiser predicts.
+        guidance_loss (`str`):
+            `"conditional"`, `"corrected"` or `"combined"`.
+        guidance_scale (`float`):
+            Guidance of the tuned steps when the states were drawn.
+        caption_dropout (`float`):
+            Share of rows that get the unconditional input (conditional loss).
+        adapters (`list[str]`):
+            Adapters that make the difference between policy and reference.
+    """
+
+    denoiser: torch.nn.Module
+    call: DenoiserCall
+    conditioning: Conditioning
+    levels: TunedLevels
+    prediction_type: str
+    guidance_loss: str
+    guidance_scale: float
+    caption_dropout: float
+    adapters: list[str]
+
+    def __call__(
+        self,
+        model: Callable[..., Any],
+        x_i: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+        prompts: torch.Tensor,
+        dropped: torch.Tensor,
+    ) -> torch.Tensor:
+        """
+        Loss of each row.
+
+        Args:
+            model (`Callable`):
+                The denoiser as accelerate prepared it.
+            x_i, noise (`torch.Tensor` of shape `(B, ...)`):
+                States and standard normal noise.
+            timesteps (`torch.Tensor` of shape `(B,)`):
+                Training timesteps.
+            prompts (`torch.Tensor` of shape `(B,)`):
+                Rows of the conditioning.
+            dropped (`torch.Tensor` of shape `(B,)`, bool):
+                Rows that get the unconditional input, where there is one.
+
+        Returns:
+            `torch.Tensor` of shape `(B,)`.
+        """
+        x_t, target, weight = renoise(
+            x_i, noise, self.levels.level_i, self.levels.schedule(timesteps), self.prediction_type
+        )
+        x_t = x_t.to(self.denoiser.dtype)
+        conditional = self.conditioning.rows(prompts, x_i.device)
+        if not self.call.is_guided or self.guidance_scale == 1.0:
+            return weighted_mse(replay(model, self.call, x_t, timesteps, conditional), target, weight)
+        unconditional = self.conditioning.rows(prompts, x_i.device, unconditional=True)
+        if self.guidance_loss == "combined":
+            u, c = (replay(model, self.call, x_t, timesteps, branch) for branch in (unconditional, conditional))
+            return weighted_mse(guided(u, c, self.guidance_scale), target, weight)
+        if self.guidance_loss == "corrected":
+            with torch.no_grad(), without_adapters(self.denoiser, self.adapters):
+                u = replay(self.denoiser, self.call, x_t, timesteps, unconditional)
+            target = corrected_target(target, u.to(target.dtype), self.guidance_scale)
+        else:
+            conditional = _where(dropped, unconditional, conditional, self.conditioning.batch_axes)
+        return weighted_mse(replay(model, self.call, x_t, timesteps, conditional), target, weight)
+
+
+@dataclass
+class FitReport:
+    """
+    What one fit did.
+
+    Args:
+        steps (`int`):
+            Optimizer steps.
+        skipped (`int`):
+            Steps among them whose gradient was not finite.
+        losses, bins (`list[torch.Tensor]`):
+            Loss of each row of each microbatch, and the quarter of the tuned range that its timestep lies in.
+    """
+
+    steps: int = 0
+    skipped: int = 0
+    losses: list[torch.Tensor] = field(default_factory=list)
+    bins: list[torch.Tensor] = field(default_factory=list)
+
+    def to_metrics(self) -> dict[str, float]:
+        """Metrics by name; level 0 is the cleanest quarter of the tuned range."""
+        losses, bins = torch.cat(self.losses).cpu(), torch.cat(self.bins)
+        levels = {f"loss/level_{i}": losses[bins == i].mean().item() for i in bins.unique().tolist()}
+        return {"loss": losses.mean().item(), **levels, "skipped_steps": self.skipped}
+
+
+def fit(
+    accelerator: Accelerator,
+    loss: GraftLoss,
+    states: torch.Tensor,
+    passes: Iterator[Rows],
+    optimizer: torch.optim.Optimizer,
+    config: Any,
+    lr_schedule: Callable[[int], float],
+    on_microbatch: Callable[[], Any] | None = None,
+    on_step: Callable[[], Any] | None = None,
+) -> FitReport:
+    """
+    Fit the trainable adapter of `loss.denoiser` to accepted states.
+
+    Args:
+        accelerator (`Accelerator`):
+            Engine; it wraps the denoiser for the time of the fit.
+        loss ([`GraftLoss`]):
+            What is minimised.
+        states (`torch.Tensor` of shape `(N, ...)`):
+            States x_I of the round.
+        passes (`Iterator[Rows]`):
+            Rows of each pass, equal on all processes, in the order of training.
+        optimizer (`torch.optim.Optimizer`):
+            Over the adapter's parameters.
+        config ([`GraftConfig`]):
+            Batch size, accumulation, timesteps per pass, gradient norm.
+        lr_schedule (`Callable[[int], float]`):
+            Learning rate of the fit's n-th optimizer step.
+        on_microbatch, on_step (`Callable`, *optional*):
+            Called after each microbatch, and after each optimizer step.
+
+    Raises:
+        `RuntimeError`: ten optimizer steps in a row had a non-finite loss or gradient.
+    """
+    denoiser, report = loss.denoiser, FitReport()
+    was_training = denoiser.training
+    model, stepper = accelerator.prepare(denoiser.train(), optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    microbatches = list(_microbatches(passes, config, accelerator))
+    skipped_in_a_row = 0
+    for number, (rows, k) in enumerate(microbatches, start=1):
+        is_boundary = number % config.train_gradient_accumulation_steps == 0 or number == len(microbatches)
+        with nullcontext() if is_boundary else accelerator.no_sync(model):
+            losses, bins = _losses(loss, model, states, rows, k, config, accelerator.device)
+            accelerator.backward(losses.mean() / config.train_gradient_accumulation_steps)
+        report.losses.append(losses.detach())
+        report.bins.append(bins)
+        if is_boundary:
+            for group in optimizer.param_groups:
+                group["lr"] = lr_schedule(report.steps)
+            finite = _step(accelerator, stepper, parameters, config.train_max_grad_norm)
+            report.steps, report.skipped = report.steps + 1, report.skipped + (not finite)
+            skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
+            _stop_if(skipped_in_a_row)
+            if on_step is not None:
+                on_step()
+        if on_microbatch is not None:
+            on_microbatch()
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    accelerator.free_memory()
+    denoiser.train(was_training)
+    return report
+
+
+def count_microbatches(rows: int, config: Any, processes: int) -> int:
+    """Microbatches that a process computes in one fit on `rows` rows."""
+    batches = math.ceil(rows / (config.train_batch_size * processes))
+    return batches * config.num_train_timesteps * config.train_num_inner_epochs
+
+
+def _microbatches(passes: Iterator[Rows], config: Any, accelerator: Accelerator) -> Iterator[tuple[Rows, int]]:
+    """This process's part of each global batch, once for each training timestep."""
+    size, count = config.train_batch_size, accelerator.num_processes
+    for rows in passes:
+        for start in range(0, len(rows), size * count):
+            # The last batch is filled up from the first rows of the (shuffled) pass: every process has work.
+            own = torch.arange(start, start + size) + accelerator.process_index * size
+            for k in range(config.num_train_timesteps):
+                yield rows.take(own % len(rows)), k
+
+
+def _losses(
+    loss: GraftLoss, model: Any, states: torch.Tensor, rows: Rows, k: int, config: Any, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x_i = states[rows.states].to(device)
+    draws = [_draw_row(loss, seed, k, config.num_train_timesteps, x_i.shape[1:]) for seed in rows.seeds]
+    timesteps = torch.stack([t for t, _, _ in draws])
+    noise = torch.stack([noise for _, noise, _ in draws]).to(device)
+    dropped = torch.tensor([dropped for _, _, dropped in draws])
+    losses = loss(model, x_i, noise, timesteps, rows.prompts, dropped)
+    return losses, loss.levels.bin_of(timesteps, 4)
+
+
+def _draw_row(loss: GraftLoss, seed: int, k: int, count: int, shape: torch.Size) -> tuple[torch.Tensor, Any, bool]:
+    """Timestep, noise and caption dropout of a row's k-th use in a pass: functions of its seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    timestep = loss.levels.draw(count, generator)[k]
+    generator.manual_seed(seed + k + 1)
+    dropped = bool(torch.rand((), generator=generator) < loss.caption_dropout)
+    return timestep, torch.randn(shape, generator=generator), dropped
+
+
+def _step(accelerator: Accelerator, optimizer: Any, parameters: Sequence[torch.Tensor], max_norm: float) -> bool:
+    """One optimizer step; skipped where the gradient is not finite."""
+    norm = accelerator.clip_grad_norm_(parameters, max_norm)
+    finite = bool(torch.isfinite(norm))
+    if finite or accelerator.scaler is not None:
+        optimizer.step()
+    optimizer.zero_grad()
+    return finite
+
+
+def _stop_if(skipped_in_a_row: int) -> None:
+    if skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
+        raise RuntimeError(
+            f"The last {skipped_in_a_row} optimizer steps had non-finite gradients and were skipped. Lower "
+            "train_learning_rate or train in a higher mixed_precision."
+        )
+
+
+def _where(mask: torch.Tensor, chosen: Any, other: Any, axes: Any) -> Any:
+    """Rows of `chosen` where `mask`, of `other` elsewhere, in every tensor that has a batch axis."""
+    if isinstance(chosen, dict):
+        return {name: _where(mask, chosen[name], other[name], axes[name]) for name in chosen}
+    if axes is None:
+        return other
+    shape = [-1 if axis == axes else 1 for axis in range(other.ndim)]
+    return torch.where(mask.to(other.device).reshape(shape), chosen, other)

@@ -1,0 +1,138 @@
+# Copyright 2026 The trl_pgraft authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""Adapters on disk: in PEFT's and in diffusers' format, with the noise level at which they switch off."""
+
+import json
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from .adapters import ADAPTER_NAME, adapter_parameters, add_adapter
+from .denoiser_call import denoiser_name_of, denoiser_of
+from .timestep_gate import SwitchLevel, TimestepGate
+
+
+SWITCH_FILE = "pgraft.json"
+PEFT_PREFIX = "base_model.model."
+
+
+def save_pgraft_adapter(pipeline: Any, folder: str | Path, switch: SwitchLevel, name: str = ADAPTER_NAME) -> None:
+    """
+    Save an adapter and the noise level at which it switches off.
+
+    The folder loads with `pipeline.load_lora_weights` and with PEFT, which both leave out the switch, and with
+    [`load_pgraft_adapter`], which does not.
+
+    Args:
+        pipeline (`DiffusionPipeline`):
+            Pipeline that has the adapter.
+        folder (`str` or `Path`):
+            Where to write; made if missing.
+        switch ([`SwitchLevel`]):
+            Where the adapter hands over.
+        name (`str`, *optional*, defaults to `"pgraft"`):
+            Name of the adapter in the pipeline.
+    """
+    folder, denoiser = Path(folder), denoiser_of(pipeline)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = denoiser.peft_config[name]
+    state = {k: v.contiguous().cpu() for k, v in get_peft_model_state_dict(denoiser, adapter_name=name).items()}
+    metadata = {"format": "pt", "pgraft": json.dumps(asdict(switch))}
+    save_file({PEFT_PREFIX + k: v for k, v in state.items()}, folder / "adapter_model.safetensors", metadata=metadata)
+    config.save_pretrained(str(folder))
+    if isinstance(config, LoraConfig) and hasattr(pipeline, "save_lora_weights"):
+        _save_for_diffusers(pipeline, folder, state, config, metadata)
+    (folder / SWITCH_FILE).write_text(json.dumps(asdict(switch), indent=2) + "\n")
+
+
+def _save_for_diffusers(pipeline: Any, folder: Path, state: dict, config: LoraConfig, metadata: dict) -> None:
+    name = denoiser_name_of(pipeline)
+    # Without the adapter's own metadata diffusers forgets alpha, and a LoRA of alpha != r comes back wrong.
+    arguments = {f"{name}_lora_layers": state, f"{name}_lora_adapter_metadata": config.to_dict()}
+    pipeline.save_lora_weights(folder, **arguments)
+    path = folder / "pytorch_lora_weights.safetensors"
+    with safe_open(path, "pt") as file:
+        written = file.metadata() or {}
+    save_file(load_file(path), path, metadata={**written, **metadata})
+
+
+def read_switch(folder: str | Path) -> SwitchLevel:
+    """The switch level stored in an adapter folder."""
+    path = Path(folder) / SWITCH_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} has no {SWITCH_FILE}, so the noise level at which its adapter switches off is not known. Load "
+            "it with `pipeline.load_lora_weights` if it is an ordinary LoRA."
+        )
+    values = json.loads(path.read_text())
+    return SwitchLevel(**{**values, "clock": tuple(values["clock"])})
+
+
+def load_pgraft_adapter(pipeline: Any, source: str | Path, name: str = ADAPTER_NAME) -> TimestepGate:
+    """
+    Load an adapter of [`save_pgraft_adapter`] and put the gate on the denoiser that switches it at its noise level.
+
+    Args:
+        pipeline (`DiffusionPipeline`):
+            The pipeline that the adapter was trained for.
+        source (`str` or `Path`):
+            Folder, or repository on the Hub.
+        name (`str`, *optional*, defaults to `"pgraft"`):
+            Name that the adapter gets.
+
+    Returns:
+        [`TimestepGate`]: at work until its `remove()`.
+    """
+    folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(str(source)))
+    switch, denoiser = read_switch(folder), denoiser_of(pipeline)
+    if switch.tuned_guidance_scale is not None:
+        warnings.warn(
+            f"{source} was trained for guidance {switch.tuned_guidance_scale} above its switch level, which the gate "
+            "does not set: sample inside `TunedGuidance` as well.",
+            stacklevel=2,
+        )
+    load_adapter_weights(denoiser, folder, name)
+    for parameter in adapter_parameters(denoiser, name):
+        parameter.data = parameter.data.to(denoiser.dtype)
+        parameter.requires_grad_(False)
+    return TimestepGate(denoiser, name, switch.switch_timestep, switch.clock)
+
+
+def load_adapter_weights(denoiser: torch.nn.Module, folder: str | Path, name: str) -> None:
+    """Add the PEFT adapter stored in `folder` to the denoiser as `name`, trainable and in float32."""
+    state = load_file(Path(folder) / "adapter_model.safetensors")
+    add_adapter(denoiser, PeftConfig.from_pretrained(str(folder)), name)
+    state = {key.removeprefix(PEFT_PREFIX): value for key, value in state.items()}
+    own = get_peft_model_state_dict(denoiser, adapter_name=name)
+    amiss = [key for key in own.keys() | state.keys() if _shape(own, key) != _shape(state, key)]
+    if amiss:
+        denoiser.delete_adapters(name)
+        raise ValueError(
+            f"{folder}: {len(amiss)} weights do not fit {type(denoiser).__name__}, e.g. {min(amiss)}. Was the adapter "
+            "trained for another model?"
+        )
+    set_peft_model_state_dict(denoiser, state, adapter_name=name)
+
+
+def _shape(state: dict[str, torch.Tensor], key: str) -> torch.Size | None:
+    return state[key].shape if key in state else None

@@ -1,0 +1,114 @@
+# Copyright 2026 The trl_pgraft authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""Score images with reward functions, check what they answer, and overlap scoring with sampling where asked."""
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from .functions import Reward
+
+
+class RewardError(RuntimeError):
+    """A reward function failed; the message names it and the prompts it was given."""
+
+
+def score(
+    reward: Reward, images: torch.Tensor, prompts: list[str], columns: dict[str, list], retries: int = 2
+) -> tuple[list[float | None], Any]:
+    """
+    Values of one reward on a batch, checked.
+
+    Args:
+        reward ([`Reward`]):
+            What to call.
+        images (`torch.Tensor` of shape `(B, 3, H, W)`, uint8):
+            Images.
+        prompts (`list[str]`):
+            `B` prompts.
+        columns (`dict[str, list]`):
+            Further columns, `B` values each.
+        retries (`int`, *optional*, defaults to `2`):
+            Further attempts after an exception.
+
+    Returns:
+        `tuple[list[float | None], Any]`: `B` values, `None` where the function leaves a sample out, and its info.
+
+    Raises:
+        [`RewardError`]: it kept raising, returned the wrong number of values, or a value that is not finite.
+    """
+    where = f"Reward {reward.name!r} on prompts {_shortened(prompts)}"
+    for attempt in range(retries + 1):
+        try:
+            values, info = reward.function(images, prompts, columns)
+            values = [None if value is None else float(value) for value in values]
+            break
+        except Exception as error:
+            if attempt == retries:
+                raise RewardError(f"{where} raised {error!r} in {retries + 1} attempts.") from error
+    if len(values) != len(prompts):
+        raise RewardError(f"{where} returned {len(values)} values for {len(prompts)} images; one each is expected.")
+    for prompt, value in zip(prompts, values, strict=True):
+        if value is not None and not math.isfinite(value):
+            raise RewardError(f"{where} returned {value} for {prompt!r}. Return None to leave a sample out.")
+    return values, info
+
+
+class Scorer:
+    """
+    Scores batches as they come, in threads where asked, and returns the results in the order of the batches.
+
+    Args:
+        rewards (`Sequence[Reward]`):
+            `F` reward functions.
+        retries (`int`):
+            Further attempts after an exception.
+        workers (`int`, *optional*, defaults to `0`):
+            Threads; 0 scores at once.
+    """
+
+    def __init__(self, rewards: Sequence[Reward], retries: int, workers: int = 0):
+        self.rewards = rewards
+        self.retries = retries
+        self._pool = ThreadPoolExecutor(workers) if workers else None
+        self._results: list[Future | tuple[torch.Tensor, list[Any]]] = []
+
+    def add(self, images: torch.Tensor, prompts: list[str], columns: dict[str, list]) -> None:
+        """Score a batch of uint8 images of shape `(B, 3, H, W)`."""
+        work = (self._score, images, prompts, columns)
+        self._results.append(self._pool.submit(*work) if self._pool else self._score(images, prompts, columns))
+
+    def results(self) -> list[tuple[torch.Tensor, list[Any]]]:
+        """Of each batch the values, shape `(B, F)` with NaN where left out, and each function's info."""
+        try:
+            return [result.result() if isinstance(result, Future) else result for result in self._results]
+        finally:
+            if self._pool:
+                self._pool.shutdown(cancel_futures=True)
+
+    def _score(self, images: torch.Tensor, prompts: list[str], columns: dict[str, list]) -> tuple[torch.Tensor, list]:
+        answers = [score(reward, images, prompts, columns, self.retries) for reward in self.rewards]
+        values = [[math.nan if value is None else value for value in values] for values, _ in answers]
+        table = torch.tensor(values, dtype=torch.float64).reshape(len(answers), len(prompts)).T
+        return table, [info for _, info in answers]
+
+
+def _shortened(prompts: list[str], most: int = 4) -> str:
+    rest = f" and {len(prompts) - most} more" if len(prompts) > most else ""
+    return f"{[prompt[:80] for prompt in prompts[:most]]}{rest}"

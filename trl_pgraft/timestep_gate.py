@@ -1,0 +1,184 @@
+# Copyright 2026 The trl_pgraft authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""Run a fine-tuned adapter above a noise level and not below it, whatever the sampler and its number of steps."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .adapters import AdapterSwitch
+from .denoiser_call import DenoiserCall, argument_names, observe_calls
+
+
+@dataclass(frozen=True)
+class SwitchLevel:
+    """
+    The noise level at which an adapter hands over to the reference model; stored with the adapter.
+
+    Args:
+        switch_timestep (`float` or `None`):
+            Training timestep midway between the last tuned and the first reference step; `None`: never (GRAFT).
+        switch_log_snr (`float` or `None`):
+            `log(alpha^2 / sigma^2)` there.
+        state_timestep (`float` or `None`):
+            Timestep t_I of the accepted states; `None`: final images.
+        clock (`tuple[float, float]`, *optional*, defaults to `(1.0, 0.0)`):
+            The denoiser's own clock, see [`DenoiserCall`].
+        tuned_guidance_scale (`float`, *optional*):
+            Guidance scale of the tuned steps, where it differs from the sampler's.
+    """
+
+    switch_timestep: float | None
+    switch_log_snr: float | None
+    state_timestep: float | None
+    clock: tuple[float, float] = (1.0, 0.0)
+    tuned_guidance_scale: float | None = None
+
+
+class TimestepGate:
+    """
+    Run the denoiser with an adapter at noisy timesteps and without it at clean ones (P-GRAFT's inference).
+
+    A forward pre-hook reads the timestep of each denoiser call and switches the adapter where the noise level crosses
+    the switch. Only the named adapter is touched: other adapters stay as they are. The gate works from its creation
+    until [`~TimestepGate.remove`], or as a context manager; both leave every adapter and `requires_grad` flag as they
+    were before, and so does an exception inside the denoiser.
+
+    Args:
+        denoiser (`torch.nn.Module`):
+            Module that the pipeline calls, with PEFT layers inside.
+        adapter_name (`str`):
+            The adapter to switch.
+        switch_timestep (`float` or `None`):
+            Training timestep (larger is noisier) above which the adapter is on; `None` keeps it on throughout (GRAFT).
+        clock (`tuple[float, float]`, *optional*, defaults to `(1.0, 0.0)`):
+            `(scale, offset)` of the denoiser's own clock, see [`DenoiserCall`].
+    """
+
+    def __init__(
+        self,
+        denoiser: torch.nn.Module,
+        adapter_name: str,
+        switch_timestep: float | None,
+        clock: tuple[float, float] = (1.0, 0.0),
+    ):
+        self.adapter_name = adapter_name
+        self.switch_timestep = switch_timestep
+        self.clock = clock
+        self._adapter = AdapterSwitch(denoiser, adapter_name)
+        self._timestep_name = argument_names(denoiser)[1]
+        self._observer = observe_calls(denoiser, self._on_call)
+        self._observer.__enter__()
+        self._after_call = denoiser.register_forward_hook(self._restore_after_failure, always_call=True)
+
+    def __enter__(self) -> "TimestepGate":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Take the gate off the denoiser and restore the adapters; harmless when already removed."""
+        if self._observer is not None:
+            self._observer.__exit__(None, None, None)
+            self._after_call.remove()
+            self._observer = None
+            self._adapter.restore()
+
+    def is_on_at(self, timestep: float) -> bool:
+        """Whether the adapter takes part at a training timestep."""
+        return self.switch_timestep is None or timestep > self.switch_timestep
+
+    def _on_call(self, arguments: dict[str, Any]) -> None:
+        value = arguments[self._timestep_name]
+        values = value.flatten() if isinstance(value, torch.Tensor) else torch.tensor([float(value)])
+        if not torch.equal(values, values[:1].expand_as(values)):
+            raise ValueError(
+                "TimestepGate: the rows of one denoiser call have different timesteps. The gate serves sampling; call "
+                "`remove()` (or leave its `with` block) before training."
+            )
+        scale, offset = self.clock
+        self._adapter.turn(self.is_on_at((float(values[0]) - offset) / scale))
+
+    def _restore_after_failure(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
+        if output is None:
+            self._adapter.restore()
+
+
+class TunedGuidance:
+    """
+    Use another guidance scale at the timesteps above the switch, as a context manager around a pipeline call.
+
+    The pipeline keeps its own scale `w`; the conditional prediction that it is handed becomes
+    `u + (w_tuned / w) (c - u)`, so that its combination comes out as guidance with `w_tuned`.
+
+    Args:
+        denoiser (`torch.nn.Module`):
+            Module that the pipeline calls.
+        call ([`DenoiserCall`]):
+            How it is called; guided, both branches in one call.
+        guidance_scale (`float`):
+            The pipeline's own scale.
+        tuned_guidance_scale (`float`):
+            Scale above the switch; 1.0 is no guidance.
+        switch_timestep (`float` or `None`):
+            See [`TimestepGate`].
+    """
+
+    def __init__(
+        self,
+        denoiser: torch.nn.Module,
+        call: DenoiserCall,
+        guidance_scale: float,
+        tuned_guidance_scale: float,
+        switch_timestep: float | None,
+    ):
+        if not call.is_guided or call.calls_per_step != 1:
+            raise ValueError(
+                "tuned_guidance_scale needs a pipeline that calls its denoiser once a step on both guidance branches; "
+                "this one does not. Leave it at None."
+            )
+        self.call = call
+        self.ratio = tuned_guidance_scale / guidance_scale
+        self.switch_timestep = switch_timestep
+        self._denoiser = denoiser
+        self._is_tuned = False
+
+    def __enter__(self) -> "TunedGuidance":
+        self._observer = observe_calls(self._denoiser, self._on_call)
+        self._observer.__enter__()
+        self._rescaler = self._denoiser.register_forward_hook(self._rescale)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._observer.__exit__(None, None, None)
+        self._rescaler.remove()
+
+    def _on_call(self, arguments: dict[str, Any]) -> None:
+        timestep = float(torch.as_tensor(arguments[self.call.timestep_name]).flatten()[0])
+        switch = self.switch_timestep
+        self._is_tuned = switch is None or self.call.training_timestep(timestep) > switch
+
+    def _rescale(self, module: torch.nn.Module, args: tuple, output: Any) -> Any:
+        if not self._is_tuned:
+            return None
+        prediction = output[0] if isinstance(output, tuple) else output.sample
+        parts = list(prediction.chunk(2))
+        conditional, unconditional = self.call.conditional_branch, 1 - self.call.conditional_branch
+        parts[conditional] = torch.lerp(parts[unconditional], parts[conditional], self.ratio)
+        rescaled = torch.cat(parts)
+        return (rescaled, *output[1:]) if isinstance(output, tuple) else type(output)(sample=rescaled)

@@ -1,0 +1,132 @@
+# Copyright 2026 The trl_pgraft authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""
+What the library costs on top of what it is built from, as ratios within one process.
+
+    python -m examples.benchmarks.overhead --repeats 15
+
+Rollout: `draw` (record states, seed each sample) over the bare pipeline call for the same images. Training: `fit`
+over a minimal hand-written LoRA loop with the same batches. Runs of the two sides alternate; medians are compared.
+"""
+
+import argparse
+import copy
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+
+import torch
+from tqdm.auto import tqdm
+
+from examples.quickstart import RECIPE, load_prompts, make_trainer
+from trl_pgraft import GraftConfig
+from trl_pgraft.adapters import ADAPTER_NAME, adapter_parameters
+from trl_pgraft.denoiser_call import record_conditioning
+from trl_pgraft.fine_tuning import Rows, fit
+from trl_pgraft.rollout import Group, call_pipeline, draw, samples_of
+
+
+BATCH = 32
+STEPS = 8
+
+
+def alternate(ours: Callable[[], None], bare: Callable[[], None], repeats: int) -> tuple[float, float]:
+    """Median seconds of each side, run in turns after one warm-up of both."""
+    ours(), bare()
+    times: dict[Callable, list[float]] = {ours: [], bare: []}
+    for _ in tqdm(range(repeats)):
+        for side in (ours, bare):
+            started = time.perf_counter()
+            side()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times[side].append(time.perf_counter() - started)
+    return statistics.median(times[ours]), statistics.median(times[bare])
+
+
+def rollout(trainer, repeats: int) -> tuple[float, float]:
+    """`draw` against the pipeline call."""
+    prompts = load_prompts("train")[:BATCH]
+    samples = samples_of([Group(i, prompt, 1, {}) for i, prompt in enumerate(prompts)], 0)
+    seeds = [sample.seed for sample in samples]
+    arguments = {**trainer.arguments, "output_type": "pt"}
+
+    def ours() -> None:
+        draw(trainer.pipeline, trainer.call, samples, trainer.levels.position, BATCH, trainer.arguments)
+
+    return alternate(ours, lambda: call_pipeline(trainer.pipeline, prompts, seeds, arguments), repeats)
+
+
+def training(trainer, repeats: int) -> tuple[float, float]:
+    """`fit` against a loop that does only what LoRA training must."""
+    prompts = load_prompts("train")[:BATCH]
+    states = torch.randn(BATCH, *_latent_shape(trainer))
+    conditioning = record_conditioning(trainer.pipeline, trainer.call, prompts, trainer.arguments)
+    rows = Rows(torch.arange(BATCH), torch.arange(BATCH), list(range(BATCH)))
+    loss = trainer._loss(ADAPTER_NAME, conditioning)
+
+    def ours() -> None:
+        passes = iter([rows] * STEPS)
+        fit(trainer.accelerator, loss, states, passes, trainer.optimizer, trainer.config, lambda _: 1e-4)
+
+    return alternate(ours, _hand_written(trainer, states, conditioning), repeats)
+
+
+def _hand_written(trainer, states: torch.Tensor, conditioning) -> Callable[[], None]:
+    device, unet = trainer.accelerator.device, copy.deepcopy(trainer.denoiser)
+    embeddings = conditioning.conditional["encoder_hidden_states"].to(device)
+    parameters = adapter_parameters(unet, ADAPTER_NAME)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    scheduler, x_0 = trainer.pipeline.scheduler, states.to(device)
+
+    def loop() -> None:
+        for _ in range(STEPS):
+            noise, timesteps = torch.randn_like(x_0), torch.randint(0, 1000, (BATCH,), device=device)
+            prediction = unet(scheduler.add_noise(x_0, noise, timesteps), timesteps, embeddings, return_dict=False)[0]
+            torch.nn.functional.mse_loss(prediction, noise).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return loop
+
+
+def _latent_shape(trainer) -> tuple[int, int, int]:
+    size = trainer.denoiser.config.sample_size
+    return trainer.denoiser.config.in_channels, size, size
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=15)
+    repeats = parser.parse_args().repeats
+    fields = {**RECIPE, "control_adapter": False, "guidance_loss": "conditional", "train_batch_size": BATCH}
+    fields |= {"tuned_fraction": 1.0, "caption_dropout": 0.0, "mixed_precision": "no"}
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(GraftConfig(output_dir=folder, **fields), load_prompts("train"))
+        rows = [("rollout / pipeline call", *rollout(trainer, repeats))]
+        rows += [("fit / hand-written LoRA loop", *training(trainer, repeats))]
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, median of {repeats}, batch {BATCH}")
+    print("| what | ours, s | bare, s | ratio |\n| --- | --: | --: | --: |")
+    for what, ours, bare in rows:
+        print(f"| {what} | {ours:.3f} | {bare:.3f} | {ours / bare:.3f} |")
+
+
+if __name__ == "__main__":
+    main()

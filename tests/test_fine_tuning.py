@@ -147,7 +147,8 @@ def config_of(**options):
 
 
 def rows_of(*passes):
-    return iter([Rows(torch.tensor(p), torch.tensor(p) % 2, [1000 * n + i for i in p]) for n, p in enumerate(passes)])
+    tensors = [torch.tensor(rows) for rows in passes]
+    return iter([Rows(rows, rows % 2, (1000 * (8 * n + rows)).tolist()) for n, rows in enumerate(tensors)])
 
 
 def fit_on(pipeline, passes, config, loss=None, **options):
@@ -252,10 +253,13 @@ def test_the_timesteps_of_a_row_are_stratified_over_the_tuned_range(tuned):
         assert (timesteps > levels.switch_timestep).all()
 
 
-def test_passes_draw_new_noise(tuned):
+def test_each_row_timestep_and_pass_has_noise_of_its_own(tuned):
     spy = Spy(tuned, loss_of(tuned).levels)
-    fit_on(tuned, [[0, 1], [0, 1]], config_of(), spy)
-    assert len({float(noise.sum()) for _, noise, _, _, _ in spy.given}) == 4
+    fit_on(tuned, [[0, 1], [0, 1]], config_of(train_timestep_fraction=0.3), spy)
+    noises = [noise for _, noise, _, _, _ in spy.given]
+    assert len({float(noise.sum()) for noise in noises}) == 2 * 2 * 3
+    correlations = torch.corrcoef(torch.stack([noise.flatten() for noise in noises])) - torch.eye(12)
+    assert correlations.abs().max() < 6 / noises[0].numel() ** 0.5
 
 
 @pytest.mark.parametrize("dropout, low, high", [(0.0, 0, 0), (0.5, 60, 140)])

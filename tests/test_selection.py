@@ -56,10 +56,10 @@ def round_of(groups, rewards, decision):
 
 
 def test_each_group_is_decided_by_itself():
-    rewards = rewards_of(0.1, 0.9, 0.5, 0.3, 5.1, 5.2, 5.4, 5.3)
-    decision = accept(rewards, groups_of(4, 4), accept_top_k, {"k": 2}, (0,))
-    assert accepted_rows(decision) == [1, 2, 6, 7]
-    assert decision.implied_kl == pytest.approx(implied_kl(4, 2))
+    rewards = rewards_of(0.1, 0.9, 0.5, 0.3, 5.1, 5.2, 9.3, 9.1, 9.2)
+    decision = accept(rewards, groups_of(4, 2, 3), accept_best_of_n, {}, (0,))
+    assert accepted_rows(decision) == [1, 5, 6]
+    assert decision.implied_kl == pytest.approx(sum(implied_kl(size, 1) for size in (4, 2, 3)) / 3)
     assert (decision.skipped, decision.without_signal) == (0, 0)
 
 

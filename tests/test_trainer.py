@@ -15,7 +15,10 @@
 import asyncio
 import itertools
 import json
+import os
 import random
+import subprocess
+import sys
 
 import datasets
 import pytest
@@ -206,6 +209,33 @@ def test_a_control_sees_as_many_rows_of_the_same_groups(config, monkeypatch):
     assert states[0] != states[1]
 
 
+@pytest.mark.parametrize(
+    "options, scale, guidance",
+    [
+        ({"guidance_loss": "conditional"}, 1 / 3, 3.0),
+        ({"guidance_loss": "corrected"}, 1.0, 3.0),
+        ({"guidance_loss": "combined"}, 1.0, 3.0),
+        ({"guidance_loss": "corrected", "tuned_guidance_scale": 1.0}, 1.0, 1.0),
+        ({"guidance_loss": "conditional", "tuned_guidance_scale": 2.0}, 1 / 2, 2.0),
+    ],
+    ids=str,
+)
+def test_guidance_is_that_of_the_tuned_steps(config, monkeypatch, options, scale, guidance):
+    """The guided field moves by the difference of the two fits: in the conditional branch, by the w-th part of it."""
+    fits, scales, original = spied_fits(monkeypatch), [], trainer_module.merge_difference
+
+    def spy(denoiser, policy, accepted, control, scale, max_rank):
+        scales.append(scale)
+        original(denoiser, policy, accepted, control, scale, max_rank)
+
+    monkeypatch.setattr(trainer_module, "merge_difference", spy)
+    make_trainer(config(control_adapter=True, num_epochs=2, **options)).train()
+    assert scales == [scale] * 2
+    assert {loss.guidance_scale for loss, _, _ in fits} == {guidance}
+    expected = [["pgraft_accepted"], ["pgraft_control"], ["pgraft", "pgraft_accepted"], ["pgraft", "pgraft_control"]]
+    assert [loss.adapters for loss, _, _ in fits] == expected, "what tells the policy from the reference"
+
+
 def test_without_a_signal_the_control_changes_next_to_nothing(config):
     """Where everything is accepted, both fits learn the same, and less is left than one of them alone changes."""
     options = {"acceptance": "all", "train_num_inner_epochs": 4}
@@ -218,6 +248,29 @@ def test_without_a_signal_the_control_changes_next_to_nothing(config):
         for t in (plain, controlled)
     ]
     assert 0 < changes[1] < 0.5 * changes[0]
+
+
+def test_a_moving_average_lags_behind(config, tmp_path):
+    changes = []
+    for decay in (None, 0.9):
+        options = {"ema_decay": decay, "output_dir": str(tmp_path / str(decay))}
+        trainer = make_trainer(config(train_num_inner_epochs=6, **options))
+        before = adapter_of(trainer)
+        trainer.train()
+        changes.append([(new - old).norm() for old, new in zip(before, adapter_of(trainer), strict=True)])
+    assert all(0 < lagging < change for change, lagging in zip(*changes, strict=True))
+
+
+def test_the_learning_rate_follows_its_schedule_over_the_rounds(config, monkeypatch):
+    rates, original = [], trainer_module.fit
+
+    def spy(*args, **kwargs):
+        *rest, lr_schedule = args
+        return original(*rest, lambda step: rates.append(lr_schedule(step)) or rates[-1], **kwargs)
+
+    monkeypatch.setattr(trainer_module, "fit", spy)
+    make_trainer(config(num_epochs=3, lr_scheduler_type="linear", warmup_steps=2, train_learning_rate=0.4)).train()
+    assert rates == pytest.approx([0.0, 0.2, 0.4, 0.3, 0.2, 0.1]), "two of warm-up, then down to the end of six"
 
 
 def test_graft_has_no_switch(config):
@@ -331,6 +384,12 @@ def test_a_prompt_is_asked_for_once_a_group_and_its_columns_reach_the_reward(con
     assert sorted(seen) == [("a cat", 0, 4)] * 4 + [("an ant", 1, 6)] * 4
     make_trainer(two_groups, prompts=lambda: (f"prompt {next(count)}", {}))._draw_round(0)
     assert next(count) == 2
+
+
+def test_prompts_drawn_at_random_are_new_in_each_round_and_the_same_when_it_is_repeated(config):
+    trainer = make_trainer(config(), prompts=lambda: (str(random.random()), {}))
+    prompts = [trainer._groups(epoch)[0].prompt for epoch in (0, 1, 2, 3, 2)]
+    assert len(set(prompts)) == 4 and prompts[4] == prompts[2]
 
 
 def test_weights_and_left_out_samples_enter_the_sum(config):
@@ -502,6 +561,41 @@ def test_callbacks_are_called_and_can_stop_the_run(config):
     trainer = make_trainer(config(num_epochs=5), callbacks=[recorder, TrainerCallback])
     assert len(trainer.train()) == 2
     assert recorder.events == ["begin", (1, 2, 0), (2, 4, 1), "end"]
+
+
+# Several processes.
+
+ON_TWO_PROCESSES = """
+import sys, torch
+from test_trainer import adapter_of, any_animal, brightness, make_trainer
+from trl_pgraft import GraftConfig
+
+trainer = make_trainer(GraftConfig(**eval(sys.argv[1])))
+trainer.train()
+assert trainer.accelerator.num_processes == 2
+torch.save((adapter_of(trainer), trainer.history), sys.argv[2] + str(trainer.accelerator.process_index))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"guidance_loss": "corrected"}, {"control_adapter": True}], ids=str)
+def test_two_processes_are_one_with_twice_the_batch(config, tmp_path, options):
+    options |= {"samples_per_prompt": 8, "num_epochs": 2, "eval_prompts": ["a cat"], "acceptance_kwargs": {"k": 2}}
+    alone = make_trainer(config(sample_num_batches_per_epoch=4, train_batch_size=2, **options))
+    alone.train()
+    shared = config(sample_num_batches_per_epoch=2, train_batch_size=1, **options, output_dir=str(tmp_path / "shared"))
+    script = tmp_path / "script.py"
+    script.write_text(ON_TWO_PROCESSES)
+    environment = {"ACCELERATE_USE_CPU": "1", "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    command += [repr(vars(shared)), str(tmp_path / "rank")]
+    subprocess.run(command, check=True, env={**os.environ, **environment})
+    (one, history), (other, _) = (torch.load(tmp_path / f"rank{rank}") for rank in (0, 1))
+    assert equal(one, other), "the processes agree"
+    assert_close(one, adapter_of(alone), atol=1e-4)
+    for found, expected in zip(history, alone.history, strict=True):
+        for name in ("reward", "eval/reward", "images", "denoiser_calls", "accepted"):
+            assert found.get(name) == pytest.approx(expected.get(name), abs=1e-3)
 
 
 # Interrupted and resumed.

@@ -23,6 +23,7 @@ take the lower indices there would be training without selection. Rules that loo
 a fixed threshold, all) keep their meaning in such a group.
 """
 
+import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
 
@@ -289,6 +290,7 @@ def _log_cdf(
     return torch.where(below_is_small, log_below, complement), torch.where(below_is_small, complement, log_above)
 
 
+@functools.lru_cache(maxsize=256)
 def _continuous_kl(group_size: int, k: int, rounds: int) -> float:
     # u = sigmoid(x): the integrand in x is smooth and decays exponentially at both ends, so the trapezoidal rule
     # converges faster than any power of the step.

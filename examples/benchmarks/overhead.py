@@ -42,7 +42,7 @@ from trl_pgraft.rollout import Group, call_pipeline, draw, samples_of
 
 
 BATCH = 32
-STEPS = 8
+STEPS = 24
 
 
 def alternate(ours: Callable[[], None], bare: Callable[[], None], repeats: int) -> tuple[float, float]:

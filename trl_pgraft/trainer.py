@@ -318,9 +318,8 @@ class PGraftTrainer:
             progress=self.accelerator.is_local_main_process,
         )
         results = scorer.results()
-        weights = torch.tensor([reward.weight for reward in self.rewards], dtype=torch.float64)
-        for batch, (values, infos) in zip(batches, results, strict=True):
-            batch += [values @ weights, infos[0] if len(infos) == 1 else infos]
+        for batch, result in zip(batches, results, strict=True):
+            batch += self._as_ddpo(*result)
         return drawn, torch.cat([values for values, _ in results]), batches
 
     def compute_rewards(self, prompt_image_pairs: Sequence[Sequence[Any]], is_async: bool = False) -> Iterator[tuple]:
@@ -340,9 +339,12 @@ class PGraftTrainer:
         for images, prompts, metadata in prompt_image_pairs:
             images = images if images.dtype == torch.uint8 else (images * 255).round().to(torch.uint8)
             scorer.add(images, list(prompts), {"metadata": list(metadata)})
+        return zip(*(self._as_ddpo(*result) for result in scorer.results()), strict=True)
+
+    def _as_ddpo(self, values: torch.Tensor, infos: list[Any]) -> tuple[torch.Tensor, Any]:
+        """A batch's values and infos as DDPO knows them: one reward a sample, and the info of the only function."""
         weights = torch.tensor([reward.weight for reward in self.rewards], dtype=torch.float64)
-        results = [(values @ weights, infos[0] if len(infos) == 1 else infos) for values, infos in scorer.results()]
-        return zip(*results, strict=True)
+        return values @ weights, infos[0] if len(infos) == 1 else infos
 
     def _duplicate_keys(self, samples: list[Sample], drawn: Drawn) -> list[Any] | None:
         """Keys that tell equal samples, gathered over the processes."""
@@ -454,7 +456,7 @@ class PGraftTrainer:
                 data.rows.passes(control),
                 optimizer,
                 config,
-                self._learning_rate,
+                self._learning_rate_schedule(),
                 on_microbatch=bar.update,
                 on_step=(lambda: average.step(parameters)) if average else None,
             )
@@ -476,13 +478,13 @@ class PGraftTrainer:
             adapters,
         )
 
-    def _learning_rate(self, step: int) -> float:
+    def _learning_rate_schedule(self) -> Callable[[int], float]:
         """Learning rate of a round's n-th optimizer step, on diffusers' schedule over the whole run."""
-        config = self.config
+        config, start = self.config, self.progress.global_step
         unit = torch.optim.SGD([torch.zeros(1)], lr=1.0)
         plan = {"num_warmup_steps": config.warmup_steps, "num_training_steps": self.progress.planned_steps}
-        schedule = get_scheduler(config.lr_scheduler_type, unit, **plan)
-        return config.train_learning_rate * schedule.lr_lambdas[0](self.progress.global_step + step)
+        factor = get_scheduler(config.lr_scheduler_type, unit, **plan).lr_lambdas[0]
+        return lambda step: config.train_learning_rate * factor(start + step)
 
     def _accumulate_kl(self, round_: Round) -> float:
         """KL to the reference that the rounds so far imply: composed for top-k, where the policy drew them."""

@@ -13,15 +13,21 @@
 # limitations under the License.
 
 
-"""Pictures of samples: a grid of images before and after fine-tuning, labelled by their prompts."""
+"""Pictures: a grid of images before and after fine-tuning, and the curves by which t_I is chosen."""
 
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from .rewards.functions import to_pil
+
+
+if TYPE_CHECKING:
+    from .diagnostics import IntermediateStep
 
 
 def before_after_grid(
@@ -65,3 +71,46 @@ def before_after_grid(
             middle = y + line * (size + gap) + size // 2 - 6
             draw.text((4, middle), title, fill="black", font=ImageFont.load_default(14))
     return grid
+
+
+def draw_choice(result: "IntermediateStep", path: str | Path) -> None:
+    """
+    Draw the curves of a choice and the proposal to an image file.
+
+    Args:
+        result ([`IntermediateStep`]):
+            From [`choose_intermediate_step`].
+        path (`str` or `Path`):
+            File to write; its suffix is the format.
+    """
+    from matplotlib.figure import Figure
+
+    rows = result.curves
+    x = [row["fraction"] for row in rows]
+
+    def column(name: str) -> list[float]:
+        return [row[name] for row in rows]
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(x, column("readable"), "o--", color="tab:gray", label="readable (rank correlation)")
+    left.plot(x, column("information"), "o-", color="tab:blue", label="information")
+    left.plot(x, column("score"), "s-", color="tab:green", label="score")
+    if result.stochastic:
+        left.plot(x, column("reward_variance"), "o:", color="tab:purple", label="reward variance given $x_I$, share")
+    left.axhline(0, color="black", linewidth=0.5)
+    left.set(title="What $x_I$ holds of the reward", xlabel="tuned fraction", ylabel="share")
+    right.errorbar(x, column("refit"), column("refit_error"), fmt="o-", color="tab:red", label="refit: all states")
+    selection = column("selection"), column("selection_error")
+    right.errorbar(x, *selection, fmt="o-", color="tab:orange", label="selection: accepted less all")
+    right.set(title="What a fit must learn", xlabel="tuned fraction", ylabel="squared mean gradient x steps")
+    loss = right.twinx()
+    loss.plot(x, column("difficulty"), "x--", color="tab:brown", label="loss, accepted (right)")
+    loss.plot(x, column("difficulty_all"), "+:", color="tab:gray", label="loss, all (right)")
+    loss.set(ylabel="weighted loss of the reference", ylim=(0, None))
+    for axes in (left, right):
+        axes.axvline(result.fraction, color="tab:green", alpha=0.4, label=f"proposal {result.fraction:g}")
+    left.legend(fontsize="small")
+    (handles, labels), further = right.get_legend_handles_labels(), loss.get_legend_handles_labels()
+    right.legend(handles + further[0], labels + further[1], fontsize="small")
+    figure.savefig(path, dpi=120)

@@ -111,6 +111,12 @@ def samples_of(groups: Sequence[Group], *seed_parts: Any) -> list[Sample]:
     return [Sample(g, i, seed_of(*seed_parts, g.index, i)) for g in groups for i in range(g.size)]
 
 
+def columns_of(samples: Sequence[Sample]) -> dict[str, list[Any]]:
+    """Further columns of the samples' prompts, as lists."""
+    names = dict.fromkeys(name for sample in samples for name in sample.group.columns)
+    return {name: [sample.group.columns.get(name) for sample in samples] for name in names}
+
+
 def sampling_arguments(config: Any, pipeline: Any, pipeline_kwargs: dict[str, Any] | None) -> dict[str, Any]:
     """Keyword arguments of the pipeline call that `config` asks for, among those that the pipeline takes."""
     wanted = {
@@ -175,7 +181,7 @@ def draw(
                 f"{type(pipeline).__name__} made {len(trajectory.timesteps)} steps and none at position {position}, "
                 f"where its state was to be recorded. Does its `{denoiser_name_of(pipeline)}` run at every step?"
             )
-        images.append(_to_uint8(output.images))
+        images.append(to_uint8(output.images))
         states.append(trajectory.x_i.float().cpu())
         calls, timesteps = calls + trajectory.denoiser_calls, trajectory.timesteps
         if on_batch is not None:
@@ -183,7 +189,8 @@ def draw(
     return Drawn(torch.cat(images), torch.cat(states), timesteps, calls)
 
 
-def _to_uint8(images: torch.Tensor) -> torch.Tensor:
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """A pipeline's images in [0, 1] as uint8 on the host."""
     if not images.isfinite().all():
         raise ValueError("The pipeline returned images with non-finite values; sample in a higher precision.")
     return (images.float() * 255).round().clamp(0, 255).to(torch.uint8).cpu()

@@ -62,7 +62,7 @@ from .parameterizations import prediction_type_of
 from .probe import learn_denoiser_call
 from .prompts import choose_prompt_source
 from .rewards import Scorer, choose_rewards, to_pil
-from .rollout import Drawn, Group, Sample, draw, form_groups, samples_of, sampling_arguments, seed_of
+from .rollout import Drawn, Group, Sample, columns_of, draw, form_groups, samples_of, sampling_arguments, seed_of
 from .samples import sampling_fingerprint, to_dataset
 from .selection import Round, SelectedRows, accept, combined_rewards
 from .timestep_gate import TimestepGate, TunedGuidance
@@ -302,7 +302,7 @@ class PGraftTrainer:
         batches: list[list[Any]] = []
 
         def add(batch: Sequence[Sample], images: torch.Tensor) -> None:
-            prompts, columns = [s.group.prompt for s in batch], _columns(batch)
+            prompts, columns = [s.group.prompt for s in batch], columns_of(batch)
             scorer.add(images, prompts, columns)
             metadata = columns.get("metadata", [s.group.columns for s in batch])
             batches.append([images.float() / 255, tuple(prompts), tuple(metadata)])
@@ -600,9 +600,3 @@ def _checked_pipeline(sd_pipeline: Any) -> Any:
     if getattr(sd_pipeline, "use_lora", True) is False:
         raise ValueError("sd_pipeline: use_lora=False (full fine-tuning) is not supported; tune an adapter.")
     return getattr(sd_pipeline, "sd_pipeline", sd_pipeline)
-
-
-def _columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
-    """Further columns of the samples' prompts, as lists."""
-    names = dict.fromkeys(name for sample in samples for name in sample.group.columns)
-    return {name: [sample.group.columns.get(name) for sample in samples] for name in names}

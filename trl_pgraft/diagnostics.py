@@ -134,11 +134,12 @@ def choose_intermediate_step(
             loss = pilot_loss(trainer, pilot)
             learnt = [to_learn(trainer, replace(loss, levels=c.levels), pilot, parameters) for c in candidates]
     rows = [c.to_row() | left | right for c, left, right in zip(candidates, held, learnt, strict=True)]
-    curves = _scored(rows)
+    curves = scored(rows)
     return IntermediateStep(max(curves, key=lambda row: row["score"])["fraction"], stochastic, curves)
 
 
-def _scored(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def scored(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with their `score`: information less the share of the largest refit."""
     most = max(row["refit"] for row in rows)
     shares = [max(0.0, row["refit"]) / most if most > 0 else 0.0 for row in rows]
     return [{**row, "score": row["information"] - share} for row, share in zip(rows, shares, strict=True)]

@@ -44,6 +44,8 @@ LEAST_PARTS, MOST_PARTS = 3, 16
 def pilot_adapter(trainer: "PGraftTrainer") -> Iterator[list[torch.nn.Parameter]]:
     """Parameters of a fresh adapter, in which gradients are taken; it computes nothing and is removed again."""
     denoiser, was_training = trainer.denoiser, trainer.denoiser.training
+    # A new adapter becomes the only one that is trainable.
+    trainable = [p for p in denoiser.parameters() if p.requires_grad]
     add_adapter(denoiser, copy.deepcopy(trainer.peft_config), PILOT_ADAPTER, seed_of(trainer.config.seed, "pilot"))
     try:
         denoiser.train()
@@ -53,6 +55,8 @@ def pilot_adapter(trainer: "PGraftTrainer") -> Iterator[list[torch.nn.Parameter]
         # Deleting an adapter that is on would turn another one on in its place.
         AdapterSwitch(denoiser, PILOT_ADAPTER).turn(False)
         denoiser.delete_adapters(PILOT_ADAPTER)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
 def pilot_loss(trainer: "PGraftTrainer", pilot: Pilot) -> GraftLoss:

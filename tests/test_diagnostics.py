@@ -17,6 +17,7 @@
 import inspect
 import json
 import math
+import warnings
 
 import pytest
 import torch
@@ -27,11 +28,14 @@ from examples.benchmarks import intermediate_step
 from trl_pgraft import GraftConfig, PGraftTrainer, choose_intermediate_step
 from trl_pgraft.adapters import active_adapters, adapter_parameters
 from trl_pgraft.denoiser_call import observe_steps, record_trajectory
-from trl_pgraft.diagnostics import conditional_variance, rank_correlation, scored
+from trl_pgraft.diagnostics import _warn_if_unresolved, conditional_variance, rank_correlation, scored
 from trl_pgraft.fit_work import squared_mean
 from trl_pgraft.pictures import draw_choice
 from trl_pgraft.pilot import complete, draw_pilot
 
+
+# Pilots of three prompts resolve little, and say so.
+pytestmark = pytest.mark.filterwarnings("ignore:choose_intermediate_step")
 
 PROMPTS = ["a cat", "a dog", "an ant"]
 
@@ -230,6 +234,14 @@ def test_the_score_is_the_knee():
     assert [row["score"] for row in scored([{**row, "refit": -1.0} for row in rows])] == [0.1, 0.8, 0.9, 1.0]
 
 
+def test_a_pilot_that_resolves_nothing_is_warned_of():
+    with pytest.warns(UserWarning, match="Draw more prompts"):
+        _warn_if_unresolved([{"refit": 1.0, "refit_error": 1.6}, {"refit": 3.0, "refit_error": 0.1}])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _warn_if_unresolved([{"refit": 1.0, "refit_error": 0.6}, {"refit": 3.0, "refit_error": 1.4}])
+
+
 # Errors.
 
 
@@ -288,7 +300,7 @@ def test_the_figure_is_drawn(make, tmp_path):
 def test_the_script_on_the_embedded_model(tmp_path, monkeypatch, capsys):
     options = ["--prompts", "3", "--fractions", "0.1", "1", "--guidance", "1", "--output", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["intermediate_step", *options])
-    monkeypatch.setattr(intermediate_step, "RECIPE", {**quickstart.RECIPE, "samples_per_prompt": 6})
+    monkeypatch.setattr(intermediate_step, "RECIPE", {**quickstart.RECIPE, "samples_per_prompt": 4})
     intermediate_step.main()
     record = json.loads((tmp_path / "curves.json").read_text())
     first, last = record["curves"]

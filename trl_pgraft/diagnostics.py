@@ -17,6 +17,7 @@
 import copy
 import inspect
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -91,8 +92,9 @@ def choose_intermediate_step(
       states, on all states, and on the accepted in equal parts of the tuned range from the cleanest. Most of it is
       noise that no model predicts, and the accepted may be the easier images: neither is work to be learnt.
     - `refit`: what a fit has to learn even if everything is accepted, because states of a sampler with few steps or
-      with guidance do not follow the model's own law. It is the squared mean gradient of the loss on all states in a
-      fresh adapter's parameters, without bias from noise, times the number of tuned steps.
+      with guidance do not follow the model's own law, nor does the model fit its data exactly. It is the squared
+      mean gradient of the loss on all states in a fresh adapter's parameters, without bias from noise, times the
+      number of tuned steps.
     - `selection`: the same of the accepted minus all states' gradient: the part that the reward asks for.
     - `refit_error`, `selection_error`: jackknife standard errors of the two. `selection` is usually within its error
       below some hundred prompts, so the proposal does not depend on it.
@@ -101,16 +103,17 @@ def choose_intermediate_step(
     The response to selection is the selection differential times the share of the reward's variance that is passed on
     (`information`; the breeder's equation), and is bought with refitting the sampler's errors. The score is the knee
     of the two curves: beyond it a further step adds a smaller share of the information than of the refitting. Its
-    limits: the exchange rate of the two is a convention, so it cannot say whether tuning everything is better than the
-    knee, and it is low for all steps if neither saturates; a control adapter cancels what `refit` counts, and the best
-    fraction is then at or above the proposal; what a model can read from x_I in many steps exceeds the one-step
-    prediction. Treat it as the middle of a short search.
+    limits: the exchange rate of the two is a convention that sets the score of the costliest fraction (usually 1.0) to
+    what its information exceeds 1 by, so it cannot say whether tuning everything beats the knee; a control adapter
+    cancels much of what `refit` counts, which the score does not know; a model may learn more of x_I than the one-step
+    prediction shows; and `refit` is about the first step of a fit. Treat it as the middle of a short search.
 
     Args:
         trainer ([`PGraftTrainer`]):
             Pipeline, rewards, acceptance, loss and sampler. Its adapter is switched off and left as it is.
         prompts (`Sequence[str]`, *optional*):
-            One group is drawn for each; those of the trainer's first round where not given. At least 3.
+            One group is drawn for each, without further columns; those of the trainer's first round where not given.
+            At least 3; some tens for curves that are smooth.
         fractions (`Sequence[float]`, *optional*):
             Candidates in (0, 1]; at most ten evenly spread steps of the sampler where not given.
         completions (`int`, *optional*, defaults to `4`):
@@ -135,6 +138,7 @@ def choose_intermediate_step(
             learnt = [to_learn(trainer, replace(loss, levels=c.levels), pilot, parameters) for c in candidates]
     rows = [c.to_row() | left | right for c, left, right in zip(candidates, held, learnt, strict=True)]
     curves = scored(rows)
+    _warn_if_unresolved(curves)
     return IntermediateStep(max(curves, key=lambda row: row["score"])["fraction"], stochastic, curves)
 
 
@@ -143,6 +147,16 @@ def scored(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     most = max(row["refit"] for row in rows)
     shares = [max(0.0, row["refit"]) / most if most > 0 else 0.0 for row in rows]
     return [{**row, "score": row["information"] - share} for row, share in zip(rows, shares, strict=True)]
+
+
+def _warn_if_unresolved(rows: list[dict[str, Any]]) -> None:
+    most, error = (max(row[name] for row in rows) for name in ("refit", "refit_error"))
+    if most < 2 * error:
+        warnings.warn(
+            f"choose_intermediate_step: standard errors of refit reach {error:.2g}, of a largest refit {most:.2g}, so "
+            "the proposal is mostly noise. Draw more prompts.",
+            stacklevel=3,
+        )
 
 
 # What is asked for.

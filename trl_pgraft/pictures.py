@@ -91,26 +91,27 @@ def draw_choice(result: "IntermediateStep", path: str | Path) -> None:
     def column(name: str) -> list[float]:
         return [row[name] for row in rows]
 
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot(x, column("readable"), "o--", color="tab:gray", label="readable (rank correlation)")
-    left.plot(x, column("information"), "o-", color="tab:blue", label="information")
-    left.plot(x, column("score"), "s-", color="tab:green", label="score")
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    information, gradients, losses = figure.subplots(1, 3)
+    information.plot(x, column("readable"), "o--", color="tab:gray", label="readable (rank correlation)")
     if result.stochastic:
-        left.plot(x, column("reward_variance"), "o:", color="tab:purple", label="reward variance given $x_I$, share")
-    left.axhline(0, color="black", linewidth=0.5)
-    left.set(title="What $x_I$ holds of the reward", xlabel="tuned fraction", ylabel="share")
-    right.errorbar(x, column("refit"), column("refit_error"), fmt="o-", color="tab:red", label="refit: all states")
-    selection = column("selection"), column("selection_error")
-    right.errorbar(x, *selection, fmt="o-", color="tab:orange", label="selection: accepted less all")
-    right.set(title="What a fit must learn", xlabel="tuned fraction", ylabel="squared mean gradient x steps")
-    loss = right.twinx()
-    loss.plot(x, column("difficulty"), "x--", color="tab:brown", label="loss, accepted (right)")
-    loss.plot(x, column("difficulty_all"), "+:", color="tab:gray", label="loss, all (right)")
-    loss.set(ylabel="weighted loss of the reference", ylim=(0, None))
-    for axes in (left, right):
+        information.plot(x, column("reward_variance"), "o:", color="tab:purple", label="reward variance given $x_I$")
+    information.plot(x, column("information"), "o-", color="tab:blue", label="information")
+    information.plot(x, column("score"), "s-", color="tab:green", label="score")
+    information.set(title="What $x_I$ holds of the reward", ylabel="share")
+    for name, colour, label in (
+        ("refit", "tab:red", "refit: all states"),
+        ("selection", "tab:orange", "selection: accepted less all"),
+    ):
+        style = {"fmt": "o-", "capsize": 3, "color": colour, "label": label}
+        gradients.errorbar(x, column(name), column(f"{name}_error"), **style)
+    gradients.set(title="What a fit must learn", ylabel="squared mean gradient x steps")
+    losses.plot(x, column("difficulty"), "o-", color="tab:brown", label="accepted states")
+    losses.plot(x, column("difficulty_all"), "o--", color="tab:gray", label="all states")
+    losses.set(title="Weighted loss of the reference", ylim=(0, None))
+    for axes in (information, gradients, losses):
+        axes.axhline(0, color="black", linewidth=0.5)
         axes.axvline(result.fraction, color="tab:green", alpha=0.4, label=f"proposal {result.fraction:g}")
-    left.legend(fontsize="small")
-    (handles, labels), further = right.get_legend_handles_labels(), loss.get_legend_handles_labels()
-    right.legend(handles + further[0], labels + further[1], fontsize="small")
+        axes.set(xlabel="tuned fraction")
+        axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)

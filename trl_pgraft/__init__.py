@@ -26,6 +26,7 @@ from .acceptance import (
     implied_kl,
 )
 from .config import GraftConfig
+from .diagnostics import choose_intermediate_step
 from .hub import load_pgraft_adapter, save_pgraft_adapter
 from .parameterizations import renoise
 from .rewards import get_reward, list_rewards, register_reward
@@ -44,6 +45,7 @@ __all__ = [
     "accept_preference",
     "accept_threshold",
     "accept_top_k",
+    "choose_intermediate_step",
     "deduplicate",
     "get_reward",
     "implied_kl",

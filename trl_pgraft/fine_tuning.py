@@ -123,24 +123,36 @@ class GraftLoss:
         Returns:
             `torch.Tensor` of shape `(B,)`.
         """
+        return weighted_mse(*self.regression(model, x_i, noise, timesteps, prompts, dropped))
+
+    def regression(
+        self,
+        model: Callable[..., Any],
+        x_i: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+        prompts: torch.Tensor,
+        dropped: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Prediction and target, both of shape `(B, ...)`, and weight of each row; arguments as those of a call."""
         x_t, target, weight = renoise(
             x_i, noise, self.levels.level_i, self.levels.schedule(timesteps), self.prediction_type
         )
         x_t = x_t.to(self.denoiser.dtype)
         conditional = self.conditioning.rows(prompts, x_i.device)
         if not self.call.is_guided or self.guidance_scale == 1.0:
-            return weighted_mse(replay(model, self.call, x_t, timesteps, conditional), target, weight)
+            return replay(model, self.call, x_t, timesteps, conditional), target, weight
         unconditional = self.conditioning.rows(prompts, x_i.device, unconditional=True)
         if self.guidance_loss == "combined":
             u, c = (replay(model, self.call, x_t, timesteps, branch) for branch in (unconditional, conditional))
-            return weighted_mse(guided(u, c, self.guidance_scale), target, weight)
+            return guided(u, c, self.guidance_scale), target, weight
         if self.guidance_loss == "corrected":
             with torch.no_grad(), without_adapters(self.denoiser, self.adapters):
                 u = replay(self.denoiser, self.call, x_t, timesteps, unconditional)
             target = corrected_target(target, u.to(target.dtype), self.guidance_scale)
         else:
             conditional = _where(dropped, unconditional, conditional, self.conditioning.batch_axes)
-        return weighted_mse(replay(model, self.call, x_t, timesteps, conditional), target, weight)
+        return replay(model, self.call, x_t, timesteps, conditional), target, weight
 
 
 @dataclass

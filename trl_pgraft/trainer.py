@@ -277,7 +277,7 @@ class PGraftTrainer:
         samples = samples_of(groups, config.seed, epoch)
         own = self._own_share(len(samples))
         with self.sampler(reference=config.sample_from == "reference"):
-            batches = self._draw_and_score(samples[own], self._unfinished(epoch))
+            batches = self.draw_and_score(samples[own], self._unfinished(epoch))
         drawn, values = in_order(samples[own], batches)
         states, values = self._gather(drawn.x_i), self._gather(values)
         reward = combined_rewards(values, [r.weight for r in self.rewards], groups)
@@ -307,7 +307,7 @@ class PGraftTrainer:
         share = -(-count // self.accelerator.num_processes)
         return slice(share * self.accelerator.process_index, share * (self.accelerator.process_index + 1))
 
-    def _draw_and_score(self, samples: list[Sample], unfinished: UnfinishedRound | None = None) -> list[Batch]:
+    def draw_and_score(self, samples: list[Sample], unfinished: UnfinishedRound | None = None) -> list[Batch]:
         """Batches of images, states and rewards of some samples; with `unfinished`, on disk as they come."""
         config = self.config
 
@@ -322,9 +322,10 @@ class PGraftTrainer:
                 progress=self.accelerator.is_local_main_process,
             )
 
-        return draw_and_score(samples, draw_missing, self._scorer(config.async_reward_computation), unfinished)
+        return draw_and_score(samples, draw_missing, self.make_scorer(config.async_reward_computation), unfinished)
 
-    def _scorer(self, in_threads: bool) -> Scorer:
+    def make_scorer(self, in_threads: bool = False) -> Scorer:
+        """A scorer of this run's rewards, with threads where asked."""
         config = self.config
         patience = Patience(config.reward_retries, config.reward_retry_wait, config.reward_timeout)
         return Scorer(self.rewards, patience, config.max_workers if in_threads else 0)
@@ -351,7 +352,7 @@ class PGraftTrainer:
         Returns:
             `Iterator[tuple]`: the batches' rewards, each of shape `(B,)` with NaN where left out, then their infos.
         """
-        scorer = self._scorer(is_async)
+        scorer = self.make_scorer(is_async)
         for images, prompts, metadata in prompt_image_pairs:
             images = images if images.dtype == torch.uint8 else (images * 255).round().to(torch.uint8)
             scorer.add(images, list(prompts), {"metadata": list(metadata)})
@@ -544,7 +545,7 @@ class PGraftTrainer:
         own = samples[self._own_share(len(samples))]
         with self.sampler(reference):
             # A process without a share draws one too, because nothing has no shape.
-            drawn, values = in_order(own or samples[:1], self._draw_and_score(own or samples[:1]))
+            drawn, values = in_order(own or samples[:1], self.draw_and_score(own or samples[:1]))
         values = torch.tensor(gather_object(values[: len(own)].tolist()), dtype=torch.float64)
         reward = combined_rewards(values, [r.weight for r in self.rewards], groups)
         return Evaluation(reward, values, drawn.images[: len(own)])

@@ -24,7 +24,7 @@ import datasets
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from peft import LoraConfig
+from peft import LoHaConfig, LoraConfig
 from tiny_pipelines import ATTENTION, adapter_use, tiny_flux, tiny_sd, tiny_sdxl
 from transformers import TrainerCallback
 
@@ -273,6 +273,13 @@ def test_the_learning_rate_follows_its_schedule_over_the_rounds(config, monkeypa
     assert rates == pytest.approx([0.0, 0.2, 0.4, 0.3, 0.2, 0.1]), "two of warm-up, then down to the end of six"
 
 
+def test_no_round_is_run_where_none_is_wanted(config):
+    trainer = make_trainer(config())
+    before = adapter_of(trainer)
+    assert trainer.train(epochs=0) == [] and equal(before, adapter_of(trainer))
+    assert len(trainer.train(epochs=2)) == 2 and len(trainer.train(epochs=2)) == 2, "they are done"
+
+
 def test_graft_has_no_switch(config):
     trainer = make_trainer(config(tuned_fraction=1.0))
     assert trainer.switch.switch_timestep is None and trainer.levels.level_i == (1.0, 0.0)
@@ -471,7 +478,7 @@ def test_the_hook_gets_what_ddpo_gives(config):
     )
     trainer.train()
     ((batches, global_step, tracker),) = seen
-    assert len(batches) == 2 and global_step == 0 and tracker is None
+    assert len(batches) == 2 and global_step == 0 and tracker.name == "none"
     images, prompts, metadata, rewards, info = batches[0]
     assert images.shape == (4, 3, 16, 16) and 0 <= images.min() and images.max() <= 1
     assert len(prompts) == 4 and metadata[0] == {"kind": "animal"} and info == {"n": 4}
@@ -755,6 +762,10 @@ def no_call(monkeypatch):
         ),
         ({"reward_weights": [1.0]}, "reward_weights are those of reward_funcs"),
         ({"reward_function": None, "reward_funcs": [redness, redness]}, "named redness, redness.*`__name__`"),
+        (
+            {"options": {"control_adapter": True}, "peft_config": LoHaConfig(r=2, target_modules=ATTENTION)},
+            "peft_config: control_adapter=True subtracts one LoRA from another; LoHaConfig makes none",
+        ),
         ({"options": {"sample_batch_size": 1}}, "sample_batch_size.*= 1.*Draw more images"),
         ({"options": {"samples_per_prompt": 8, "acceptance_kwargs": {"k": 4}}}, "groups have 4 images, of which k=4"),
     ],

@@ -26,6 +26,7 @@ from .acceptance import (
     implied_kl,
 )
 from .config import GraftConfig
+from .ddpo import DefaultDDPOStableDiffusionPipeline
 from .hub import load_pgraft_adapter, save_pgraft_adapter
 from .parameterizations import renoise
 from .rewards import get_reward, list_rewards, register_reward
@@ -34,6 +35,7 @@ from .trainer import PGraftTrainer
 
 
 __all__ = [
+    "DefaultDDPOStableDiffusionPipeline",
     "GraftConfig",
     "PGraftTrainer",
     "SwitchLevel",

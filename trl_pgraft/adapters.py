@@ -52,6 +52,11 @@ def add_adapter(denoiser: torch.nn.Module, peft_config: PeftConfig, name: str, s
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             denoiser.add_adapter(peft_config, adapter_name=name)
     denoiser.set_adapter([*active, name])
+    make_trainable(denoiser, name)
+
+
+def make_trainable(denoiser: torch.nn.Module, name: str) -> None:
+    """Let adapter `name` be trained, in float32, and nothing else of the denoiser."""
     for parameter in denoiser.parameters():
         parameter.requires_grad_(False)
     for parameter in adapter_parameters(denoiser, name):

@@ -29,7 +29,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from tqdm.auto import tqdm
 
 from .acceptance import get_acceptance, implied_kl
@@ -39,6 +39,7 @@ from .adapters import (
     adapter_parameters,
     add_adapter,
     default_lora_config,
+    make_trainable,
     merge_difference,
     without_adapters,
 )
@@ -54,11 +55,12 @@ from .checkpoints import (
 )
 from .config import GraftConfig
 from .denoiser_call import Conditioning, denoiser_of, record_conditioning
-from .engine import make_accelerator, make_optimizer, place_pipeline, tracker_values
+from .engine import make_accelerator, make_optimizer, place_pipeline
 from .fine_tuning import FitReport, GraftLoss, count_microbatches, fit
 from .hub import load_adapter_weights, read_switch, save_pgraft_adapter
 from .levels import tuned_levels
 from .parameterizations import prediction_type_of
+from .pictures import image_grid
 from .probe import learn_denoiser_call
 from .prompts import choose_prompt_source
 from .rewards import Scorer, choose_rewards, to_pil
@@ -66,6 +68,7 @@ from .rollout import Drawn, Group, Sample, draw, form_groups, samples_of, sampli
 from .samples import sampling_fingerprint, to_dataset
 from .selection import Round, SelectedRows, accept, combined_rewards
 from .timestep_gate import TimestepGate, TunedGuidance
+from .trackers import NoTracker, log_image, tracker_arguments, tracker_values
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ class PGraftTrainer:
             The pipeline to tune; required. The reference is this pipeline as it is handed in.
         image_samples_hook (`Callable`, *optional*):
             `f(image_data, global_step, tracker)`, once a round with a list of batches, each `[images, prompts,
-            metadata, rewards, reward_metadata]`; `tracker` is the first tracker, or `None`.
+            metadata, rewards, reward_metadata]`; `tracker` is the first tracker, or one that does nothing.
         reward_funcs (`str`, `Callable` or list of them, *optional*):
             Rewards in TRL's convention, by function, registered name or `"package.module:function"`.
         reward_weights (`list[float]`, *optional*):
@@ -130,7 +133,8 @@ class PGraftTrainer:
         pipeline_kwargs (`dict`, *optional*):
             Further arguments of the pipeline call, such as `height`.
         callbacks (`list[TrainerCallback]`, *optional*):
-            transformers callbacks.
+            transformers callbacks, with `config` as their `args`. An epoch is a round, a step an optimizer step; they
+            may ask to save, to evaluate and to stop, which is done at the end of the round.
 
     Raises:
         `ValueError`: arguments that do not fit together, before anything is drawn.
@@ -155,6 +159,7 @@ class PGraftTrainer:
         callbacks: Sequence[Any] | None = None,
     ):
         self.config = config
+        self.sd_pipeline = sd_pipeline
         self.pipeline = _checked_pipeline(sd_pipeline)
         self.denoiser = denoiser_of(self.pipeline)
         self.samples_dataset = samples_dataset
@@ -176,24 +181,28 @@ class PGraftTrainer:
                 f"sample_batch_size * sample_num_batches_per_epoch * processes = {self.images_per_round}: a round's "
                 f"groups have {size} images, of which k={k} cannot be selected. Draw more images a round."
             )
+        self.peft_config = peft_config or default_lora_config(self.denoiser, config.lora_rank)
+        _check_adapter(self.peft_config, config)
         place_pipeline(self.pipeline, self.accelerator)
         self.arguments = sampling_arguments(config, self.pipeline, pipeline_kwargs)
         self.call = learn_denoiser_call(self.pipeline, self.arguments)
         self.prediction_type = prediction_type_of(self.pipeline.scheduler)
         self.levels, self.switch = tuned_levels(config, self.pipeline, self.call, self.arguments)
-        self.peft_config = peft_config or default_lora_config(self.denoiser, config.lora_rank)
         self.fingerprint = sampling_fingerprint(self.pipeline, self.arguments, self.levels.position)
         self.progress = Progress()
         self.optimizer: torch.optim.Optimizer | None = None
         if not config.control_adapter:
-            add_adapter(self.denoiser, copy.deepcopy(self.peft_config), ADAPTER_NAME, seed_of(config.seed, "adapter"))
+            self._make_adapter(peft_config)
             self.optimizer = make_optimizer(adapter_parameters(self.denoiser, ADAPTER_NAME), config)
         if config.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
-        self._resume()
+        self._resume(config.resume_from or config.resume_from_checkpoint)
         self.accelerator.init_trackers(
-            config.tracker_project_name, config=tracker_values(config.to_dict()), init_kwargs=config.tracker_kwargs
+            config.tracker_project_name, config=tracker_values(config.to_dict()), init_kwargs=tracker_arguments(config)
         )
+        if hasattr(sd_pipeline, "switch"):
+            sd_pipeline.switch = self.switch
+        self.callbacks.begin(self.accelerator, model=self.denoiser, optimizer=self.optimizer)
 
     # The run.
 
@@ -202,27 +211,42 @@ class PGraftTrainer:
         """Metrics logged so far, those before a resume included."""
         return self.progress.history
 
-    def train(self, epochs: int | None = None) -> list[dict[str, float]]:
+    def train(
+        self, epochs: int | None = None, resume_from_checkpoint: str | bool | None = None
+    ) -> list[dict[str, float]]:
         """
-        Run rounds until `epochs` (default: `config.num_epochs`) are done, and save the adapter.
+        Run rounds until `epochs` are done, and save the adapter.
+
+        Args:
+            epochs (`int`, *optional*):
+                Rounds of the whole run, those before a resume included; `config.num_epochs` where not given.
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                As the configuration's field of this name.
 
         Returns:
             `list[dict[str, float]]`: the metrics of each round.
         """
-        epochs = epochs or (1 if self.samples_dataset is not None else self.config.num_epochs)
+        if epochs is None:
+            epochs = 1 if self.samples_dataset is not None else self.config.num_epochs
+        if resume_from_checkpoint:
+            self._resume(resume_from_checkpoint)
+        state = self.callbacks.state
+        state.epoch, state.global_step = self.progress.epoch, self.progress.global_step
+        state.max_steps = self.progress.planned_steps or self._expected_steps() * epochs
         self.callbacks.notify("on_train_begin")
         if self.config.eval_prompts and self.progress.epoch == 0:
             self._log_evaluation(epoch=0)
         for epoch in range(self.progress.epoch, epochs):
             self.callbacks.notify("on_epoch_begin")
             self.step(epoch, self.progress.global_step)
-            last = epoch + 1 == epochs
-            if self.config.eval_prompts and (last or (epoch + 1) % self.config.eval_freq == 0):
-                self._log_evaluation(epoch + 1)
-            if last or (epoch + 1) % self.config.save_freq == 0:
-                self.save_checkpoint()
             self.callbacks.notify("on_epoch_end")
-            if self.callbacks.should_stop:
+            last = epoch + 1 == epochs or self.callbacks.should_stop
+            asked_to_evaluate, asked_to_save = self.callbacks.asked("evaluate"), self.callbacks.asked("save")
+            if self.config.eval_prompts and (last or asked_to_evaluate or (epoch + 1) % self.config.eval_freq == 0):
+                self._log_evaluation(epoch + 1)
+            if last or asked_to_save or (epoch + 1) % self.config.save_freq == 0:
+                self.save_checkpoint()
+            if last:
                 break
         if self.has_adapter:
             self.save_model()
@@ -274,9 +298,7 @@ class PGraftTrainer:
         decision = accept(reward, groups, self.acceptance, config.acceptance_kwargs, seed, keys)
         round_ = Round(groups, samples, states, values, reward, decision)
         self._keep(round_, drawn, own, epoch)
-        if self.image_samples_hook is not None:
-            tracker = self.accelerator.trackers[0] if self.accelerator.trackers else None
-            self.image_samples_hook(batches, self.progress.global_step, tracker)
+        self._show(round_, drawn, batches)
         self.progress.images += len(samples)
         self.progress.denoiser_calls += int(self._gather(torch.tensor([drawn.denoiser_calls])).sum())
         return round_
@@ -368,6 +390,15 @@ class PGraftTrainer:
         folder.mkdir(parents=True, exist_ok=True)
         dataset.to_parquet(folder / f"samples-{rank:05d}-of-{world:05d}.parquet")
 
+    def _show(self, round_: Round, drawn: Drawn, batches: list[list[Any]]) -> None:
+        """Hand this process's samples to DDPO's hook, and the main process's to the trackers as a picture."""
+        trackers, step = self.accelerator.trackers, self.progress.global_step
+        if trackers and self.accelerator.is_main_process:
+            captions = round_.captions()[: len(drawn.images)]
+            log_image(trackers, "samples", image_grid(drawn.images, captions, round_.groups[0].size), step)
+        if self.image_samples_hook is not None:
+            self.image_samples_hook(batches, step, trackers[0] if trackers else NoTracker())
+
     def _stored_round(self) -> Round:
         found = set(self.samples_dataset["fingerprint"])
         if found != {self.fingerprint}:
@@ -388,6 +419,15 @@ class PGraftTrainer:
     def has_adapter(self) -> bool:
         """Whether there is a policy apart from the reference: with a control adapter, after the first round."""
         return ADAPTER_NAME in getattr(self.denoiser, "peft_config", {})
+
+    def _make_adapter(self, peft_config: PeftConfig | None) -> None:
+        """Add the adapter, or go on with the one that the pipeline has."""
+        if not self.has_adapter:
+            seed = seed_of(self.config.seed, "adapter")
+            add_adapter(self.denoiser, copy.deepcopy(self.peft_config), ADAPTER_NAME, seed)
+        elif peft_config is not None:
+            raise ValueError(f"peft_config: the pipeline has an adapter {ADAPTER_NAME!r} already, which is trained.")
+        make_trainable(self.denoiser, ADAPTER_NAME)
 
     @property
     def tuned_guidance_scale(self) -> float:
@@ -447,7 +487,18 @@ class PGraftTrainer:
         steps = -(-total // config.train_gradient_accumulation_steps)
         self.progress.planned_steps = self.progress.planned_steps or steps * config.num_epochs
         average = EMAModel(parameters, decay=config.ema_decay) if config.ema_decay else None
+        self.callbacks.state.max_steps = self.progress.planned_steps
         hidden = not self.accelerator.is_local_main_process
+
+        def on_event(event: str) -> None:
+            if average is not None and event == "on_optimizer_step":
+                average.step(parameters)
+            if event in ("on_substep_end", "on_step_end"):
+                bar.update()
+            if not control:
+                self.callbacks.state.global_step += event == "on_step_end"
+                self.callbacks.notify(event)
+
         with tqdm(total=total, desc=f"training {name}", leave=False, disable=hidden) as bar:
             report = fit(
                 self.accelerator,
@@ -457,12 +508,18 @@ class PGraftTrainer:
                 optimizer,
                 config,
                 self._learning_rate_schedule(),
-                on_microbatch=bar.update,
-                on_step=(lambda: average.step(parameters)) if average else None,
+                on_event=on_event,
             )
         if average is not None:
             average.copy_to(parameters)
         return report
+
+    def _expected_steps(self) -> int:
+        """Optimizer steps of a round in which `k` of each group is accepted, a quarter where nothing says more."""
+        size = self.config.group_size(self.images_per_round)
+        rows = self.images_per_round // size * self.config.acceptance_kwargs.get("k", max(1, round(size / 4)))
+        total = count_microbatches(rows, self.config, self.accelerator.num_processes)
+        return -(-total // self.config.train_gradient_accumulation_steps)
 
     def _loss(self, name: str, conditioning: Conditioning) -> GraftLoss:
         adapters = [n for n in dict.fromkeys([ADAPTER_NAME, name]) if n in self.denoiser.peft_config]
@@ -531,11 +588,14 @@ class PGraftTrainer:
         result = self.evaluate()
         means = result.values.nanmean(0).tolist()
         metrics = {f"eval/rewards/{r.name}/mean": mean for r, mean in zip(self.rewards, means, strict=True)}
-        self.log({**metrics, "eval/reward": result.reward.nanmean().item(), "epoch": epoch})
+        metrics |= {"eval/reward": result.reward.nanmean().item(), "epoch": epoch}
+        self.log(metrics)
+        self.callbacks.notify("on_evaluate", metrics=metrics)
 
     def log(self, metrics: dict[str, float]) -> None:
         """Send metrics to the trackers and callbacks, and append them to `history` and to `metrics.jsonl`."""
         self.history.append(metrics)
+        self.callbacks.state.log_history.append({**metrics, "step": self.progress.global_step})
         self.accelerator.log(metrics, step=self.progress.global_step)
         self.callbacks.notify("on_log", logs=metrics)
         if self.accelerator.is_main_process:
@@ -565,11 +625,12 @@ class PGraftTrainer:
             folder = self.output_dir / "checkpoints"
             adapter = ADAPTER_NAME if self.has_adapter else None
             save_checkpoint(folder, self.pipeline, self.switch, adapter, self.optimizer, self.progress)
-            prune_checkpoints(folder, self.config.num_checkpoint_limit)
+            # `total_limit` is accelerate's name, with which DDPO's scripts set it.
+            prune_checkpoints(folder, self.config.project_kwargs.get("total_limit", self.config.num_checkpoint_limit))
         self.accelerator.wait_for_everyone()
+        self.callbacks.notify("on_save")
 
-    def _resume(self) -> None:
-        source = self.config.resume_from or self.config.resume_from_checkpoint
+    def _resume(self, source: str | bool | None) -> None:
         if source is True:
             folder = self.output_dir / "checkpoints"
             source = folder if checkpoints_in(folder) else None
@@ -600,6 +661,14 @@ def _checked_pipeline(sd_pipeline: Any) -> Any:
     if getattr(sd_pipeline, "use_lora", True) is False:
         raise ValueError("sd_pipeline: use_lora=False (full fine-tuning) is not supported; tune an adapter.")
     return getattr(sd_pipeline, "sd_pipeline", sd_pipeline)
+
+
+def _check_adapter(peft_config: PeftConfig, config: GraftConfig) -> None:
+    if config.control_adapter and not isinstance(peft_config, LoraConfig):
+        raise ValueError(
+            f"peft_config: control_adapter=True subtracts one LoRA from another; {type(peft_config).__name__} makes "
+            "none. Give a LoraConfig, or set control_adapter=False."
+        )
 
 
 def _columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:

@@ -27,9 +27,12 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from peft import LoraConfig
 from tiny_pipelines import ATTENTION, add_random_adapter, tiny_sd
 
-from trl_pgraft import DefaultDDPOStableDiffusionPipeline, load_pgraft_adapter
-from trl_pgraft import GraftConfig as DDPOConfig
-from trl_pgraft import PGraftTrainer as DDPOTrainer
+from trl_pgraft import (
+    DefaultDDPOStableDiffusionPipeline,
+    GraftConfig as DDPOConfig,
+    PGraftTrainer as DDPOTrainer,
+    load_pgraft_adapter,
+)
 from trl_pgraft.adapters import adapter_parameters, tuner_layers
 from trl_pgraft.rewards import RewardError
 
@@ -195,6 +198,7 @@ def test_fault_2_the_trainer_saves(model, config, tmp_path):
 
 
 def test_fault_3_fields_that_were_never_read_are_read(model, config):
+    pytest.importorskip("tensorboard")
     options = {"logdir": "here", "run_name": "mine", "num_checkpoint_limit": 1, "num_epochs": 2}
     trainer = train(config(**options, log_with="tensorboard"), model)
     assert list((trainer.output_dir / "here" / "mine").rglob("events.*"))

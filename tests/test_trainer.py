@@ -28,8 +28,15 @@ from peft import LoHaConfig, LoraConfig
 from tiny_pipelines import ATTENTION, adapter_use, tiny_flux, tiny_sd, tiny_sdxl
 from transformers import TrainerCallback
 
-from trl_pgraft import GraftConfig, PGraftTrainer, TimestepGate, accept_best_of_n, load_pgraft_adapter, register_reward
-from trl_pgraft import trainer as trainer_module
+from trl_pgraft import (
+    GraftConfig,
+    PGraftTrainer,
+    TimestepGate,
+    accept_best_of_n,
+    load_pgraft_adapter,
+    register_reward,
+    trainer as trainer_module,
+)
 from trl_pgraft.adapters import adapter_parameters, tuner_layers
 from trl_pgraft.denoiser_call import denoiser_of
 from trl_pgraft.hub import read_switch

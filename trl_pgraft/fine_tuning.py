@@ -215,7 +215,9 @@ def fit(
             on_event("on_step_begin")
         is_boundary = number % config.train_gradient_accumulation_steps == 0 or number == len(microbatches)
         with nullcontext() if is_boundary else accelerator.no_sync(model):
-            losses, bins = _losses(loss, model, states, rows, k, config, accelerator.device)
+            # accelerate wraps a model in its autocast when it is first prepared, and not in the fits after that.
+            with accelerator.autocast():
+                losses, bins = _losses(loss, model, states, rows, k, config, accelerator.device)
             accelerator.backward(losses.mean() / config.train_gradient_accumulation_steps)
         report.losses.append(losses.detach())
         report.bins.append(bins)

@@ -115,6 +115,91 @@ def test_without_lora_the_denoiser_is_what_is_trained(model):
     assert not tuner_layers(pipeline.unet)
 
 
+@pytest.mark.parametrize("options", [{}, {"guidance_loss": "corrected"}, {"ema_decay": 0.5}], ids=str)
+def test_without_lora_all_weights_are_trained_and_the_reference_is_kept(model, config, options):
+    pipeline = DefaultDDPOStableDiffusionPipeline(model, use_lora=False)
+    before = {name: p.clone() for name, p in pipeline.unet.named_parameters()}
+    trainer = DDPOTrainer(config(**options), brightness, prompt_fn, pipeline)
+    with trainer.sampler(reference=True) as reference:
+        base = sample(reference)
+    trainer.train()
+    tuned = adapter_parameters(pipeline.unet, "pgraft")
+    assert sum(p.numel() for p in tuned) == sum(p.numel() for p in before.values()), "every weight"
+    assert not any(torch.equal(old, new) for old, new in zip(before.values(), tuned, strict=True))
+    kept = {name.replace("base_layer.", ""): p for name, p in pipeline.unet.named_parameters() if "base_layer" in name}
+    assert kept.keys() == before.keys() and all(torch.equal(kept[name], before[name]) for name in kept)
+    with trainer.sampler(reference=True) as reference:
+        assert torch.equal(sample(reference), base)
+    assert not torch.allclose(sample(pipeline), base, atol=1e-3)
+
+
+def test_without_lora_too_the_reference_takes_over_at_the_switch(model, config):
+    trainer = DDPOTrainer(config(), brightness, prompt_fn, DefaultDDPOStableDiffusionPipeline(model, use_lora=False))
+    computed = []
+    layer = tuner_layers(trainer.denoiser, "pgraft")[0]
+    layer.base_layer.register_forward_hook(lambda *_: computed.append("reference"))
+    layer.ln_tuning_layers["pgraft"].register_forward_hook(lambda *_: computed.append("tuned"))
+    sample(trainer.sd_pipeline)
+    assert computed == ["tuned"] * 2 + ["reference"] * 2
+
+
+def test_without_lora_a_run_resumes_and_is_saved(model, config, tmp_path):
+    def trained(epochs, name, **options):
+        pipeline = DefaultDDPOStableDiffusionPipeline(model, use_lora=False)
+        settings = config(num_epochs=epochs, train_learning_rate=1e-2, output_dir=str(tmp_path / name), **options)
+        trainer = DDPOTrainer(settings, brightness, prompt_fn, pipeline)
+        trainer.train()
+        return trainer
+
+    whole = trained(2, "whole", lr_scheduler_type="constant")
+    trained(1, "parts")
+    resumed = trained(2, "parts", resume_from_checkpoint=True)
+    assert equal(weights(whole), weights(resumed))
+    whole.sd_pipeline.save_pretrained(tmp_path / "saved")
+    again = DefaultDDPOStableDiffusionPipeline(str(tmp_path / "saved"))
+    assert again.use_lora is False and again.switch == whole.switch
+    torch.testing.assert_close(sample(again), sample(whole.sd_pipeline), rtol=0, atol=1e-5)
+    plain = StableDiffusionPipeline.from_pretrained(model)
+    with load_pgraft_adapter(plain, tmp_path / "whole" / "adapter"):
+        torch.testing.assert_close(sample(plain), sample(whole.sd_pipeline), rtol=0, atol=1e-5)
+
+
+IN_HALF_PRECISION = """
+import sys, torch
+from test_ddpo import *
+
+pipeline = DefaultDDPOStableDiffusionPipeline(sys.argv[2], use_lora=False)
+options = {"sample_num_steps": 4, "num_epochs": 2, "mixed_precision": "bf16", "output_dir": sys.argv[1]}
+trainer = DDPOTrainer(DDPOConfig(**options, guidance_loss="corrected"), brightness, prompt_fn, pipeline)
+before, autocast = weights(trainer), []
+layer = tuner_layers(trainer.denoiser)[0]
+layer.register_forward_hook(lambda *_: autocast.append(torch.is_autocast_enabled("cpu")) if layer.training else None)
+trainer.train()
+assert [metrics["accepted"] for metrics in trainer.history] == [1, 1]
+assert all(autocast) and len(autocast) >= trainer.progress.global_step == 8, "in the second round too"
+assert {p.dtype for p in before} == {torch.float32}
+assert {p.dtype for name, p in pipeline.unet.named_parameters() if "base_layer" in name} == {torch.bfloat16}
+assert all(p.isfinite().all() for p in weights(trainer)) and not equal(before, weights(trainer))
+assert sample(pipeline).isfinite().all()
+"""
+
+
+def test_without_lora_half_precision_trains_float32_weights(model, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(IN_HALF_PRECISION)
+    run_python(script, tmp_path / "out", model)
+
+
+def test_without_lora_nothing_but_all_weights_is_trained(model, config):
+    pipeline = DefaultDDPOStableDiffusionPipeline(model, use_lora=False)
+    lora = LoraConfig(r=2, target_modules=ATTENTION)
+    with pytest.raises(ValueError, match="peft_config: the pipeline says use_lora=False"):
+        DDPOTrainer(config(), brightness, prompt_fn, pipeline, peft_config=lora)
+    add_random_adapter(pipeline.unet, "style")
+    with pytest.raises(ValueError, match="use_lora=False: UNet2DConditionModel.*adapters, which must be fused"):
+        DDPOTrainer(config(), brightness, prompt_fn, pipeline)
+
+
 def test_trainable_layers_are_a_lora_of_rank_4_and_the_trainer_trains_it(model, config):
     pipeline = DefaultDDPOStableDiffusionPipeline(model)
     assert pipeline.get_trainable_layers() is pipeline.get_trainable_layers() is pipeline.unet

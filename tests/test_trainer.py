@@ -784,12 +784,6 @@ def test_arguments_that_do_not_fit_are_refused_before_any_call(config, no_call, 
         PGraftTrainer(settings, **arguments)
 
 
-def test_full_fine_tuning_is_refused(config, no_call):
-    no_call.use_lora = False
-    with pytest.raises(ValueError, match="use_lora=False"):
-        make_trainer(config(), no_call)
-
-
 def test_a_prompt_that_is_no_string_is_refused_before_sampling(config):
     trainer = make_trainer(config(), prompts=lambda: (["a cat"], {}))
     trainer.pipeline.scheduler.step = _not_called

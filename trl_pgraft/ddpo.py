@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from peft import LoraConfig
 
 from .adapters import ADAPTER_NAME, add_adapter, default_lora_config
 from .hub import SWITCH_FILE, load_adapter_weights, read_switch, save_pgraft_adapter
@@ -61,30 +62,34 @@ class DefaultDDPOStableDiffusionPipeline:
         self.sd_pipeline.scheduler = DDIMScheduler.from_config(self.sd_pipeline.scheduler.config)
         self.sd_pipeline.safety_checker = None
         self.switch = SwitchLevel(None, None, None)
-        self.use_lora = self._load_lora() or use_lora
+        self.use_lora = self._load_adapter(use_lora)
         for part in (self.vae, self.text_encoder):
             part.requires_grad_(False)
         self.unet.requires_grad_(not self.use_lora)
 
-    def _load_lora(self) -> bool:
-        """Load the LoRA that lies beside the model, if one does."""
+    def _load_adapter(self, use_lora: bool) -> bool:
+        """Load the adapter that lies beside the model, if one does; it decides whether a LoRA is trained."""
         folder = Path(self.pretrained_model)
         if (folder / SWITCH_FILE).is_file():
             self.switch = read_switch(folder)
             load_adapter_weights(self.unet, folder, ADAPTER_NAME)
-            return True
+            return isinstance(self.unet.peft_config[ADAPTER_NAME], LoraConfig)
         try:
             self.sd_pipeline.load_lora_weights(
                 self.pretrained_model, weight_name=LORA_FILE, revision=self.pretrained_revision
             )
         except OSError:
             logger.info("%s has no %s; training starts from the model alone.", self.pretrained_model, LORA_FILE)
-            return False
+            return use_lora
         return True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The diffusers pipeline's own call and result, with the adapter switched at its level."""
+        dtype = self.vae.dtype
         with ExitStack() as stack:
+            if not self.use_lora and dtype != torch.float32:
+                # All weights are trained in float32, whatever the frozen ones are in.
+                stack.enter_context(torch.autocast(self.sd_pipeline.device.type, dtype))
             if ADAPTER_NAME in getattr(self.unet, "peft_config", {}):
                 level = self.switch.switch_timestep
                 stack.enter_context(TimestepGate(self.unet, ADAPTER_NAME, level, self.switch.clock))

@@ -39,6 +39,7 @@ from .adapters import (
     adapter_parameters,
     add_adapter,
     default_lora_config,
+    full_copy_config,
     make_trainable,
     merge_difference,
     without_adapters,
@@ -116,7 +117,8 @@ class PGraftTrainer:
         prompt_function (`Callable`, *optional*):
             Returns `(prompt, metadata)`; called once a group.
         sd_pipeline (`DiffusionPipeline`):
-            The pipeline to tune; required. The reference is this pipeline as it is handed in.
+            The pipeline to tune; required. The reference is this pipeline as it is handed in. Where it says
+            `use_lora=False`, a copy of all weights of its denoiser is trained, and the reference kept beside it.
         image_samples_hook (`Callable`, *optional*):
             `f(image_data, global_step, tracker)`, once a round with a list of batches, each `[images, prompts,
             metadata, rewards, reward_metadata]`; `tracker` is the first tracker, or one that does nothing.
@@ -181,7 +183,9 @@ class PGraftTrainer:
                 f"sample_batch_size * sample_num_batches_per_epoch * processes = {self.images_per_round}: a round's "
                 f"groups have {size} images, of which k={k} cannot be selected. Draw more images a round."
             )
-        self.peft_config = peft_config or default_lora_config(self.denoiser, config.lora_rank)
+        if peft_config is not None and self.is_full:
+            raise ValueError("peft_config: the pipeline says use_lora=False, which trains all weights. Choose one.")
+        self.peft_config = peft_config or self._default_adapter()
         _check_adapter(self.peft_config, config)
         place_pipeline(self.pipeline, self.accelerator)
         self.arguments = sampling_arguments(config, self.pipeline, pipeline_kwargs)
@@ -420,6 +424,18 @@ class PGraftTrainer:
         """Whether there is a policy apart from the reference: with a control adapter, after the first round."""
         return ADAPTER_NAME in getattr(self.denoiser, "peft_config", {})
 
+    @property
+    def is_full(self) -> bool:
+        """Whether all weights of the denoiser are trained, because the pipeline says `use_lora=False`."""
+        return getattr(self.sd_pipeline, "use_lora", True) is False
+
+    def _default_adapter(self) -> PeftConfig:
+        if self.has_adapter:
+            return self.denoiser.peft_config[ADAPTER_NAME]
+        if self.is_full:
+            return full_copy_config(self.denoiser)
+        return default_lora_config(self.denoiser, self.config.lora_rank)
+
     def _make_adapter(self, peft_config: PeftConfig | None) -> None:
         """Add the adapter, or go on with the one that the pipeline has."""
         if not self.has_adapter:
@@ -441,6 +457,9 @@ class PGraftTrainer:
     def sampler(self, reference: bool = False) -> Iterator[Any]:
         """The pipeline as the policy samples with it, gate and guidance included, or as the reference does."""
         with ExitStack() as stack:
+            if self.is_full:
+                # The trained copy is in float32 also where the frozen weights are not.
+                stack.enter_context(self.accelerator.autocast())
             if self.has_adapter:
                 stack.enter_context(
                     without_adapters(self.denoiser, [ADAPTER_NAME])
@@ -658,8 +677,6 @@ class PGraftTrainer:
 def _checked_pipeline(sd_pipeline: Any) -> Any:
     if sd_pipeline is None:
         raise ValueError("sd_pipeline is required: the diffusers pipeline to fine-tune.")
-    if getattr(sd_pipeline, "use_lora", True) is False:
-        raise ValueError("sd_pipeline: use_lora=False (full fine-tuning) is not supported; tune an adapter.")
     return getattr(sd_pipeline, "sd_pipeline", sd_pipeline)
 
 

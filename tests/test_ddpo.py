@@ -15,6 +15,7 @@
 
 """A DDPO user's script, and what each fault that it met in TRL 0.23.1 does here."""
 
+import ast
 import os
 import random
 import subprocess
@@ -25,6 +26,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from peft import LoraConfig
+from test_config import DDPO_DEFAULTS
 from tiny_pipelines import ATTENTION, add_random_adapter, tiny_sd
 
 from trl_pgraft import (
@@ -34,6 +36,7 @@ from trl_pgraft import (
     load_pgraft_adapter,
 )
 from trl_pgraft.adapters import adapter_parameters, tuner_layers
+from trl_pgraft.config import PPO_ONLY_FIELDS
 from trl_pgraft.rewards import RewardError
 
 
@@ -406,3 +409,19 @@ def test_fault_13_the_last_round_is_saved(model, config):
     trainer = train(config(num_epochs=3, save_freq=2), model)
     names = sorted(Path(path).name for path in (trainer.output_dir / "checkpoints").iterdir())
     assert names == ["checkpoint_1", "checkpoint_2"]
+
+
+# The migration page.
+
+
+def test_the_migration_page_has_every_field_with_its_default_and_every_fault():
+    page = (Path(__file__).parents[1] / "docs" / "migrating_from_ddpo.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
+    fields = {name.strip("`"): (default, here) for name, default, here in (row for row in rows if len(row) == 3)}
+    for name, default in DDPO_DEFAULTS.items():
+        assert ast.literal_eval(fields[name][0].strip("`")) == default
+    ppo_only = {name for name, (_, here) in fields.items() if here.startswith("PPO only")}
+    assert "exp_name" in fields and ppo_only == set(PPO_ONLY_FIELDS)
+    numbers = [int(row[0]) for row in rows if row[0].isdigit()]
+    tests = {int(name.split("_")[2]) for name in globals() if name.startswith("test_fault_")}
+    assert numbers == sorted(tests) == list(range(1, 14))

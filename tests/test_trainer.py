@@ -662,6 +662,18 @@ def test_a_resumed_run_is_the_uninterrupted_one(config, tmp_path, control_adapte
     assert resumed.progress.global_step == whole.progress.global_step == 6
 
 
+def test_train_resumes_where_it_is_asked_to(config, tmp_path):
+    first = make_trainer(config(num_epochs=2))
+    first.train()
+    folder = str(first.output_dir / "checkpoints")
+    resumed = make_trainer(config(num_epochs=3, output_dir=str(tmp_path / "other")))
+    history = resumed.train(resume_from_checkpoint=folder)
+    assert [metrics["epoch"] for metrics in history] == [0, 1, 2]
+    whole = make_trainer(config(num_epochs=3, output_dir=str(tmp_path / "whole")))
+    whole.train()
+    assert equal(adapter_of(resumed), adapter_of(whole))
+
+
 def test_the_newest_checkpoint_is_taken_and_old_ones_are_removed(config):
     trainer = make_trainer(config(num_epochs=4, num_checkpoint_limit=2))
     trainer.train()

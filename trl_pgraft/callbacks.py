@@ -38,7 +38,7 @@ class Callbacks:
         self.config = config
         self.state = TrainerState(num_train_epochs=config.num_epochs, log_history=[])
         self.control = TrainerControl()
-        self._values: dict[str, Any] = {}
+        self.values: dict[str, Any] = {}
 
     def begin(self, accelerator: Accelerator, **values: Any) -> None:
         """
@@ -52,7 +52,7 @@ class Callbacks:
         """
         self.state.is_world_process_zero = accelerator.is_main_process
         self.state.is_local_process_zero = accelerator.is_local_main_process
-        self._values = values
+        self.values = values
         self.notify("on_init_end")
 
     @property
@@ -69,4 +69,4 @@ class Callbacks:
     def notify(self, event: str, **values: Any) -> None:
         """Call method `event` of every callback."""
         for callback in self.callbacks:
-            getattr(callback, event)(self.config, self.state, self.control, **{**self._values, **values})
+            getattr(callback, event)(self.config, self.state, self.control, **{**self.values, **values})

@@ -40,7 +40,8 @@ class DefaultDDPOStableDiffusionPipeline:
     """
     Stable Diffusion as DDPO's scripts make it: with DDIM, without a safety checker, with a LoRA if there is one.
 
-    A call samples from the model as it is trained: with the adapter above its switch level and without it below.
+    A call samples from the model as it is trained: with the adapter above its switch level and without it below. The
+    guidance scale is the caller's throughout.
 
     Args:
         pretrained_model_name (`str`):

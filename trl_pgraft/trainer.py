@@ -234,6 +234,7 @@ class PGraftTrainer:
             epochs = 1 if self.samples_dataset is not None else self.config.num_epochs
         if resume_from_checkpoint:
             self._resume(resume_from_checkpoint)
+            self.callbacks.values["optimizer"] = self.optimizer
         state = self.callbacks.state
         state.epoch, state.global_step = self.progress.epoch, self.progress.global_step
         state.max_steps = self.progress.planned_steps or self._expected_steps() * epochs

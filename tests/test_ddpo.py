@@ -118,7 +118,7 @@ def test_without_lora_the_denoiser_is_what_is_trained(model):
     assert not tuner_layers(pipeline.unet)
 
 
-@pytest.mark.parametrize("options", [{}, {"guidance_loss": "corrected"}, {"ema_decay": 0.5}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"guidance_loss": "corrected"}, {"gradient_checkpointing": True}], ids=str)
 def test_without_lora_all_weights_are_trained_and_the_reference_is_kept(model, config, options):
     pipeline = DefaultDDPOStableDiffusionPipeline(model, use_lora=False)
     before = {name: p.clone() for name, p in pipeline.unet.named_parameters()}
@@ -343,6 +343,8 @@ def test_fault_8_a_saved_lora_pipeline_comes_back(model, config, tmp_path):
     again = DefaultDDPOStableDiffusionPipeline(str(tmp_path))
     assert not any(p.is_meta for p in again.unet.parameters())
     assert again.use_lora and again.switch == trainer.switch
+    with pytest.raises(ValueError, match="sd_pipeline: its adapter switches at timestep .*tuned_fraction"):
+        DDPOTrainer(config(tuned_fraction=0.75), brightness, prompt_fn, again)
     torch.testing.assert_close(sample(again), sample(trainer.sd_pipeline), rtol=0, atol=1e-5)
     plain = StableDiffusionPipeline.from_pretrained(tmp_path)
     base = StableDiffusionPipeline.from_pretrained(model).unet.state_dict()

@@ -34,6 +34,7 @@ from .timestep_gate import SwitchLevel, TimestepGate
 
 logger = logging.getLogger(__name__)
 LORA_FILE = "pytorch_lora_weights.safetensors"
+ALWAYS_ON = SwitchLevel(None, None, None)
 
 
 class DefaultDDPOStableDiffusionPipeline:
@@ -62,7 +63,7 @@ class DefaultDDPOStableDiffusionPipeline:
         )
         self.sd_pipeline.scheduler = DDIMScheduler.from_config(self.sd_pipeline.scheduler.config)
         self.sd_pipeline.safety_checker = None
-        self.switch = SwitchLevel(None, None, None)
+        self.switch: SwitchLevel | None = None
         self.use_lora = self._load_adapter(use_lora)
         for part in (self.vae, self.text_encoder):
             part.requires_grad_(False)
@@ -92,8 +93,8 @@ class DefaultDDPOStableDiffusionPipeline:
                 # All weights are trained in float32, whatever the frozen ones are in.
                 stack.enter_context(torch.autocast(self.sd_pipeline.device.type, dtype))
             if ADAPTER_NAME in getattr(self.unet, "peft_config", {}):
-                level = self.switch.switch_timestep
-                stack.enter_context(TimestepGate(self.unet, ADAPTER_NAME, level, self.switch.clock))
+                switch = self.switch or ALWAYS_ON
+                stack.enter_context(TimestepGate(self.unet, ADAPTER_NAME, switch.switch_timestep, switch.clock))
             return self.sd_pipeline(*args, **kwargs)
 
     @property
@@ -153,7 +154,7 @@ class DefaultDDPOStableDiffusionPipeline:
         finally:
             self.sd_pipeline.unet = unet
         if ADAPTER_NAME in getattr(unet, "peft_config", {}):
-            save_pgraft_adapter(self.sd_pipeline, output_dir, self.switch)
+            save_pgraft_adapter(self.sd_pipeline, output_dir, self.switch or ALWAYS_ON)
 
 
 def _without_adapter(unet: Any) -> Any:

@@ -68,7 +68,7 @@ from .rewards import Scorer, choose_rewards, to_pil
 from .rollout import Drawn, Group, Sample, draw, form_groups, samples_of, sampling_arguments, seed_of
 from .samples import sampling_fingerprint, to_dataset
 from .selection import Round, SelectedRows, accept, combined_rewards
-from .timestep_gate import TimestepGate, TunedGuidance
+from .timestep_gate import SwitchLevel, TimestepGate, TunedGuidance
 from .trackers import NoTracker, log_image, tracker_arguments, tracker_values
 
 
@@ -183,20 +183,18 @@ class PGraftTrainer:
                 f"sample_batch_size * sample_num_batches_per_epoch * processes = {self.images_per_round}: a round's "
                 f"groups have {size} images, of which k={k} cannot be selected. Draw more images a round."
             )
-        if peft_config is not None and self.is_full:
-            raise ValueError("peft_config: the pipeline says use_lora=False, which trains all weights. Choose one.")
-        self.peft_config = peft_config or self._default_adapter()
-        _check_adapter(self.peft_config, config)
+        self.peft_config = self._choose_adapter(peft_config)
         place_pipeline(self.pipeline, self.accelerator)
         self.arguments = sampling_arguments(config, self.pipeline, pipeline_kwargs)
         self.call = learn_denoiser_call(self.pipeline, self.arguments)
         self.prediction_type = prediction_type_of(self.pipeline.scheduler)
         self.levels, self.switch = tuned_levels(config, self.pipeline, self.call, self.arguments)
+        _hand_over(self.switch, sd_pipeline)
         self.fingerprint = sampling_fingerprint(self.pipeline, self.arguments, self.levels.position)
         self.progress = Progress()
         self.optimizer: torch.optim.Optimizer | None = None
         if not config.control_adapter:
-            self._make_adapter(peft_config)
+            self._make_adapter()
             self.optimizer = make_optimizer(adapter_parameters(self.denoiser, ADAPTER_NAME), config)
         if config.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
@@ -204,8 +202,6 @@ class PGraftTrainer:
         self.accelerator.init_trackers(
             config.tracker_project_name, config=tracker_values(config.to_dict()), init_kwargs=tracker_arguments(config)
         )
-        if hasattr(sd_pipeline, "switch"):
-            sd_pipeline.switch = self.switch
         self.callbacks.begin(self.accelerator, model=self.denoiser, optimizer=self.optimizer)
 
     # The run.
@@ -430,20 +426,29 @@ class PGraftTrainer:
         """Whether all weights of the denoiser are trained, because the pipeline says `use_lora=False`."""
         return getattr(self.sd_pipeline, "use_lora", True) is False
 
-    def _default_adapter(self) -> PeftConfig:
+    def _choose_adapter(self, peft_config: PeftConfig | None) -> PeftConfig:
+        """What is trained: the adapter that is given, the one that the pipeline has, all weights, or a LoRA."""
+        if peft_config is not None and self.is_full:
+            raise ValueError("peft_config: the pipeline says use_lora=False, which trains all weights. Choose one.")
+        if peft_config is not None and self.has_adapter:
+            raise ValueError(f"peft_config: the pipeline has an adapter {ADAPTER_NAME!r} already, which is trained.")
         if self.has_adapter:
-            return self.denoiser.peft_config[ADAPTER_NAME]
-        if self.is_full:
-            return full_copy_config(self.denoiser)
-        return default_lora_config(self.denoiser, self.config.lora_rank)
+            peft_config = self.denoiser.peft_config[ADAPTER_NAME]
+        elif peft_config is None and self.is_full:
+            peft_config = full_copy_config(self.denoiser)
+        peft_config = peft_config or default_lora_config(self.denoiser, self.config.lora_rank)
+        if self.config.control_adapter and not isinstance(peft_config, LoraConfig):
+            raise ValueError(
+                "peft_config: control_adapter=True subtracts one LoRA from another; "
+                f"{type(peft_config).__name__} makes none. Give a LoraConfig, or set control_adapter=False."
+            )
+        return peft_config
 
-    def _make_adapter(self, peft_config: PeftConfig | None) -> None:
+    def _make_adapter(self) -> None:
         """Add the adapter, or go on with the one that the pipeline has."""
         if not self.has_adapter:
             seed = seed_of(self.config.seed, "adapter")
             add_adapter(self.denoiser, copy.deepcopy(self.peft_config), ADAPTER_NAME, seed)
-        elif peft_config is not None:
-            raise ValueError(f"peft_config: the pipeline has an adapter {ADAPTER_NAME!r} already, which is trained.")
         make_trainable(self.denoiser, ADAPTER_NAME)
 
     @property
@@ -681,12 +686,16 @@ def _checked_pipeline(sd_pipeline: Any) -> Any:
     return getattr(sd_pipeline, "sd_pipeline", sd_pipeline)
 
 
-def _check_adapter(peft_config: PeftConfig, config: GraftConfig) -> None:
-    if config.control_adapter and not isinstance(peft_config, LoraConfig):
+def _hand_over(switch: SwitchLevel, sd_pipeline: Any) -> None:
+    """Tell a pipeline that samples with its adapter where that switches, unless it was trained for another level."""
+    known = getattr(sd_pipeline, "switch", None)
+    if known is not None and known.switch_timestep != switch.switch_timestep:
         raise ValueError(
-            f"peft_config: control_adapter=True subtracts one LoRA from another; {type(peft_config).__name__} makes "
-            "none. Give a LoraConfig, or set control_adapter=False."
+            f"sd_pipeline: its adapter switches at timestep {known.switch_timestep}, this configuration at "
+            f"{switch.switch_timestep}. Keep the tuned_fraction and sample_num_steps that it was trained with."
         )
+    if hasattr(sd_pipeline, "switch"):
+        sd_pipeline.switch = switch
 
 
 def _columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:

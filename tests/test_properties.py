@@ -22,8 +22,7 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from trl_pgraft import GraftConfig
 from trl_pgraft.acceptance import ACCEPTANCE_RULES, get_acceptance

@@ -24,12 +24,19 @@ import datasets
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from peft import LoraConfig
+from peft import LoHaConfig, LoraConfig
 from tiny_pipelines import ATTENTION, adapter_use, tiny_flux, tiny_sd, tiny_sdxl
 from transformers import TrainerCallback
 
-from trl_pgraft import GraftConfig, PGraftTrainer, TimestepGate, accept_best_of_n, load_pgraft_adapter, register_reward
-from trl_pgraft import trainer as trainer_module
+from trl_pgraft import (
+    GraftConfig,
+    PGraftTrainer,
+    TimestepGate,
+    accept_best_of_n,
+    load_pgraft_adapter,
+    register_reward,
+    trainer as trainer_module,
+)
 from trl_pgraft.adapters import adapter_parameters, tuner_layers
 from trl_pgraft.denoiser_call import denoiser_of
 from trl_pgraft.hub import read_switch
@@ -273,6 +280,13 @@ def test_the_learning_rate_follows_its_schedule_over_the_rounds(config, monkeypa
     assert rates == pytest.approx([0.0, 0.2, 0.4, 0.3, 0.2, 0.1]), "two of warm-up, then down to the end of six"
 
 
+def test_no_round_is_run_where_none_is_wanted(config):
+    trainer = make_trainer(config())
+    before = adapter_of(trainer)
+    assert trainer.train(epochs=0) == [] and equal(before, adapter_of(trainer))
+    assert len(trainer.train(epochs=2)) == 2 and len(trainer.train(epochs=2)) == 2, "they are done"
+
+
 def test_graft_has_no_switch(config):
     trainer = make_trainer(config(tuned_fraction=1.0))
     assert trainer.switch.switch_timestep is None and trainer.levels.level_i == (1.0, 0.0)
@@ -471,7 +485,7 @@ def test_the_hook_gets_what_ddpo_gives(config):
     )
     trainer.train()
     ((batches, global_step, tracker),) = seen
-    assert len(batches) == 2 and global_step == 0 and tracker is None
+    assert len(batches) == 2 and global_step == 0 and tracker.name == "none"
     images, prompts, metadata, rewards, info = batches[0]
     assert images.shape == (4, 3, 16, 16) and 0 <= images.min() and images.max() <= 1
     assert len(prompts) == 4 and metadata[0] == {"kind": "animal"} and info == {"n": 4}
@@ -648,6 +662,18 @@ def test_a_resumed_run_is_the_uninterrupted_one(config, tmp_path, control_adapte
     assert resumed.progress.global_step == whole.progress.global_step == 6
 
 
+def test_train_resumes_where_it_is_asked_to(config, tmp_path):
+    first = make_trainer(config(num_epochs=2))
+    first.train()
+    folder = str(first.output_dir / "checkpoints")
+    resumed = make_trainer(config(num_epochs=3, output_dir=str(tmp_path / "other")))
+    history = resumed.train(resume_from_checkpoint=folder)
+    assert [metrics["epoch"] for metrics in history] == [0, 1, 2]
+    whole = make_trainer(config(num_epochs=3, output_dir=str(tmp_path / "whole")))
+    whole.train()
+    assert equal(adapter_of(resumed), adapter_of(whole))
+
+
 def test_the_newest_checkpoint_is_taken_and_old_ones_are_removed(config):
     trainer = make_trainer(config(num_epochs=4, num_checkpoint_limit=2))
     trainer.train()
@@ -755,6 +781,10 @@ def no_call(monkeypatch):
         ),
         ({"reward_weights": [1.0]}, "reward_weights are those of reward_funcs"),
         ({"reward_function": None, "reward_funcs": [redness, redness]}, "named redness, redness.*`__name__`"),
+        (
+            {"options": {"control_adapter": True}, "peft_config": LoHaConfig(r=2, target_modules=ATTENTION)},
+            "peft_config: control_adapter=True subtracts one LoRA from another; LoHaConfig makes none",
+        ),
         ({"options": {"sample_batch_size": 1}}, "sample_batch_size.*= 1.*Draw more images"),
         ({"options": {"samples_per_prompt": 8, "acceptance_kwargs": {"k": 4}}}, "groups have 4 images, of which k=4"),
     ],
@@ -764,12 +794,6 @@ def test_arguments_that_do_not_fit_are_refused_before_any_call(config, no_call, 
     settings = config(sample_num_batches_per_epoch=1, **arguments.pop("options", {}))
     with pytest.raises(ValueError, match=message):
         PGraftTrainer(settings, **arguments)
-
-
-def test_full_fine_tuning_is_refused(config, no_call):
-    no_call.use_lora = False
-    with pytest.raises(ValueError, match="use_lora=False"):
-        make_trainer(config(), no_call)
 
 
 def test_a_prompt_that_is_no_string_is_refused_before_sampling(config):

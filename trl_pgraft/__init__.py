@@ -26,6 +26,7 @@ from .acceptance import (
     implied_kl,
 )
 from .config import GraftConfig
+from .ddpo import DefaultDDPOStableDiffusionPipeline
 from .diagnostics import choose_intermediate_step
 from .hub import load_pgraft_adapter, save_pgraft_adapter
 from .parameterizations import renoise
@@ -35,6 +36,7 @@ from .trainer import PGraftTrainer
 
 
 __all__ = [
+    "DefaultDDPOStableDiffusionPipeline",
     "GraftConfig",
     "PGraftTrainer",
     "SwitchLevel",

@@ -16,7 +16,7 @@
 """Configuration of [`PGraftTrainer`]: the fields of TRL's `DDPOConfig`, and those that GRAFT adds."""
 
 import dataclasses
-import inspect
+import json
 import math
 import os
 import sys
@@ -24,6 +24,8 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from .acceptance import ACCEPTANCE_RULES
 
@@ -81,9 +83,12 @@ class GraftConfig:
     log_with: str | None = _option(
         None, "Tracker that accelerate logs to.", choices=["wandb", "tensorboard", "trackio"]
     )
-    tracker_kwargs: dict = _option({}, "Keyword arguments for the tracker (e.g. wandb_project).")
-    accelerator_kwargs: dict = _option({}, "Keyword arguments for the accelerator.")
-    project_kwargs: dict = _option({}, "Keyword arguments for accelerate's project configuration (e.g. project_dir).")
+    # `dict | str | None`, because a command line has a dict as JSON.
+    tracker_kwargs: dict | str | None = _option({}, 'Keyword arguments by tracker, e.g. {"wandb": {"entity": "me"}}.')
+    accelerator_kwargs: dict | str | None = _option({}, "Keyword arguments for the accelerator.")
+    project_kwargs: dict | str | None = _option(
+        {}, "Keyword arguments for accelerate's project configuration (e.g. project_dir)."
+    )
     tracker_project_name: str = _option("trl", "Name of the project in the tracker.")
     logdir: str = _option("logs", "Folder of the trackers' logs, inside the output folder.")
     num_epochs: int = _option(100, "Number of rounds: draw, score, accept, fine-tune.")
@@ -133,7 +138,7 @@ class GraftConfig:
     per_prompt_stat_tracking_min_count: int = _option(16, "PPO only; ignored.")
     async_reward_computation: bool = _option(False, "Score a batch in a thread while the next one is drawn.")
     max_workers: int = _option(2, "Threads of `async_reward_computation`.")
-    negative_prompts: str = _option("", "Negative prompt of the guided call.")
+    negative_prompts: str = _option("", "Negative prompt of the guided call; of a list, joined by commas.")
     push_to_hub: bool = _option(False, "Push the adapter to the Hub after training.")
 
     tuned_fraction: float = _option(
@@ -145,7 +150,9 @@ class GraftConfig:
         None, "Group size M. None: 8, or all of the round's images where they are fewer."
     )
     acceptance: str = _option("top_k", f"Acceptance rule: {', '.join(ACCEPTANCE_RULES)}, or a callable.")
-    acceptance_kwargs: dict = _option({}, "Arguments of the acceptance rule, e.g. k of top_k (default: M / 4).")
+    acceptance_kwargs: dict | str | None = _option(
+        {}, "Arguments of the acceptance rule, e.g. k of top_k (default: M / 4)."
+    )
     deduplicate_by: Callable | None = _option(
         None, "Function of (PIL image, prompt) whose value tells equal samples; only one of them is accepted."
     )
@@ -209,6 +216,10 @@ class GraftConfig:
     hub_token: str | None = field(default=None, repr=False, metadata={"help": "Token for the Hub; never stored."})
 
     def __post_init__(self):
+        for name in _DICTS:
+            setattr(self, name, _as_dict(name, getattr(self, name)))
+        if not isinstance(self.negative_prompts, str):
+            self.negative_prompts = ", ".join(self.negative_prompts or [])
         if self.train_cfg:
             self.guidance_loss = "combined"
         self._check_ranges()
@@ -273,11 +284,6 @@ class GraftConfig:
             raise ValueError(
                 f"acceptance={self.acceptance!r} is not one of {', '.join(ACCEPTANCE_RULES)}; a callable is taken too."
             )
-        if isinstance(self.acceptance, str):
-            try:
-                inspect.signature(ACCEPTANCE_RULES[self.acceptance]).bind("rewards", **self.acceptance_kwargs)
-            except TypeError as error:
-                raise ValueError(f"acceptance_kwargs do not fit acceptance={self.acceptance!r}: {error}.") from error
 
     def _check_group(self) -> None:
         size, k = self.samples_per_prompt, self.acceptance_kwargs.get("k")
@@ -291,6 +297,16 @@ class GraftConfig:
             raise ValueError(
                 f"acceptance_kwargs: k={k} of samples_per_prompt={size or 8} must be at least 1 and less than that."
             )
+        if isinstance(self.acceptance, str):
+            self._try_acceptance()
+
+    def _try_acceptance(self) -> None:
+        """Call the rule on rewards below any bound: what it refuses is better known before anything is drawn."""
+        rewards = torch.full((self.samples_per_prompt or 8,), -1e30, dtype=torch.float64)
+        try:
+            ACCEPTANCE_RULES[self.acceptance](rewards, **self.acceptance_kwargs)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"acceptance_kwargs do not fit acceptance={self.acceptance!r}: {error}") from error
 
     def _warn_of_ppo_fields(self) -> None:
         ppo_only = (f for f in dataclasses.fields(self) if f.name in PPO_ONLY_FIELDS)
@@ -299,6 +315,19 @@ class GraftConfig:
             warnings.warn(f"GraftConfig ignores fields that only PPO has a use for: {', '.join(given)}.", stacklevel=4)
 
 
+def _as_dict(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
+    """The field's dict, from JSON where a command line gave it."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name}={value!r} is not JSON: {error}.") from error
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{name}={value!r} must be a dict, or a JSON object on the command line.")
+    return value or {}
+
+
+_DICTS = ("tracker_kwargs", "accelerator_kwargs", "project_kwargs", "acceptance_kwargs")
 _POSITIVE = (
     "num_epochs",
     "save_freq",

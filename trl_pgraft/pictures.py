@@ -63,10 +63,7 @@ def before_after_grid(
         x, y = margin + (index % columns) * (size + gap), gap + (index // columns) * pair
         for line, image in enumerate(images):
             grid.paste(image.resize((size, size), Image.LANCZOS), (x, y + line * (size + gap)))
-        # Prompts are shown, not interpreted: control characters become spaces, long ones are cut.
-        printable = "".join(c if c.isprintable() else " " for c in labels[index])[:120]
-        below = (x, y + 2 * size + gap + 2)
-        draw.multiline_text(below, textwrap.fill(printable, 24), fill="black", font=ImageFont.load_default(10))
+        _write(draw, (x, y + 2 * size + gap + 2), labels[index])
         for line, title in enumerate(titles if index % columns == 0 else ()):
             middle = y + line * (size + gap) + size // 2 - 6
             draw.text((4, middle), title, fill="black", font=ImageFont.load_default(14))
@@ -115,3 +112,37 @@ def draw_choice(result: "IntermediateStep", path: str | Path) -> None:
         axes.set(xlabel="tuned fraction")
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
+def image_grid(
+    images: torch.Tensor, captions: Sequence[str], columns: int = 8, size: int = 128, most: int = 64
+) -> Image.Image:
+    """
+    Images row by row, each with its caption.
+
+    Args:
+        images (`torch.Tensor` of shape `(N, 3, H, W)`, uint8):
+            Images.
+        captions (`Sequence[str]`):
+            `N` captions.
+        columns (`int`, *optional*, defaults to `8`):
+            Images in a row.
+        size (`int`, *optional*, defaults to `128`):
+            Edge of a drawn image in pixels.
+        most (`int`, *optional*, defaults to `64`):
+            Images drawn; the rest is left out.
+    """
+    gap, text = 4, 60
+    shown = list(zip(to_pil(images[:most]), captions, strict=False))
+    columns = min(columns, len(shown))
+    grid = Image.new("RGB", (columns * (size + gap) + gap, -(-len(shown) // columns) * (size + text)), "white")
+    draw = ImageDraw.Draw(grid)
+    for index, (image, caption) in enumerate(shown):
+        x, y = gap + (index % columns) * (size + gap), gap + (index // columns) * (size + text)
+        grid.paste(image.resize((size, size), Image.LANCZOS), (x, y))
+        _write(draw, (x, y + size + 2), caption)
+    return grid
+
+
+def _write(draw: ImageDraw.ImageDraw, position: tuple[int, int], text: str) -> None:
+    """Text below a picture. It is shown, not interpreted: control characters become spaces, the end is cut."""
+    printable = "".join(c if c.isprintable() else " " for c in text)[:120]
+    draw.multiline_text(position, textwrap.fill(printable, 24), fill="black", font=ImageFont.load_default(10))

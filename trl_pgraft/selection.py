@@ -112,6 +112,11 @@ class Round:
             Decision(torch.tensor(table["accepted"].to_numpy())[order], float("nan"), float("nan"), 0),
         )
 
+    def captions(self) -> list[str]:
+        """What is written under each sample's picture: reward, whether it is accepted, and prompt."""
+        rows = zip(self.samples, self.reward.tolist(), self.decision.accepted.tolist(), strict=True)
+        return [f"{reward:.3g}{', accepted' if taken else ''}: {s.group.prompt}" for s, reward, taken in rows]
+
     def metrics(self, rewards: Sequence[str]) -> dict[str, float]:
         """What is logged of a round; names as users of TRL's trainers know them."""
         scored, reward, accepted = ~self.reward.isnan(), self.reward, self.decision.accepted

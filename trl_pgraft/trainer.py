@@ -31,7 +31,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from tqdm.auto import tqdm
 
 from .acceptance import get_acceptance, implied_kl
@@ -41,6 +41,8 @@ from .adapters import (
     adapter_parameters,
     add_adapter,
     default_lora_config,
+    full_copy_config,
+    make_trainable,
     merge_difference,
     without_adapters,
 )
@@ -59,18 +61,20 @@ from .checkpoints import (
 from .config import GraftConfig
 from .denoiser_call import Conditioning, denoiser_of, record_conditioning
 from .drawing import Batch, draw_and_score, in_order
-from .engine import make_accelerator, make_optimizer, place_pipeline, tracker_values
+from .engine import make_accelerator, make_optimizer, place_pipeline
 from .fine_tuning import FitReport, GraftLoss, count_microbatches, fit
 from .hub import load_adapter_weights, save_pgraft_adapter
 from .levels import tuned_levels
 from .parameterizations import prediction_type_of
+from .pictures import image_grid
 from .probe import learn_denoiser_call
 from .prompts import choose_prompt_source
 from .rewards import Patience, Scorer, choose_rewards, to_pil
 from .rollout import Drawn, Group, Sample, draw, form_groups, samples_of, sampling_arguments, seed_of
 from .samples import fingerprint_of, sampling_fingerprint, to_dataset
 from .selection import Round, SelectedRows, accept, combined_rewards
-from .timestep_gate import TimestepGate, TunedGuidance
+from .timestep_gate import SwitchLevel, TimestepGate, TunedGuidance
+from .trackers import NoTracker, log_image, tracker_arguments, tracker_values
 from .unfinished import UnfinishedRound
 
 
@@ -122,10 +126,11 @@ class PGraftTrainer:
         prompt_function (`Callable`, *optional*):
             Returns `(prompt, metadata)`; called once a group.
         sd_pipeline (`DiffusionPipeline`):
-            The pipeline to tune; required. The reference is this pipeline as it is handed in.
+            The pipeline to tune; required. The reference is this pipeline as it is handed in. Where it says
+            `use_lora=False`, a copy of all weights of its denoiser is trained, and the reference kept beside it.
         image_samples_hook (`Callable`, *optional*):
             `f(image_data, global_step, tracker)`, once a round with a list of batches, each `[images, prompts,
-            metadata, rewards, reward_metadata]`; `tracker` is the first tracker, or `None`.
+            metadata, rewards, reward_metadata]`; `tracker` is the first tracker, or one that does nothing.
         reward_funcs (`str`, `Callable` or list of them, *optional*):
             Rewards in TRL's convention, by function, registered name or `"package.module:function"`.
         reward_weights (`list[float]`, *optional*):
@@ -139,7 +144,8 @@ class PGraftTrainer:
         pipeline_kwargs (`dict`, *optional*):
             Further arguments of the pipeline call, such as `height`.
         callbacks (`list[TrainerCallback]`, *optional*):
-            transformers callbacks.
+            transformers callbacks, with `config` as their `args`. An epoch is a round, a step an optimizer step; they
+            may ask to save, to evaluate and to stop, which is done at the end of the round.
 
     Raises:
         `ValueError`: arguments that do not fit together, before anything is drawn.
@@ -164,6 +170,7 @@ class PGraftTrainer:
         callbacks: Sequence[Any] | None = None,
     ):
         self.config = config
+        self.sd_pipeline = sd_pipeline
         self.pipeline = _checked_pipeline(sd_pipeline)
         self.denoiser = denoiser_of(self.pipeline)
         self.samples_dataset = samples_dataset
@@ -185,26 +192,27 @@ class PGraftTrainer:
                 f"sample_batch_size * sample_num_batches_per_epoch * processes = {self.images_per_round}: a round's "
                 f"groups have {size} images, of which k={k} cannot be selected. Draw more images a round."
             )
+        self.peft_config = self._choose_adapter(peft_config)
         place_pipeline(self.pipeline, self.accelerator)
         self.arguments = sampling_arguments(config, self.pipeline, pipeline_kwargs)
         self.call = learn_denoiser_call(self.pipeline, self.arguments)
         self.prediction_type = prediction_type_of(self.pipeline.scheduler)
         self.levels, self.switch = tuned_levels(config, self.pipeline, self.call, self.arguments)
-        self.peft_config = peft_config or default_lora_config(self.denoiser, config.lora_rank)
+        _hand_over(self.switch, sd_pipeline)
         self.fingerprint = sampling_fingerprint(self.pipeline, self.arguments, self.levels.position)
         self.progress = Progress()
         self.optimizer: torch.optim.Optimizer | None = None
         if not config.control_adapter:
-            add_adapter(self.denoiser, copy.deepcopy(self.peft_config), ADAPTER_NAME, seed_of(config.seed, "adapter"))
+            self._make_adapter()
             self.optimizer = make_optimizer(adapter_parameters(self.denoiser, ADAPTER_NAME), config)
         if config.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
-        self._resume()
-        if self.accelerator.is_main_process:
-            (self.output_dir / "metrics.jsonl").write_text("".join(map(_as_json, self.history)))
+        self.has_begun = False
+        self._resume(config.resume_from or config.resume_from_checkpoint)
         self.accelerator.init_trackers(
-            config.tracker_project_name, config=tracker_values(config.to_dict()), init_kwargs=config.tracker_kwargs
+            config.tracker_project_name, config=tracker_values(config.to_dict()), init_kwargs=tracker_arguments(config)
         )
+        self.callbacks.begin(self.accelerator, model=self.denoiser, optimizer=self.optimizer)
 
     # The run.
 
@@ -213,27 +221,44 @@ class PGraftTrainer:
         """Metrics logged so far, those before a resume included."""
         return self.progress.history
 
-    def train(self, epochs: int | None = None) -> list[dict[str, float]]:
+    def train(
+        self, epochs: int | None = None, resume_from_checkpoint: str | bool | None = None
+    ) -> list[dict[str, float]]:
         """
-        Run rounds until `epochs` (default: `config.num_epochs`) are done, and save the adapter.
+        Run rounds until `epochs` are done, and save the adapter.
+
+        Args:
+            epochs (`int`, *optional*):
+                Rounds of the whole run, those before a resume included; `config.num_epochs` where not given.
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                As the configuration's field of this name.
 
         Returns:
             `list[dict[str, float]]`: the metrics of each round.
         """
-        epochs = epochs or (1 if self.samples_dataset is not None else self.config.num_epochs)
+        if epochs is None:
+            epochs = 1 if self.samples_dataset is not None else self.config.num_epochs
+        if resume_from_checkpoint:
+            self._resume(resume_from_checkpoint)
+            self.callbacks.values["optimizer"] = self.optimizer
+        state = self.callbacks.state
+        state.epoch, state.global_step = self.progress.epoch, self.progress.global_step
+        state.max_steps = self.progress.planned_steps or self._expected_steps() * epochs
+        self._begin()
         self.callbacks.notify("on_train_begin")
         if self.config.eval_prompts and self.progress.epoch == 0:
             self._log_evaluation(epoch=0)
         for epoch in range(self.progress.epoch, epochs):
             self.callbacks.notify("on_epoch_begin")
             self.step(epoch, self.progress.global_step)
-            last = epoch + 1 == epochs
-            if self.config.eval_prompts and (last or (epoch + 1) % self.config.eval_freq == 0):
-                self._log_evaluation(epoch + 1)
-            if last or (epoch + 1) % self.config.save_freq == 0:
-                self.save_checkpoint()
             self.callbacks.notify("on_epoch_end")
-            if self.callbacks.should_stop:
+            last = epoch + 1 == epochs or self.callbacks.should_stop
+            asked_to_evaluate, asked_to_save = self.callbacks.asked("evaluate"), self.callbacks.asked("save")
+            if self.config.eval_prompts and (last or asked_to_evaluate or (epoch + 1) % self.config.eval_freq == 0):
+                self._log_evaluation(epoch + 1)
+            if last or asked_to_save or (epoch + 1) % self.config.save_freq == 0:
+                self.save_checkpoint()
+            if last:
                 break
         if self.has_adapter:
             self.save_model()
@@ -254,6 +279,7 @@ class PGraftTrainer:
         Returns:
             `int`: optimizer steps after the round.
         """
+        self._begin()
         started = time.perf_counter()
         round_ = self._draw_round(epoch) if self.samples_dataset is None else self._stored_round()
         drawn = time.perf_counter()
@@ -286,9 +312,7 @@ class PGraftTrainer:
         decision = accept(reward, groups, self.acceptance, config.acceptance_kwargs, seed, keys)
         round_ = Round(groups, samples, states, values, reward, decision)
         self._keep(round_, drawn, own, epoch)
-        if self.image_samples_hook is not None:
-            tracker = self.accelerator.trackers[0] if self.accelerator.trackers else None
-            self.image_samples_hook(list(map(self._for_hook, batches)), self.progress.global_step, tracker)
+        self._show(round_, drawn, batches)
         self.progress.images += len(samples)
         self.progress.denoiser_calls += int(self._gather(torch.tensor([drawn.denoiser_calls])).sum())
         return round_
@@ -392,6 +416,16 @@ class PGraftTrainer:
         folder.mkdir(parents=True, exist_ok=True)
         dataset.to_parquet(folder / f"samples-{rank:05d}-of-{world:05d}.parquet")
 
+    def _show(self, round_: Round, drawn: Drawn, batches: list[Batch]) -> None:
+        """Hand this process's samples to DDPO's hook, and the main process's to the trackers as a picture."""
+        trackers, step = self.accelerator.trackers, self.progress.global_step
+        if trackers and self.accelerator.is_main_process:
+            captions = round_.captions()[: len(drawn.images)]
+            log_image(trackers, "samples", image_grid(drawn.images, captions, round_.groups[0].size), step)
+        if self.image_samples_hook is not None:
+            tracker = trackers[0] if trackers else NoTracker()
+            self.image_samples_hook(list(map(self._for_hook, batches)), step, tracker)
+
     def _stored_round(self) -> Round:
         found = set(self.samples_dataset["fingerprint"])
         if found != {self.fingerprint}:
@@ -414,6 +448,36 @@ class PGraftTrainer:
         return ADAPTER_NAME in getattr(self.denoiser, "peft_config", {})
 
     @property
+    def is_full(self) -> bool:
+        """Whether all weights of the denoiser are trained, because the pipeline says `use_lora=False`."""
+        return getattr(self.sd_pipeline, "use_lora", True) is False
+
+    def _choose_adapter(self, peft_config: PeftConfig | None) -> PeftConfig:
+        """What is trained: the adapter that is given, the one that the pipeline has, all weights, or a LoRA."""
+        if peft_config is not None and self.is_full:
+            raise ValueError("peft_config: the pipeline says use_lora=False, which trains all weights. Choose one.")
+        if peft_config is not None and self.has_adapter:
+            raise ValueError(f"peft_config: the pipeline has an adapter {ADAPTER_NAME!r} already, which is trained.")
+        if self.has_adapter:
+            peft_config = self.denoiser.peft_config[ADAPTER_NAME]
+        elif peft_config is None and self.is_full:
+            peft_config = full_copy_config(self.denoiser)
+        peft_config = peft_config or default_lora_config(self.denoiser, self.config.lora_rank)
+        if self.config.control_adapter and not isinstance(peft_config, LoraConfig):
+            raise ValueError(
+                "peft_config: control_adapter=True subtracts one LoRA from another; "
+                f"{type(peft_config).__name__} makes none. Give a LoraConfig, or set control_adapter=False."
+            )
+        return peft_config
+
+    def _make_adapter(self) -> None:
+        """Add the adapter, or go on with the one that the pipeline has."""
+        if not self.has_adapter:
+            seed = seed_of(self.config.seed, "adapter")
+            add_adapter(self.denoiser, copy.deepcopy(self.peft_config), ADAPTER_NAME, seed)
+        make_trainable(self.denoiser, ADAPTER_NAME)
+
+    @property
     def tuned_guidance_scale(self) -> float:
         """Guidance scale of the tuned steps; 1.0 where the pipeline does not combine two branches."""
         if not self.call.is_guided:
@@ -425,6 +489,9 @@ class PGraftTrainer:
     def sampler(self, reference: bool = False) -> Iterator[Any]:
         """The pipeline as the policy samples with it, gate and guidance included, or as the reference does."""
         with ExitStack() as stack:
+            if self.is_full:
+                # The trained copy is in float32 also where the frozen weights are not.
+                stack.enter_context(self.accelerator.autocast())
             if self.has_adapter:
                 stack.enter_context(
                     without_adapters(self.denoiser, [ADAPTER_NAME])
@@ -471,7 +538,18 @@ class PGraftTrainer:
         steps = -(-total // config.train_gradient_accumulation_steps)
         self.progress.planned_steps = self.progress.planned_steps or steps * config.num_epochs
         average = EMAModel(parameters, decay=config.ema_decay) if config.ema_decay else None
+        self.callbacks.state.max_steps = self.progress.planned_steps
         hidden = not self.accelerator.is_local_main_process
+
+        def on_event(event: str) -> None:
+            if average is not None and event == "on_optimizer_step":
+                average.step(parameters)
+            if event in ("on_substep_end", "on_step_end"):
+                bar.update()
+            if not control:
+                self.callbacks.state.global_step += event == "on_step_end"
+                self.callbacks.notify(event)
+
         with tqdm(total=total, desc=f"training {name}", leave=False, disable=hidden) as bar:
             report = fit(
                 self.accelerator,
@@ -481,12 +559,18 @@ class PGraftTrainer:
                 optimizer,
                 config,
                 self._learning_rate_schedule(),
-                on_microbatch=bar.update,
-                on_step=(lambda: average.step(parameters)) if average else None,
+                on_event=on_event,
             )
         if average is not None:
             average.copy_to(parameters)
         return report
+
+    def _expected_steps(self) -> int:
+        """Optimizer steps of a round in which `k` of each group is accepted, a quarter where nothing says more."""
+        size = self.config.group_size(self.images_per_round)
+        rows = self.images_per_round // size * self.config.acceptance_kwargs.get("k", max(1, round(size / 4)))
+        total = count_microbatches(rows, self.config, self.accelerator.num_processes)
+        return -(-total // self.config.train_gradient_accumulation_steps)
 
     def _loss(self, name: str, conditioning: Conditioning) -> GraftLoss:
         adapters = [n for n in dict.fromkeys([ADAPTER_NAME, name]) if n in self.denoiser.peft_config]
@@ -554,11 +638,14 @@ class PGraftTrainer:
         result = self.evaluate()
         means = result.values.nanmean(0).tolist()
         metrics = {f"eval/rewards/{r.name}/mean": mean for r, mean in zip(self.rewards, means, strict=True)}
-        self.log({**metrics, "eval/reward": result.reward.nanmean().item(), "epoch": epoch})
+        metrics |= {"eval/reward": result.reward.nanmean().item(), "epoch": epoch}
+        self.log(metrics)
+        self.callbacks.notify("on_evaluate", metrics=metrics)
 
     def log(self, metrics: dict[str, float]) -> None:
         """Send metrics to the trackers and callbacks, and append them to `history` and to `metrics.jsonl`."""
         self.history.append(metrics)
+        self.callbacks.state.log_history.append({**metrics, "step": self.progress.global_step})
         self.accelerator.log(metrics, step=self.progress.global_step)
         self.callbacks.notify("on_log", logs=metrics)
         if self.accelerator.is_main_process:
@@ -588,9 +675,11 @@ class PGraftTrainer:
             folder = self.output_dir / "checkpoints"
             adapter = ADAPTER_NAME if self.has_adapter else None
             save_checkpoint(folder, self.pipeline, self.switch, adapter, self.optimizer, self.progress, self._run())
-            prune_checkpoints(folder, self.config.num_checkpoint_limit)
+            # `total_limit` is accelerate's name, with which DDPO's scripts set it.
+            prune_checkpoints(folder, self.config.project_kwargs.get("total_limit", self.config.num_checkpoint_limit))
         self.accelerator.wait_for_everyone()
         self._forget_unfinished()
+        self.callbacks.notify("on_save")
 
     def _run(self) -> dict[str, Any]:
         """What the run's result depends on."""
@@ -598,20 +687,28 @@ class PGraftTrainer:
         rewards = {reward.name: reward.weight for reward in self.rewards}
         return {**values, "rewards": rewards, "model, scheduler and sampling arguments": self.fingerprint}
 
+    def _begin(self) -> None:
+        """Before the first round: a run that does not go on from another forgets what that has left."""
+        if self.has_begun:
+            return
+        self.has_begun = True
+        if not self.is_resumed:
+            self._forget_unfinished()
+        if self.accelerator.is_main_process:
+            (self.output_dir / "metrics.jsonl").write_text("".join(map(_as_json, self.history)))
+
     def _forget_unfinished(self) -> None:
         if self.accelerator.is_local_main_process:
             shutil.rmtree(self.output_dir / UNFINISHED, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
-    def _resume(self) -> None:
-        source = self.config.resume_from or self.config.resume_from_checkpoint
-        if not source:
-            self._forget_unfinished()
-            return
+    def _resume(self, source: str | bool | None) -> None:
+        self.is_resumed = bool(source)
         if source is True:
-            source = self.output_dir / "checkpoints"
-            if not checkpoints_in(source):
-                return
+            folder = self.output_dir / "checkpoints"
+            source = folder if checkpoints_in(folder) else None
+        if not source:
+            return
         checkpoint = find_checkpoint(source)
         with reading(checkpoint):
             check_same_run(checkpoint, self._run())
@@ -635,7 +732,16 @@ def _as_json(metrics: dict[str, float]) -> str:
 def _checked_pipeline(sd_pipeline: Any) -> Any:
     if sd_pipeline is None:
         raise ValueError("sd_pipeline is required: the diffusers pipeline to fine-tune.")
-    if getattr(sd_pipeline, "use_lora", True) is False:
-        raise ValueError("sd_pipeline: use_lora=False (full fine-tuning) is not supported; tune an adapter.")
     return getattr(sd_pipeline, "sd_pipeline", sd_pipeline)
 
+
+def _hand_over(switch: SwitchLevel, sd_pipeline: Any) -> None:
+    """Tell a pipeline that samples with its adapter where that switches, unless it was trained for another level."""
+    known = getattr(sd_pipeline, "switch", None)
+    if known is not None and known.switch_timestep != switch.switch_timestep:
+        raise ValueError(
+            f"sd_pipeline: its adapter switches at timestep {known.switch_timestep}, this configuration at "
+            f"{switch.switch_timestep}. Keep the tuned_fraction and sample_num_steps that it was trained with."
+        )
+    if hasattr(sd_pipeline, "switch"):
+        sd_pipeline.switch = switch

@@ -18,7 +18,7 @@ import gc
 
 import pytest
 import torch
-from hub_session import HUB
+from hub_session import HUB, forget_downloads
 from tiny_pipelines import tiny_flux, tiny_sd
 
 
@@ -35,8 +35,9 @@ def sd():
 
 @pytest.fixture
 def hub():
-    """The Hub: empty, with a token to write, one to read, and one of another user."""
+    """The Hub: empty, with a token to write, one to read, and one of another user; nothing is cached."""
     HUB.reset()
+    forget_downloads()
     HUB.tokens |= {"hf_write": ("ann", "write"), "hf_read": ("ann", "read"), "hf_other": ("bob", "write")}
     yield HUB
     HUB.reset()

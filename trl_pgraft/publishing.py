@@ -179,14 +179,22 @@ def check_samples_repository(folder: Path, repo_id: str, token: str | None) -> N
 
 
 def clean(token: str | None) -> str | None:
-    """A token without the white space around it that comes with copying; `None` for the client's own."""
-    return (token or "").strip() or None
+    """
+    A token without the white space around it that comes with copying; `None` for the client's own.
+
+    Raises:
+        `ValueError`: it has characters that an HTTP client would refuse, and quote in its error.
+    """
+    token = (token or "").strip() or None
+    if token is not None and not (token.isascii() and token.isprintable()):
+        raise ValueError("hub_token has line breaks or other characters that no token has; copy it again.")
+    return token
 
 
 def redacted(error: Exception, token: str | None) -> str:
-    """An error's message without any token: an HTTP client may quote a header that it refuses."""
+    """An error's message without the tokens in use, whatever the client or the Hub says."""
     message = str(error)
-    for secret in (token, clean(token), get_token()):
+    for secret in (token, (token or "").strip(), get_token()):
         message = message.replace(secret, "<token>") if secret else message
     return message
 

@@ -155,7 +155,7 @@ def as_code(text: str) -> str:
     return f"{fence}{pad}{line}{pad}{fence}"
 
 
-def facts_of(trainer: Any, dataset: str | None = None, tags: Sequence[str] = ()) -> AdapterFacts:
+def facts_of(trainer: Any, dataset: str | None, tags: Sequence[str]) -> AdapterFacts:
     """What a [`PGraftTrainer`] knows about the adapter that it trains."""
     config, rewards = trainer.config, {reward.name: reward.weight for reward in trainer.rewards}
     source, metrics = metrics_of(trainer.history, list(rewards))
@@ -170,7 +170,7 @@ def facts_of(trainer: Any, dataset: str | None = None, tags: Sequence[str] = ())
         settings={name: value for name, value in config.to_dict().items() if name in SETTINGS},
         arguments={name: value for name, value in trainer.arguments.items() if name in shown and value is not None},
         tags=tags,
-        dataset=dataset or config.hub_dataset_id,
+        dataset=dataset,
     )
 
 

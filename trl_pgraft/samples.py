@@ -68,12 +68,14 @@ def check_samples(dataset: Any, fingerprint: str, rewards: Sequence[str]) -> dat
         if len(dataset) != 1:
             raise ValueError(f"samples_dataset has the splits {', '.join(dataset)}; give one of them.")
         (dataset,) = dataset.values()
+    if not isinstance(dataset, datasets.Dataset):
+        raise ValueError(f"samples_dataset is a {type(dataset).__name__}; load it without streaming.")
     needed = [*SAMPLE_COLUMNS, *(f"reward_{name}" for name in rewards)]
-    missing = [name for name in needed if name not in (dataset.column_names or [])]
+    missing = [name for name in needed if name not in dataset.column_names]
     if missing:
         raise ValueError(
-            f"samples_dataset has no column {', '.join(missing)}; it has {', '.join(dataset.column_names or [])}. It "
-            "must be a round that a run of this trainer kept, in samples/ of its output folder or on the Hub."
+            f"samples_dataset has no column {', '.join(missing)}; it has {', '.join(dataset.column_names)}. It must "
+            "be what a run with these rewards kept, in samples/ of its output folder or on the Hub."
         )
     found = set(dataset["fingerprint"])
     if not found:

@@ -586,7 +586,8 @@ class PGraftTrainer:
         """
         if not self.accelerator.is_main_process:
             return
-        facts = facts_of(self, dataset_name, [tags] if isinstance(tags, str) else tags or [])
+        tags = [tags] if isinstance(tags, str) else tags or []
+        facts = facts_of(self, dataset_name or self.publisher.dataset_id, tags)
         self.adapter_dir.mkdir(parents=True, exist_ok=True)
         if facts.prompts:
             before, after = (self._pictures(facts.prompts, reference) for reference in (True, False))

@@ -135,7 +135,7 @@ def test_a_run_reaches_the_hub_and_its_card_runs(hub, base, config, tmp_path, mo
 def test_training_goes_on_from_the_samples_on_the_hub(hub, config, tmp_path, monkeypatch):
     first = make_trainer(config(hub_dataset_id="ann/samples", hub_token=TOKEN))
     first.train()
-    other = {"output_dir": str(tmp_path / "again")}
+    other = {"output_dir": str(tmp_path / "again"), "hub_dataset_id": "ann/samples", "hub_token": TOKEN}
     again = make_trainer(config(**other), train_dataset=None, samples_dataset=datasets.load_dataset("ann/samples"))
     forbid_drawing(again, monkeypatch).train()
     assert all(torch.equal(a, b) for a, b in zip(adapter_of(first), adapter_of(again), strict=True))
@@ -218,6 +218,8 @@ def test_a_resumed_run_pushes_only_what_is_missing(hub, config):
     trainer.train()
     commits = hub.repo("ann/samples", "dataset").commits[1:]
     assert [len(commit.paths) for commit in commits] == [2, 1] and commits[1].paths[0].startswith("round_0001")
+    with pytest.raises(ValueError, match="samples that are not of this run"):
+        make_trainer(config(**options, seed=1)).train()
 
 
 def test_push_to_hub_as_users_of_trl_know_it(hub, config, monkeypatch):

@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import functools
 import os
 import shlex
 import subprocess
@@ -165,10 +166,10 @@ def test_samples_of_another_run_are_not_overwritten(hub, samples):
     folder, add_round = samples
     add_round(0)
     push_samples_to_hub(folder, "ann/samples", **TOKEN)
-    check_samples_repository(folder, "ann/samples", "hf_write")
+    check_samples_repository(folder, "ann/samples", 1, "hf_write")
     add_round(0, seed=99)
     add_round(1)
-    for check in (push_samples_to_hub, check_samples_repository):
+    for check in (push_samples_to_hub, functools.partial(check_samples_repository, first_round=1)):
         with pytest.raises(ValueError, match="ann/samples has other samples as round_0000/samples-00000"):
             check(folder, "ann/samples", token="hf_write")
     assert len(commits(hub.repo("ann/samples", "dataset"))) == 1
@@ -190,8 +191,9 @@ def test_a_repository_with_rounds_yet_to_be_drawn_is_refused(hub, samples, tmp_p
     folder, add_round = samples
     add_round(0)
     push_samples_to_hub(folder, "ann/samples", **TOKEN)
-    with pytest.raises(ValueError, match="samples that are not of this run, e.g. round_0000.*output_dir"):
-        check_samples_repository(tmp_path / "another", "ann/samples", "hf_write")
+    for run, first_round in [(tmp_path / "another", 0), (tmp_path / "another", 1), (folder, 0)]:
+        with pytest.raises(ValueError, match="samples that are not of this run, e.g. round_0000.*output_dir"):
+            check_samples_repository(run, "ann/samples", first_round, "hf_write")
 
 
 @pytest.mark.parametrize("failing", ["repos/create", "commit", "validate-yaml"])

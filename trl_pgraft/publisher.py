@@ -25,7 +25,6 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
 
-from .cards import ROUND_FILES
 from .config import GraftConfig
 from .publishing import (
     check_samples_repository,
@@ -49,18 +48,25 @@ class Publisher:
             The run's folder.
         accelerator (`Accelerator`):
             Its main process pushes.
+        draws (`bool`, *optional*, defaults to `True`):
+            Whether the run draws samples; it does not push those that it was given.
     """
 
-    def __init__(self, config: GraftConfig, output_dir: Path, accelerator: Accelerator):
+    def __init__(self, config: GraftConfig, output_dir: Path, accelerator: Accelerator, draws: bool = True):
         self.config = config
         self.samples_folder = output_dir / "samples"
         self.model_id = config.hub_model_id or output_dir.resolve().name
         self.dataset_id = config.hub_dataset_id
+        self.pushes_samples = draws and bool(config.hub_dataset_id)
         self._accelerator = accelerator
 
-    def check(self) -> None:
+    def check(self, first_round: int) -> None:
         """
         Check token, permission and repository names.
+
+        Args:
+            first_round (`int`):
+                Number of the next round to be drawn, whose place must be free.
 
         Raises:
             `ValueError`: on all processes; the message has the field and the fix.
@@ -68,19 +74,19 @@ class Publisher:
         error = [None]
         if self._accelerator.is_main_process:
             try:
-                self._check()
+                self._check(first_round)
             except Exception as reason:
                 error = [redacted(reason, self.config.hub_token)]
         broadcast_object_list(error)
         if error[0]:
             raise ValueError(error[0])
 
-    def _check(self) -> None:
+    def _check(self, first_round: int) -> None:
         if self.config.push_to_hub:
             self.model_id = self._prepared("hub_model_id", self.model_id, "model")
-        if self.dataset_id:
+        if self.pushes_samples:
             self.dataset_id = self._prepared("hub_dataset_id", self.dataset_id, "dataset")
-            check_samples_repository(self.samples_folder, self.dataset_id, self.config.hub_token)
+            check_samples_repository(self.samples_folder, self.dataset_id, first_round, self.config.hub_token)
 
     def _prepared(self, name: str, repo_id: str, kind: str) -> str:
         config = self.config
@@ -95,7 +101,7 @@ class Publisher:
     def push_samples(self) -> None:
         """Push the rounds that are not on the Hub yet, if the run pushes samples."""
         self._accelerator.wait_for_everyone()
-        if self.dataset_id and self._accelerator.is_main_process and any(self.samples_folder.glob(ROUND_FILES)):
+        if self.pushes_samples and self._accelerator.is_main_process:
             options = {"private": self.config.hub_private_repo, "token": self.config.hub_token}
             self.attempt(lambda: push_samples_to_hub(self.samples_folder, self.dataset_id, **options))
 

@@ -161,21 +161,22 @@ def prepare_repository(repo_id: str, kind: str, private: bool, token: str | None
     return repo_id
 
 
-def check_samples_repository(folder: Path, repo_id: str, token: str | None) -> None:
+def check_samples_repository(folder: Path, repo_id: str, first_round: int, token: str | None) -> None:
     """
-    Check that a dataset repository has no samples but those of a run's folder.
+    Check that a dataset repository has no samples but those of a run's rounds before `first_round`.
 
     Raises:
-        `ValueError`: it has, so that rounds yet to be drawn may find their place taken.
+        `ValueError`: it has, so that the rounds yet to be drawn may find their place taken.
     """
     there = _remote_files(HfApi(token=clean(token)), repo_id)
-    _check_same_samples(folder, repo_id, there)
-    others = sorted(name for name in there.keys() - set(_rounds(folder)) if name.endswith(".parquet"))
+    own = {name for name in _rounds(folder) if int(Path(name).parts[0].removeprefix("round_")) < first_round}
+    others = sorted(name for name in there.keys() - own if name.endswith(".parquet"))
     if others:
         raise ValueError(
             f"hub_dataset_id={repo_id!r} has samples that are not of this run, e.g. {others[0]}. Give another name, "
             "or resume the run that drew them in its own output_dir."
         )
+    _check_same_samples(folder, repo_id, there)
 
 
 def clean(token: str | None) -> str | None:

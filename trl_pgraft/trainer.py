@@ -189,7 +189,7 @@ class PGraftTrainer:
         if samples_dataset is not None:
             names = [reward.name for reward in self.rewards]
             self.samples_dataset = check_samples(samples_dataset, self.fingerprint, names)
-        self.publisher = Publisher(config, self.output_dir, self.accelerator)
+        self.publisher = Publisher(config, self.output_dir, self.accelerator, draws=samples_dataset is None)
         self.progress = Progress()
         self.optimizer: torch.optim.Optimizer | None = None
         if not config.control_adapter:
@@ -217,7 +217,7 @@ class PGraftTrainer:
             `list[dict[str, float]]`: the metrics of each round.
         """
         epochs = epochs or (1 if self.samples_dataset is not None else self.config.num_epochs)
-        self.publisher.check()
+        self.publisher.check(first_round=self.progress.epoch)
         self.callbacks.notify("on_train_begin")
         if self.config.eval_prompts and self.progress.epoch == 0:
             self._log_evaluation(epoch=0)

@@ -159,6 +159,7 @@ def facts_of(trainer: Any, dataset: str | None, tags: Sequence[str]) -> AdapterF
     """What a [`PGraftTrainer`] knows about the adapter that it trains."""
     config, rewards = trainer.config, {reward.name: reward.weight for reward in trainer.rewards}
     source, metrics = metrics_of(trainer.history, list(rewards))
+    settings = config.to_dict()
     shown = ("num_inference_steps", "guidance_scale", "height", "width")
     return AdapterFacts(
         switch=trainer.switch,
@@ -167,7 +168,7 @@ def facts_of(trainer: Any, dataset: str | None, tags: Sequence[str]) -> AdapterF
         rewards=rewards,
         metrics=metrics,
         metrics_source=source,
-        settings={name: value for name, value in config.to_dict().items() if name in SETTINGS},
+        settings={name: settings[name] for name in SETTINGS if settings[name] not in (None, {})},
         arguments={name: value for name, value in trainer.arguments.items() if name in shown and value is not None},
         tags=tags,
         dataset=dataset,

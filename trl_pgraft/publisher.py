@@ -131,4 +131,5 @@ class Publisher:
         try:
             return push()
         except Exception as error:
-            warnings.warn(f"The run goes on, but {redacted(error, self.config.hub_token)}", stacklevel=2)
+            message = redacted(error, self.config.hub_token)
+            warnings.warn(f"The run goes on, but a push failed: {message}", stacklevel=2)

@@ -181,12 +181,16 @@ def test_metrics_come_from_held_out_prompts_or_else_from_the_rounds():
     assert metrics_of([], ["red"])[1] == {}
 
 
-def test_a_local_path_is_no_base_model(tmp_path):
+def test_a_local_path_is_no_base_model(tmp_path, monkeypatch):
     pipeline = tiny_sd()
     assert repository_of(pipeline) is None
-    for name, expected in [(str(tmp_path), None), ("/gone/model", None), ("../model", None), ("ann/base", "ann/base")]:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "local" / "base").mkdir(parents=True)
+    for name in (str(tmp_path), "/gone/model", "../model", "local/base"):
         pipeline.register_to_config(_name_or_path=name)
-        assert repository_of(pipeline) == expected
+        assert repository_of(pipeline) is None
+    pipeline.register_to_config(_name_or_path="ann/base")
+    assert repository_of(pipeline) == "ann/base"
 
 
 def test_held_out_prompts_are_shown_first(tmp_path):

@@ -18,7 +18,7 @@ import gc
 
 import pytest
 import torch
-from hub_session import HUB, forget_downloads
+from loopback_hub import HUB, forget_downloads
 from tiny_pipelines import tiny_flux, tiny_sd
 
 

@@ -35,7 +35,7 @@ def random_round(shape=(4, 8, 8), prompts=("a cat", "a dog"), group_size=4, seed
     samples = samples_of(form_groups(source, group_size * len(prompts), group_size), seed)
     count = len(samples)
     images = torch.randint(0, 256, (count, 3, 16, 16), generator=generator, dtype=torch.uint8)
-    drawn = Drawn(images, torch.randn(count, *shape, generator=generator), [901.0, 601.0, 301.0, 1.0], 64)
+    drawn = Drawn(images, torch.randn(count, *shape, generator=generator), 64)
     rewards = torch.rand(count, generator=generator, dtype=torch.float64)
     rewards[1] = math.nan
     return samples, drawn, rewards

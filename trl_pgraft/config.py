@@ -17,6 +17,7 @@
 
 import dataclasses
 import inspect
+import math
 import os
 import sys
 import warnings
@@ -34,6 +35,19 @@ PPO_ONLY_FIELDS = (
     "per_prompt_stat_tracking",
     "per_prompt_stat_tracking_buffer_size",
     "per_prompt_stat_tracking_min_count",
+)
+# Fields that a resumed run may give otherwise: they leave the result as it is, or are about what comes after.
+MAY_CHANGE = (
+    *PPO_ONLY_FIELDS,
+    *("exp_name", "run_name", "log_with", "tracker_kwargs", "tracker_project_name", "logdir"),
+    *("accelerator_kwargs", "project_kwargs", "mixed_precision", "allow_tf32", "gradient_checkpointing"),
+    *("num_epochs", "save_freq", "num_checkpoint_limit", "output_dir", "resume_from", "resume_from_checkpoint"),
+    *("async_reward_computation", "max_workers", "reward_retries", "reward_retry_wait", "reward_timeout"),
+    *("eval_prompts", "eval_freq"),
+    *("push_to_hub", "hub_model_id", "hub_dataset_id", "hub_private_repo", "hub_token"),
+    # What counts of these is their product, over all processes.
+    *("sample_batch_size", "sample_num_batches_per_epoch"),
+    *("train_batch_size", "train_gradient_accumulation_steps"),
 )
 
 
@@ -174,7 +188,13 @@ class GraftConfig:
     lr_scheduler_type: str = _option("constant", "Learning-rate schedule of `diffusers.optimization.get_scheduler`.")
     warmup_steps: int = _option(0, "Optimizer steps of learning-rate warm-up.")
     gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass.")
-    reward_retries: int = _option(2, "How often a reward function that raised is called again before the run stops.")
+    reward_retries: int = _option(
+        2, "How often a reward function that raised or timed out is called again before the run stops."
+    )
+    reward_retry_wait: float = _option(1.0, "Seconds before the first of these calls; doubled before each next one.")
+    reward_timeout: float | None = _option(
+        None, "Seconds that one call of a reward function may take. None: as long as it likes."
+    )
     eval_prompts: list[str] | None = field(
         default=None, metadata={"help": "Held-out prompts, drawn with the same seeds at every evaluation."}
     )
@@ -214,7 +234,18 @@ class GraftConfig:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "hub_token"}
         return {name: getattr(v, "__name__", str(v)) if callable(v) else v for name, v in values.items()}
 
+    def shaping(self, processes: int) -> dict[str, Any]:
+        """What the result depends on, and so must not change when a run is resumed."""
+        images = self.sample_batch_size * self.sample_num_batches_per_epoch * processes
+        rows = self.train_batch_size * self.train_gradient_accumulation_steps * processes
+        fields = {name: value for name, value in self.to_dict().items() if name not in MAY_CHANGE}
+        return {**fields, "images a round": images, "rows of an optimizer step": rows}
+
     def _check_ranges(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{f.name}={value} is not a finite number.")
         for name in ("tuned_fraction", "train_timestep_fraction"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is outside (0, 1].")
@@ -231,8 +262,11 @@ class GraftConfig:
             raise ValueError(f"ema_decay={self.ema_decay} is outside (0, 1).")
         if self.tuned_guidance_scale is not None and self.tuned_guidance_scale <= 0:
             raise ValueError(f"tuned_guidance_scale={self.tuned_guidance_scale} must be positive; 1.0 is none.")
-        if self.reward_retries < 0:
-            raise ValueError(f"reward_retries={self.reward_retries} must be at least 0.")
+        for name in ("reward_retries", "reward_retry_wait"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0.")
+        if self.reward_timeout is not None and self.reward_timeout <= 0:
+            raise ValueError(f"reward_timeout={self.reward_timeout} must be positive; None waits without end.")
 
     def _check_choices(self) -> None:
         for f in dataclasses.fields(self):

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import datasets
+import torch
 
 from .denoiser_call import denoiser_of
 from .rewards.functions import to_pil
@@ -87,6 +88,15 @@ def check_samples(dataset: Any, fingerprint: str, rewards: Sequence[str]) -> dat
             "configuration that drew it."
         )
     return dataset
+
+
+def fingerprint_of(tensors: dict[str, torch.Tensor]) -> str:
+    """Short hash of tensors, bit for bit, and of their names."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def to_dataset(

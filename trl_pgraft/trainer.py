@@ -17,6 +17,8 @@
 
 import copy
 import json
+import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -46,29 +48,36 @@ from .callbacks import Callbacks
 from .cards import GRID_FILE, facts_of, write_adapter_card
 from .checkpoints import (
     Progress,
+    check_same_run,
     checkpoints_in,
     find_checkpoint,
     load_optimizer,
     load_progress,
     prune_checkpoints,
+    reading,
     save_checkpoint,
 )
 from .config import GraftConfig
 from .denoiser_call import Conditioning, denoiser_of, record_conditioning
+from .drawing import Batch, draw_and_score, in_order
 from .engine import make_accelerator, make_optimizer, place_pipeline, tracker_values
 from .fine_tuning import FitReport, GraftLoss, count_microbatches, fit
-from .hub import load_adapter_weights, read_switch, save_pgraft_adapter
+from .hub import load_adapter_weights, save_pgraft_adapter
 from .levels import tuned_levels
 from .parameterizations import prediction_type_of
 from .pictures import before_after_grid
 from .probe import learn_denoiser_call
 from .prompts import choose_prompt_source
 from .publisher import Publisher
-from .rewards import Scorer, choose_rewards, to_pil
+from .rewards import Patience, Scorer, choose_rewards, to_pil
 from .rollout import Drawn, Group, Sample, draw, form_groups, samples_of, sampling_arguments, seed_of
-from .samples import check_samples, sampling_fingerprint, to_dataset
+from .samples import check_samples, fingerprint_of, sampling_fingerprint, to_dataset
 from .selection import Round, SelectedRows, accept, combined_rewards
 from .timestep_gate import TimestepGate, TunedGuidance
+from .unfinished import UnfinishedRound
+
+
+UNFINISHED = "unfinished"  # folder, in the output folder, of samples that no checkpoint has yet
 
 
 @dataclass(frozen=True)
@@ -198,6 +207,8 @@ class PGraftTrainer:
         if config.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
         self._resume()
+        if self.accelerator.is_main_process:
+            (self.output_dir / "metrics.jsonl").write_text("".join(map(_as_json, self.history)))
         self.accelerator.init_trackers(
             config.tracker_project_name, config=tracker_values(config.to_dict()), init_kwargs=config.tracker_kwargs
         )
@@ -275,7 +286,8 @@ class PGraftTrainer:
         samples = samples_of(groups, config.seed, epoch)
         own = self._own_share(len(samples))
         with self.sampler(reference=config.sample_from == "reference"):
-            drawn, values, batches = self._draw_and_score(samples[own], self.levels.position)
+            batches = self._draw_and_score(samples[own], self._unfinished(epoch))
+        drawn, values = in_order(samples[own], batches)
         states, values = self._gather(drawn.x_i), self._gather(values)
         reward = combined_rewards(values, [r.weight for r in self.rewards], groups)
         keys = self._duplicate_keys(samples[own], drawn)
@@ -285,7 +297,7 @@ class PGraftTrainer:
         self._keep(round_, drawn, own, epoch)
         if self.image_samples_hook is not None:
             tracker = self.accelerator.trackers[0] if self.accelerator.trackers else None
-            self.image_samples_hook(batches, self.progress.global_step, tracker)
+            self.image_samples_hook(list(map(self._for_hook, batches)), self.progress.global_step, tracker)
         self.progress.images += len(samples)
         self.progress.denoiser_calls += int(self._gather(torch.tensor([drawn.denoiser_calls])).sum())
         return round_
@@ -304,32 +316,35 @@ class PGraftTrainer:
         share = -(-count // self.accelerator.num_processes)
         return slice(share * self.accelerator.process_index, share * (self.accelerator.process_index + 1))
 
-    def _draw_and_score(self, samples: list[Sample], position: int) -> tuple[Drawn, torch.Tensor, list[list[Any]]]:
-        """Images, states and rewards of some samples, and the batches as DDPO's hook takes them."""
-        workers = self.config.max_workers if self.config.async_reward_computation else 0
-        scorer = Scorer(self.rewards, self.config.reward_retries, workers)
-        batches: list[list[Any]] = []
+    def _draw_and_score(self, samples: list[Sample], unfinished: UnfinishedRound | None = None) -> list[Batch]:
+        """Batches of images, states and rewards of some samples; with `unfinished`, on disk as they come."""
+        return draw_and_score(samples, self._draw, self._scorer(self.config.async_reward_computation), unfinished)
 
-        def add(batch: Sequence[Sample], images: torch.Tensor) -> None:
-            prompts, columns = [s.group.prompt for s in batch], _columns(batch)
-            scorer.add(images, prompts, columns)
-            metadata = columns.get("metadata", [s.group.columns for s in batch])
-            batches.append([images.float() / 255, tuple(prompts), tuple(metadata)])
-
-        drawn = draw(
+    def _draw(self, samples: Sequence[Sample]) -> Iterator[tuple[Sequence[Sample], Drawn]]:
+        """Batches of samples with what was drawn for them."""
+        return draw(
             self.pipeline,
             self.call,
             samples,
-            position,
+            self.levels.position,
             self.config.sample_batch_size,
             self.arguments,
-            on_batch=add,
             progress=self.accelerator.is_local_main_process,
         )
-        results = scorer.results()
-        for batch, result in zip(batches, results, strict=True):
-            batch += self._as_ddpo(*result)
-        return drawn, torch.cat([values for values, _ in results]), batches
+
+    def _scorer(self, in_threads: bool) -> Scorer:
+        config = self.config
+        patience = Patience(config.reward_retries, config.reward_retry_wait, config.reward_timeout)
+        return Scorer(self.rewards, patience, config.max_workers if in_threads else 0)
+
+    def _unfinished(self, epoch: int) -> UnfinishedRound:
+        """Where a round's samples are kept until a checkpoint has it."""
+        policy = {}
+        if self.has_adapter and self.config.sample_from == "policy":
+            policy = {name: p for name, p in self.denoiser.named_parameters() if f".{ADAPTER_NAME}." in name}
+        drawn_by = f"{self.fingerprint} {fingerprint_of(policy)}"
+        folder = self.output_dir / UNFINISHED / f"round_{epoch:04d}"
+        return UnfinishedRound(folder, drawn_by, [reward.name for reward in self.rewards])
 
     def compute_rewards(self, prompt_image_pairs: Sequence[Sequence[Any]], is_async: bool = False) -> Iterator[tuple]:
         """
@@ -344,7 +359,7 @@ class PGraftTrainer:
         Returns:
             `Iterator[tuple]`: the batches' rewards, each of shape `(B,)` with NaN where left out, then their infos.
         """
-        scorer = Scorer(self.rewards, self.config.reward_retries, self.config.max_workers if is_async else 0)
+        scorer = self._scorer(is_async)
         for images, prompts, metadata in prompt_image_pairs:
             images = images if images.dtype == torch.uint8 else (images * 255).round().to(torch.uint8)
             scorer.add(images, list(prompts), {"metadata": list(metadata)})
@@ -354,6 +369,13 @@ class PGraftTrainer:
         """A batch's values and infos as DDPO knows them: one reward a sample, and the info of the only function."""
         weights = torch.tensor([reward.weight for reward in self.rewards], dtype=torch.float64)
         return values @ weights, infos[0] if len(infos) == 1 else infos
+
+    def _for_hook(self, batch: Batch) -> list[Any]:
+        """A batch as DDPO's hook takes it: images in [0, 1], prompts, metadata, rewards and their info."""
+        columns = batch.columns
+        metadata = columns.get("metadata", [sample.group.columns for sample in batch.samples])
+        images = batch.drawn.images.float() / 255
+        return [images, tuple(batch.prompts), tuple(metadata), *self._as_ddpo(batch.values, batch.infos)]
 
     def _duplicate_keys(self, samples: list[Sample], drawn: Drawn) -> list[Any] | None:
         """Keys that tell equal samples, gathered over the processes."""
@@ -489,20 +511,19 @@ class PGraftTrainer:
         return lambda step: config.train_learning_rate * factor(start + step)
 
     def _accumulate_kl(self, round_: Round) -> float:
-        """KL to the reference that the rounds so far imply: composed for top-k, where the policy drew them."""
+        """
+        KL to the reference that the rounds so far imply: their sum, or, where the policy drew all of them for one
+        top-k selection without ties, the KL of the composed selections.
+        """
         progress, kl = self.progress, round_.decision.implied_kl
         if self.config.sample_from == "reference":
-            progress.kl_rounds, progress.kl_sum = 1, kl
             return kl
-        progress.kl_rounds += 1
         size = round_.groups[0].size
         k = self.config.acceptance_kwargs.get("k", max(1, round(size / 4)))
-        one_round = implied_kl(size, k)
-        if self.config.acceptance == "top_k" and abs(kl - one_round) < 1e-9:
-            progress.kl_sum = implied_kl(size, k, rounds=progress.kl_rounds)
-        else:
-            progress.kl_sum += kl
-        return progress.kl_sum
+        progress.kl_rounds, progress.kl_sum = progress.kl_rounds + 1, progress.kl_sum + kl
+        is_top_k = self.config.acceptance == "top_k" and k < size
+        progress.kl_composes &= is_top_k and abs(kl - implied_kl(size, k)) < 1e-9
+        return implied_kl(size, k, rounds=progress.kl_rounds) if progress.kl_composes else progress.kl_sum
 
     # Evaluation, logging, saving.
 
@@ -524,7 +545,7 @@ class PGraftTrainer:
         own = samples[self._own_share(len(samples))]
         with self.sampler(reference):
             # A process without a share draws one too, because nothing has no shape.
-            drawn, values, _ = self._draw_and_score(own or samples[:1], self.levels.position)
+            drawn, values = in_order(own or samples[:1], self._draw_and_score(own or samples[:1]))
         values = torch.tensor(gather_object(values[: len(own)].tolist()), dtype=torch.float64)
         reward = combined_rewards(values, [r.weight for r in self.rewards], groups)
         return Evaluation(reward, values, drawn.images[: len(own)])
@@ -542,7 +563,7 @@ class PGraftTrainer:
         self.callbacks.notify("on_log", logs=metrics)
         if self.accelerator.is_main_process:
             with open(self.output_dir / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(metrics) + "\n")
+                file.write(_as_json(metrics))
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """
@@ -598,8 +619,7 @@ class PGraftTrainer:
         """One unscored image of each prompt, drawn by this process alone with the seeds of an evaluation."""
         samples = samples_of([Group(i, p, 1, {}) for i, p in enumerate(prompts)], self.config.seed, "evaluation")
         with self.sampler(reference):
-            size = self.config.sample_batch_size
-            return draw(self.pipeline, self.call, samples, self.levels.position, size, self.arguments).images
+            return torch.cat([drawn.images for _, drawn in self._draw(samples)])
 
     def push_to_hub(
         self,
@@ -645,34 +665,49 @@ class PGraftTrainer:
         if self.accelerator.is_main_process:
             folder = self.output_dir / "checkpoints"
             adapter = ADAPTER_NAME if self.has_adapter else None
-            save_checkpoint(folder, self.pipeline, self.switch, adapter, self.optimizer, self.progress)
+            save_checkpoint(folder, self.pipeline, self.switch, adapter, self.optimizer, self.progress, self._run())
             prune_checkpoints(folder, self.config.num_checkpoint_limit)
+        self.accelerator.wait_for_everyone()
+        self._forget_unfinished()
+
+    def _run(self) -> dict[str, Any]:
+        """What the run's result depends on."""
+        values = self.config.shaping(self.accelerator.num_processes)
+        rewards = {reward.name: reward.weight for reward in self.rewards}
+        return {**values, "rewards": rewards, "model, scheduler and sampling arguments": self.fingerprint}
+
+    def _forget_unfinished(self) -> None:
+        if self.accelerator.is_local_main_process:
+            shutil.rmtree(self.output_dir / UNFINISHED, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> None:
         source = self.config.resume_from or self.config.resume_from_checkpoint
-        if source is True:
-            folder = self.output_dir / "checkpoints"
-            source = folder if checkpoints_in(folder) else None
         if not source:
+            self._forget_unfinished()
             return
+        if source is True:
+            source = self.output_dir / "checkpoints"
+            if not checkpoints_in(source):
+                return
         checkpoint = find_checkpoint(source)
-        self.progress = load_progress(checkpoint)
-        if (checkpoint / "adapter_config.json").is_file():
-            stored = read_switch(checkpoint).switch_timestep
-            if stored != self.switch.switch_timestep:
-                raise ValueError(
-                    f"resume_from: the adapter of {checkpoint} switches at timestep {stored}, this configuration at "
-                    f"{self.switch.switch_timestep}. Resume with the tuned_fraction, the sample_num_steps and the "
-                    "scheduler that it was trained with."
-                )
-            if self.has_adapter:
-                self.denoiser.delete_adapters(ADAPTER_NAME)
-            load_adapter_weights(self.denoiser, checkpoint, ADAPTER_NAME)
-        if self.optimizer is not None:
-            # The optimizer must hold the parameters that were loaded, not those they replaced.
-            self.optimizer = make_optimizer(adapter_parameters(self.denoiser, ADAPTER_NAME), self.config)
-            load_optimizer(checkpoint, self.optimizer)
+        with reading(checkpoint):
+            check_same_run(checkpoint, self._run())
+            self.progress = load_progress(checkpoint)
+            if (checkpoint / "adapter_config.json").is_file():
+                if self.has_adapter:
+                    self.denoiser.delete_adapters(ADAPTER_NAME)
+                load_adapter_weights(self.denoiser, checkpoint, ADAPTER_NAME)
+            if self.optimizer is not None:
+                # The optimizer must hold the parameters that were loaded, not those they replaced.
+                self.optimizer = make_optimizer(adapter_parameters(self.denoiser, ADAPTER_NAME), self.config)
+                load_optimizer(checkpoint, self.optimizer)
+
+
+def _as_json(metrics: dict[str, float]) -> str:
+    """A line of JSON, which has no numbers that are not finite: they become null."""
+    finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    return json.dumps(finite) + "\n"
 
 
 def _checked_pipeline(sd_pipeline: Any) -> Any:
@@ -682,8 +717,3 @@ def _checked_pipeline(sd_pipeline: Any) -> Any:
         raise ValueError("sd_pipeline: use_lora=False (full fine-tuning) is not supported; tune an adapter.")
     return getattr(sd_pipeline, "sd_pipeline", sd_pipeline)
 
-
-def _columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
-    """Further columns of the samples' prompts, as lists."""
-    names = dict.fromkeys(name for sample in samples for name in sample.group.columns)
-    return {name: [sample.group.columns.get(name) for sample in samples] for name in names}

@@ -30,6 +30,7 @@ from .ddpo import DefaultDDPOStableDiffusionPipeline
 from .diagnostics import choose_intermediate_step
 from .hub import load_pgraft_adapter, save_pgraft_adapter
 from .parameterizations import renoise
+from .publishing import push_adapter_to_hub, push_samples_to_hub
 from .rewards import get_reward, list_rewards, register_reward
 from .timestep_gate import SwitchLevel, TimestepGate
 from .trainer import PGraftTrainer
@@ -53,6 +54,8 @@ __all__ = [
     "implied_kl",
     "list_rewards",
     "load_pgraft_adapter",
+    "push_adapter_to_hub",
+    "push_samples_to_hub",
     "register_reward",
     "renoise",
     "save_pgraft_adapter",

@@ -139,7 +139,7 @@ class GraftConfig:
     async_reward_computation: bool = _option(False, "Score a batch in a thread while the next one is drawn.")
     max_workers: int = _option(2, "Threads of `async_reward_computation`.")
     negative_prompts: str = _option("", "Negative prompt of the guided call; of a list, joined by commas.")
-    push_to_hub: bool = _option(False, "Push the adapter to the Hub after training.")
+    push_to_hub: bool = _option(False, "Push the adapter to the Hub, with a model card, at the end of training.")
 
     tuned_fraction: float = _option(
         0.5,
@@ -210,9 +210,13 @@ class GraftConfig:
     resume_from_checkpoint: str | None = _option(
         None, "TRL's name for `resume_from`; True takes the newest checkpoint of `output_dir`, if there is one."
     )
-    hub_model_id: str | None = _option(None, "Repository of the adapter on the Hub.")
-    hub_dataset_id: str | None = _option(None, "Repository of the samples on the Hub.")
-    hub_private_repo: bool = _option(False, "Make these repositories private.")
+    hub_model_id: str | None = _option(
+        None, "Repository of the adapter on the Hub; the name of the output folder where not given."
+    )
+    hub_dataset_id: str | None = _option(
+        None, "Dataset repository on the Hub; if given, each round's samples are pushed to it as they are saved."
+    )
+    hub_private_repo: bool = _option(False, "Make these repositories private; public ones are refused.")
     hub_token: str | None = field(default=None, repr=False, metadata={"help": "Token for the Hub; never stored."})
 
     def __post_init__(self):

@@ -28,6 +28,9 @@ from .rewards.functions import to_pil
 from .rollout import Drawn, Sample
 
 
+SAMPLE_COLUMNS = ("prompt", "image", "reward", "accepted", "group", "seed", "x_I", "t_I", "fingerprint")
+
+
 def sampling_fingerprint(pipeline: Any, arguments: dict[str, Any], position: int) -> str:
     """
     Short hash of what the law of recorded states depends on: model, scheduler, sampling arguments and position.
@@ -45,6 +48,46 @@ def sampling_fingerprint(pipeline: Any, arguments: dict[str, Any], position: int
         position,
     ]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
+
+
+def check_samples(dataset: Any, fingerprint: str, rewards: Sequence[str]) -> datasets.Dataset:
+    """
+    The samples to train on, checked against what is to be trained.
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.DatasetDict` of one split):
+            Samples of one or several rounds.
+        fingerprint (`str`):
+            From [`sampling_fingerprint`].
+        rewards (`Sequence[str]`):
+            Reward functions whose columns are read.
+
+    Raises:
+        `ValueError`: columns are missing, it has no rows or several splits, or it was drawn otherwise.
+    """
+    if isinstance(dataset, dict):
+        if len(dataset) != 1:
+            raise ValueError(f"samples_dataset has the splits {', '.join(dataset)}; give one of them.")
+        (dataset,) = dataset.values()
+    if not isinstance(dataset, datasets.Dataset):
+        raise ValueError(f"samples_dataset is a {type(dataset).__name__}; load it without streaming.")
+    needed = [*SAMPLE_COLUMNS, *(f"reward_{name}" for name in rewards)]
+    missing = [name for name in needed if name not in dataset.column_names]
+    if missing:
+        raise ValueError(
+            f"samples_dataset has no column {', '.join(missing)}; it has {', '.join(dataset.column_names)}. It must "
+            "be what a run with these rewards kept, in samples/ of its output folder or on the Hub."
+        )
+    found = set(dataset["fingerprint"])
+    if not found:
+        raise ValueError("samples_dataset is empty: there is nothing to train on.")
+    if found != {fingerprint}:
+        raise ValueError(
+            "samples_dataset was drawn from another model, scheduler, guidance or tuned_fraction (fingerprint "
+            f"{', '.join(sorted(map(str, found)))}; this configuration has {fingerprint}). Train with the "
+            "configuration that drew it."
+        )
+    return dataset
 
 
 def fingerprint_of(tensors: dict[str, torch.Tensor]) -> str:

@@ -47,6 +47,7 @@ from .adapters import (
     without_adapters,
 )
 from .callbacks import Callbacks
+from .cards import GRID_FILE, facts_of, write_adapter_card
 from .checkpoints import (
     Progress,
     check_same_run,
@@ -66,12 +67,13 @@ from .fine_tuning import FitReport, GraftLoss, count_microbatches, fit
 from .hub import load_adapter_weights, save_pgraft_adapter
 from .levels import tuned_levels
 from .parameterizations import prediction_type_of
-from .pictures import image_grid
+from .pictures import before_after_grid, image_grid
 from .probe import learn_denoiser_call
 from .prompts import choose_prompt_source
+from .publisher import Publisher
 from .rewards import Patience, Scorer, choose_rewards, to_pil
 from .rollout import Drawn, Group, Sample, draw, form_groups, samples_of, sampling_arguments, seed_of
-from .samples import fingerprint_of, sampling_fingerprint, to_dataset
+from .samples import check_samples, fingerprint_of, sampling_fingerprint, to_dataset
 from .selection import Round, SelectedRows, accept, combined_rewards
 from .timestep_gate import SwitchLevel, TimestepGate, TunedGuidance
 from .trackers import NoTracker, log_image, tracker_arguments, tracker_values
@@ -138,7 +140,7 @@ class PGraftTrainer:
         train_dataset (`datasets.Dataset`, *optional*):
             Prompts in a column `prompt`; further columns go to the rewards.
         samples_dataset (`datasets.Dataset`, *optional*):
-            A round's dataset; it is trained on without drawing.
+            Samples that a run kept, of one or several rounds; they are trained on without drawing.
         peft_config (`PeftConfig`, *optional*):
             The adapter; a LoRA on the attention projections where it is not given.
         pipeline_kwargs (`dict`, *optional*):
@@ -200,6 +202,10 @@ class PGraftTrainer:
         self.levels, self.switch = tuned_levels(config, self.pipeline, self.call, self.arguments)
         _hand_over(self.switch, sd_pipeline)
         self.fingerprint = sampling_fingerprint(self.pipeline, self.arguments, self.levels.position)
+        if samples_dataset is not None:
+            names = [reward.name for reward in self.rewards]
+            self.samples_dataset = check_samples(samples_dataset, self.fingerprint, names)
+        self.publisher = Publisher(config, self.output_dir, self.accelerator, draws=samples_dataset is None)
         self.progress = Progress()
         self.optimizer: torch.optim.Optimizer | None = None
         if not config.control_adapter:
@@ -241,6 +247,7 @@ class PGraftTrainer:
         if resume_from_checkpoint:
             self._resume(resume_from_checkpoint)
             self.callbacks.values["optimizer"] = self.optimizer
+        self.publisher.check(first_round=self.progress.epoch)
         state = self.callbacks.state
         state.epoch, state.global_step = self.progress.epoch, self.progress.global_step
         state.max_steps = self.progress.planned_steps or self._expected_steps() * epochs
@@ -258,6 +265,7 @@ class PGraftTrainer:
                 self._log_evaluation(epoch + 1)
             if last or asked_to_save or (epoch + 1) % self.config.save_freq == 0:
                 self.save_checkpoint()
+                self.publisher.push_samples()
             if last:
                 break
         if self.has_adapter:
@@ -333,20 +341,20 @@ class PGraftTrainer:
 
     def draw_and_score(self, samples: list[Sample], unfinished: UnfinishedRound | None = None) -> list[Batch]:
         """Batches of images, states and rewards of some samples; with `unfinished`, on disk as they come."""
-        config = self.config
+        in_threads = self.config.async_reward_computation
+        return draw_and_score(samples, self._draw, self.make_scorer(in_threads), unfinished)
 
-        def draw_missing(missing: Sequence[Sample]) -> Iterator[tuple[Sequence[Sample], Drawn]]:
-            return draw(
-                self.pipeline,
-                self.call,
-                missing,
-                self.levels.position,
-                config.sample_batch_size,
-                self.arguments,
-                progress=self.accelerator.is_local_main_process,
-            )
-
-        return draw_and_score(samples, draw_missing, self.make_scorer(config.async_reward_computation), unfinished)
+    def _draw(self, samples: Sequence[Sample]) -> Iterator[tuple[Sequence[Sample], Drawn]]:
+        """Batches of samples with what was drawn for them."""
+        return draw(
+            self.pipeline,
+            self.call,
+            samples,
+            self.levels.position,
+            self.config.sample_batch_size,
+            self.arguments,
+            progress=self.accelerator.is_local_main_process,
+        )
 
     def make_scorer(self, in_threads: bool = False) -> Scorer:
         """A scorer of this run's rewards, with threads where asked."""
@@ -427,13 +435,6 @@ class PGraftTrainer:
             self.image_samples_hook(list(map(self._for_hook, batches)), step, tracker)
 
     def _stored_round(self) -> Round:
-        found = set(self.samples_dataset["fingerprint"])
-        if found != {self.fingerprint}:
-            raise ValueError(
-                f"samples_dataset was drawn from another model, scheduler, guidance or tuned_fraction (fingerprint "
-                f"{', '.join(sorted(found))}; this configuration has {self.fingerprint}). Train with the "
-                "configuration that drew it."
-            )
         return Round.from_dataset(self.samples_dataset, [reward.name for reward in self.rewards])
 
     def _gather(self, values: torch.Tensor) -> torch.Tensor:
@@ -654,16 +655,94 @@ class PGraftTrainer:
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """
-        Save the adapter with its switch level, in PEFT's and in diffusers' format.
+        Save the adapter with its switch level, in PEFT's and in diffusers' format; with `config.push_to_hub`, push it.
 
         Args:
             output_dir (`str` or `Path`, *optional*):
                 Folder; `adapter` inside the output folder where not given.
         """
+        self._save_adapter(output_dir or self.adapter_dir)
+        if self.config.push_to_hub:
+            self.publisher.attempt(lambda: self.push_to_hub(commit_message="Save adapter"))
+
+    def _save_adapter(self, folder: str | Path) -> None:
         if not self.has_adapter:
             raise ValueError("save_model: with control_adapter=True there is no adapter before the first round.")
         if self.accelerator.is_main_process:
-            save_pgraft_adapter(self.pipeline, output_dir or self.output_dir / "adapter", self.switch)
+            save_pgraft_adapter(self.pipeline, folder, self.switch)
+
+    @property
+    def adapter_dir(self) -> Path:
+        """Folder of the adapter and its card, inside the output folder."""
+        return self.output_dir / "adapter"
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | Sequence[str] | None = None,
+    ) -> None:
+        """
+        Write a model card with images of base and tuned model into [`~PGraftTrainer.adapter_dir`].
+
+        Args:
+            model_name (`str`, *optional*):
+                Heading; the repository's name where not given.
+            dataset_name (`str`, *optional*):
+                Dataset repository to name; `config.hub_dataset_id` where not given.
+            tags (`str` or `Sequence[str]`, *optional*):
+                Further tags.
+        """
+        if not self.accelerator.is_main_process:
+            return
+        tags = [tags] if isinstance(tags, str) else tags or []
+        facts = facts_of(self, dataset_name or self.publisher.dataset_id, tags)
+        self.adapter_dir.mkdir(parents=True, exist_ok=True)
+        if facts.prompts:
+            before, after = (self._pictures(facts.prompts, reference) for reference in (True, False))
+            before_after_grid(before, after, facts.prompts).save(self.adapter_dir / GRID_FILE)
+        write_adapter_card(self.adapter_dir, self.publisher.model_id, facts, model_name)
+
+    def _pictures(self, prompts: Sequence[str], reference: bool) -> torch.Tensor:
+        """One unscored image of each prompt, drawn by this process alone with the seeds of an evaluation."""
+        samples = samples_of([Group(i, p, 1, {}) for i, p in enumerate(prompts)], self.config.seed, "evaluation")
+        with self.sampler(reference):
+            return torch.cat([drawn.images for _, drawn in self._draw(samples)])
+
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Save the adapter, write its card and push both to `config.hub_model_id`.
+
+        Args:
+            commit_message (`str`, *optional*, defaults to `"End of training"`):
+                Message of the commit.
+            blocking (`bool`, *optional*, defaults to `True`):
+                Wait for the push; a future is returned otherwise.
+            token (`str`, *optional*):
+                Token; `config.hub_token` where not given.
+            revision (`str`, *optional*):
+                Branch.
+            **kwargs:
+                Arguments of [`~PGraftTrainer.create_model_card`].
+
+        Returns:
+            `str`, `Future` or `None`: the repository, on the main process.
+
+        Raises:
+            [`PushError`]: the Hub did not take it; the message has the command that pushes it later.
+        """
+        self._save_adapter(self.adapter_dir)
+        self.publisher.complete_name()
+        self.create_model_card(**kwargs)
+        if self.accelerator.is_main_process:
+            return self.publisher.push_adapter(self.adapter_dir, commit_message, blocking, token, revision)
 
     def save_pretrained(self, output_dir: str | Path) -> None:
         """Save the adapter to `output_dir`, as [`~PGraftTrainer.save_model`]."""

@@ -75,7 +75,7 @@ def arm(die_at: str, trainer: PGraftTrainer, tick: dict) -> None:
     elif die_at == "scoring":
         tick["score"] = at(4 + 3, kill)
     elif die_at == "training":
-        trainer.optimizer.register_step_post_hook(at(6 + 4, kill))
+        trainer.policy.optimizer.register_step_post_hook(at(6 + 4, kill))
     elif die_at == "saving":
         whole = os.replace
         die = at(2, kill)

@@ -79,7 +79,7 @@ def test_every_event_comes_in_transformers_order(train):
     start = ["on_init_end", "on_train_begin", "on_log", "on_evaluate"]
     assert recorder.events == [*start, *ROUND, *ROUND, "on_train_end"]
     assert all(values["model"] is trainer.denoiser for values in recorder.values)
-    assert all(values["optimizer"] is trainer.optimizer for values in recorder.values)
+    assert all(values["optimizer"] is trainer.policy.optimizer for values in recorder.values)
     ends = [state for event, state in zip(recorder.events, recorder.states, strict=True) if event == "on_step_end"]
     assert [step for _, step, _ in ends] == [1, 2, 3, 4] and {most for _, _, most in ends} == {4}
     begin = recorder.states[recorder.events.index("on_train_begin")]

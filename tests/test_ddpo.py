@@ -160,7 +160,7 @@ def test_without_lora_a_run_resumes_and_is_saved(model, config, tmp_path):
     assert equal(weights(whole), weights(resumed))
     whole.sd_pipeline.save_pretrained(tmp_path / "saved")
     again = DefaultDDPOStableDiffusionPipeline(str(tmp_path / "saved"))
-    assert again.use_lora is False and again.switch == whole.switch
+    assert again.use_lora is False and again.switch == whole.policy.switch
     torch.testing.assert_close(sample(again), sample(whole.sd_pipeline), rtol=0, atol=1e-5)
     plain = StableDiffusionPipeline.from_pretrained(model)
     with load_pgraft_adapter(plain, tmp_path / "whole" / "adapter"):
@@ -342,7 +342,7 @@ def test_fault_8_a_saved_lora_pipeline_comes_back(model, config, tmp_path):
     trainer.sd_pipeline.save_pretrained(tmp_path)
     again = DefaultDDPOStableDiffusionPipeline(str(tmp_path))
     assert not any(p.is_meta for p in again.unet.parameters())
-    assert again.use_lora and again.switch == trainer.switch
+    assert again.use_lora and again.switch == trainer.policy.switch
     with pytest.raises(ValueError, match="sd_pipeline: its adapter switches at timestep .*tuned_fraction"):
         DDPOTrainer(config(tuned_fraction=0.75), brightness, prompt_fn, again)
     torch.testing.assert_close(sample(again), sample(trainer.sd_pipeline), rtol=0, atol=1e-5)
@@ -384,7 +384,7 @@ def test_fault_9_two_processes_agree_on_the_weights(two_processes):
 @pytest.mark.parametrize("options", [{"sample_guidance_scale": 1.0}, {"negative_prompts": ["dark", "blurred"]}])
 def test_fault_10_sampling_without_guidance_and_with_negative_prompts(model, config, options):
     trainer = train(config(**options), model)
-    assert trainer.arguments.get("negative_prompt") in (None, "dark, blurred")
+    assert trainer.policy.arguments.get("negative_prompt") in (None, "dark, blurred")
     assert all(p.isfinite().all() for p in weights(trainer))
 
 

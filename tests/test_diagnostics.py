@@ -77,7 +77,7 @@ def column(result, name):
 
 def test_the_pilot_is_the_trainers_first_round(make):
     trainer = make(tuned_fraction=0.5)
-    groups = trainer._groups(0)
+    groups = trainer.rounds.groups(0)
     with trainer.sampler(reference=True), torch.no_grad():
         pilot = draw_pilot(trainer, groups, [1, 2, 4])
     round_ = make(tuned_fraction=0.5)._draw_round(0)
@@ -92,7 +92,7 @@ def test_predicted_originals_are_the_schedulers_own(make):
     trainer, own = make(), []
     with observe_steps(trainer.pipeline.scheduler, lambda result, **_: own.append(result[1])):
         with trainer.sampler(reference=True), torch.no_grad():
-            pilot = draw_pilot(trainer, trainer._groups(0), [1, 3, 4])
+            pilot = draw_pilot(trainer, trainer.rounds.groups(0), [1, 3, 4])
     for position in (1, 3):
         # Two batches of six images, four steps each.
         expected = torch.cat([own[position], own[4 + position]])
@@ -103,9 +103,9 @@ def test_predicted_originals_are_the_schedulers_own(make):
 def test_completions_share_x_i_and_differ_after_it(make):
     trainer, states, finals = make(sample_eta=1.0, sample_batch_size=12, sample_num_batches_per_epoch=1), [], []
     with trainer.sampler(reference=True), torch.no_grad():
-        pilot = draw_pilot(trainer, trainer._groups(0), [2, 4])
+        pilot = draw_pilot(trainer, trainer.rounds.groups(0), [2, 4])
         for number in (1, 2):
-            pipeline, call = trainer.pipeline, trainer.call
+            pipeline, call = trainer.pipeline, trainer.policy.call
             with record_trajectory(pipeline, call, 2, 12) as middle, record_trajectory(pipeline, call, 4, 12) as end:
                 complete(trainer, pilot, 2, number)
             states.append(middle.x_i)
@@ -158,7 +158,7 @@ def test_samples_left_out_by_the_reward_are_left_out(make):
 
     trainer = make(reward=None, reward_funcs=patchy)
     with trainer.sampler(reference=True), torch.no_grad():
-        assert draw_pilot(trainer, trainer._groups(0), [4]).reward.isnan().sum() == 2
+        assert draw_pilot(trainer, trainer.rounds.groups(0), [4]).reward.isnan().sum() == 2
     result = choose_intermediate_step(trainer, PROMPTS, [0.5, 1.0])
     assert result.curves[-1]["readable"] == pytest.approx(1.0)
     assert all(math.isfinite(row[name]) for row in result.curves for name in ("difficulty", "refit", "score"))
@@ -183,9 +183,9 @@ def test_the_trainer_is_left_as_it_was_and_the_reference_is_what_is_asked(make):
 def test_a_control_adapters_trainer_has_none_before_and_after(make):
     trainer = make(control_adapter=True)
     choose_intermediate_step(trainer, PROMPTS, [0.5])
-    assert not trainer.has_adapter and active_adapters(trainer.denoiser) == []
+    assert not trainer.policy.has_adapter and active_adapters(trainer.denoiser) == []
     trainer.step(0, 0)
-    assert trainer.has_adapter
+    assert trainer.policy.has_adapter
 
 
 # Statistics.

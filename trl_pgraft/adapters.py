@@ -31,7 +31,7 @@ ATTENTION_PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_
 
 def add_adapter(denoiser: torch.nn.Module, peft_config: PeftConfig, name: str, seed: int | None = None) -> None:
     """
-    Add a trainable adapter to the denoiser in float32, next to those it has, and make it active.
+    Add a trainable adapter to the denoiser in float32 or better, next to those it has, and make it active.
 
     Args:
         denoiser (`torch.nn.Module`):
@@ -58,11 +58,11 @@ def add_adapter(denoiser: torch.nn.Module, peft_config: PeftConfig, name: str, s
 
 
 def make_trainable(denoiser: torch.nn.Module, name: str) -> None:
-    """Let adapter `name` be trained, in float32, and nothing else of the denoiser."""
+    """Let adapter `name` be trained, in float32 or better, and nothing else of the denoiser."""
     for parameter in denoiser.parameters():
         parameter.requires_grad_(False)
     for parameter in adapter_parameters(denoiser, name):
-        parameter.data = parameter.data.float()
+        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         parameter.requires_grad_(True)
 
 

@@ -162,14 +162,14 @@ def facts_of(trainer: Any, dataset: str | None, tags: Sequence[str]) -> AdapterF
     settings = config.to_dict()
     shown = ("num_inference_steps", "guidance_scale", "height", "width")
     return AdapterFacts(
-        switch=trainer.switch,
+        switch=trainer.policy.switch,
         base_model=repository_of(trainer.pipeline),
         prompts=some_prompts(config.eval_prompts, trainer.samples_dataset, trainer.output_dir / "samples"),
         rewards=rewards,
         metrics=metrics,
         metrics_source=source,
         settings={name: settings[name] for name in SETTINGS if settings[name] not in (None, {})},
-        arguments={name: value for name, value in trainer.arguments.items() if name in shown and value is not None},
+        arguments={n: value for n, value in trainer.policy.arguments.items() if n in shown and value is not None},
         tags=tags,
         dataset=dataset,
     )

@@ -14,11 +14,11 @@
 
 
 
-"""The pipeline that DDPO's scripts construct: Stable Diffusion with DDIM, under the names they know."""
+"""What DDPO's scripts know: their pipeline, Stable Diffusion with DDIM, and how they are handed samples."""
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,9 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from peft import LoraConfig
 
 from .adapters import ADAPTER_NAME, add_adapter, default_lora_config
+from .drawing import Batch
 from .hub import SWITCH_FILE, load_adapter_weights, read_switch, save_pgraft_adapter
+from .rewards import Reward
 from .timestep_gate import SwitchLevel, TimestepGate
 
 
@@ -166,3 +168,16 @@ def _without_adapter(unet: Any) -> Any:
     if getattr(unet, "peft_config", None):
         plain.unload_lora()
     return plain
+
+
+def as_ddpo(values: torch.Tensor, infos: list[Any], rewards: Sequence[Reward]) -> tuple[torch.Tensor, Any]:
+    """A batch's values `(B, F)` and infos as DDPO has them: one reward a sample, and the info of the only function."""
+    weights = torch.tensor([reward.weight for reward in rewards], dtype=torch.float64)
+    return values @ weights, infos[0] if len(infos) == 1 else infos
+
+
+def hook_data(batch: Batch, rewards: Sequence[Reward]) -> list[Any]:
+    """A batch as `image_samples_hook` takes it: images in [0, 1], prompts, metadata, rewards and their info."""
+    metadata = batch.columns.get("metadata", [sample.group.columns for sample in batch.samples])
+    images = batch.drawn.images.float() / 255
+    return [images, tuple(batch.prompts), tuple(metadata), *as_ddpo(batch.values, batch.infos, rewards)]

@@ -177,7 +177,7 @@ def _check(trainer: PGraftTrainer, completions: int) -> None:
 
 def _candidates(trainer: PGraftTrainer, fractions: Sequence[float] | None) -> list[Candidate]:
     """Candidates, noisiest first."""
-    steps = len(sampler_timesteps(trainer.pipeline, trainer.arguments))
+    steps = len(sampler_timesteps(trainer.pipeline, trainer.policy.arguments))
     if fractions is None:
         count = min(10, steps)
         fractions = [round(steps * (i + 1) / count) / steps for i in range(count)]
@@ -199,15 +199,15 @@ def _candidates(trainer: PGraftTrainer, fractions: Sequence[float] | None) -> li
 def _candidate(trainer: PGraftTrainer, fraction: float) -> Candidate:
     config = copy.copy(trainer.config)
     config.tuned_fraction = fraction
-    levels, switch = tuned_levels(config, trainer.pipeline, trainer.call, trainer.arguments)
+    levels, switch = tuned_levels(config, trainer.pipeline, trainer.policy.call, trainer.policy.arguments)
     return Candidate(fraction, switch.state_timestep, levels)
 
 
 def _groups(trainer: PGraftTrainer, prompts: Sequence[str] | None) -> list[Group]:
-    if prompts is None and trainer.prompt_source is None:
+    if prompts is None and trainer.rounds.prompt_source is None:
         raise ValueError("choose_intermediate_step: a trainer on samples_dataset has no prompts; give `prompts`.")
     if prompts is None:
-        groups = trainer._groups(0)
+        groups = trainer.rounds.groups(0)
     else:
         size = trainer.config.samples_per_prompt or 8
         groups = form_groups(((prompt, {}) for prompt in prompts), size * len(prompts), size)

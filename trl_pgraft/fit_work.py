@@ -46,7 +46,8 @@ def pilot_adapter(trainer: "PGraftTrainer") -> Iterator[list[torch.nn.Parameter]
     denoiser, was_training = trainer.denoiser, trainer.denoiser.training
     # A new adapter becomes the only one that is trainable.
     trainable = [p for p in denoiser.parameters() if p.requires_grad]
-    add_adapter(denoiser, copy.deepcopy(trainer.peft_config), PILOT_ADAPTER, seed_of(trainer.config.seed, "pilot"))
+    peft_config = copy.deepcopy(trainer.policy.peft_config)
+    add_adapter(denoiser, peft_config, PILOT_ADAPTER, seed_of(trainer.config.seed, "pilot"))
     try:
         denoiser.train()
         yield [p for p in adapter_parameters(denoiser, PILOT_ADAPTER) if p.requires_grad]
@@ -62,8 +63,8 @@ def pilot_adapter(trainer: "PGraftTrainer") -> Iterator[list[torch.nn.Parameter]
 def pilot_loss(trainer: "PGraftTrainer", pilot: Pilot) -> GraftLoss:
     """The trainer's loss on the pilot's prompts, without dropped captions."""
     prompts = [group.prompt for group in pilot.groups]
-    conditioning = record_conditioning(trainer.pipeline, trainer.call, prompts, trainer.arguments)
-    return replace(trainer._loss(PILOT_ADAPTER, conditioning), caption_dropout=0.0)
+    conditioning = record_conditioning(trainer.pipeline, trainer.policy.call, prompts, trainer.policy.arguments)
+    return replace(trainer.policy.loss(PILOT_ADAPTER, conditioning), caption_dropout=0.0)
 
 
 def to_learn(

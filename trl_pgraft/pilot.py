@@ -70,12 +70,12 @@ def draw_pilot(trainer: "PGraftTrainer", groups: list[Group], positions: Sequenc
     images, values, seen = [], [], []
     for rows in _batches(trainer, samples):
         with _states_and_originals(trainer, positions, len(samples[rows])) as of_batch:
-            drawn, value = in_order(samples[rows], trainer.draw_and_score(samples[rows]))
+            drawn, value = in_order(samples[rows], trainer.rounds.draw_and_score(samples[rows]))
         images.append(drawn.images)
         values.append(value)
         seen.append(of_batch)
     reward = combined_rewards(torch.cat(values), [r.weight for r in trainer.rewards], groups)
-    decision = accept(reward, groups, trainer.acceptance, config.acceptance_kwargs, (config.seed, 0, "accept"))
+    decision = accept(reward, groups, trainer.rounds.acceptance, config.acceptance_kwargs, (config.seed, 0, "accept"))
     states, originals = ({p: torch.cat([batch[p][i] for batch in seen]) for p in positions} for i in (0, 1))
     return Pilot(groups, samples, torch.cat(images), reward, decision.accepted, states, originals)
 
@@ -92,16 +92,15 @@ def _states_and_originals(
         outputs.append(model_output if len(outputs) in positions else None)
 
     with ExitStack() as stack:
-        recorders = {
-            p: stack.enter_context(record_trajectory(trainer.pipeline, trainer.call, p, batch_size)) for p in positions
-        }
+        pipeline, call = trainer.pipeline, trainer.policy.call
+        recorders = {p: stack.enter_context(record_trajectory(pipeline, call, p, batch_size)) for p in positions}
         stack.enter_context(observe_steps(trainer.pipeline.scheduler, on_step))
         yield seen
     for position, recorder in recorders.items():
         x_i = original = recorder.x_i.float()
         if position < len(outputs):
-            level = trainer.levels.schedule(recorder.timesteps[position])
-            original, _ = predicted_original(trainer.prediction_type, outputs[position].float(), x_i, *level)
+            level = trainer.policy.levels.schedule(recorder.timesteps[position])
+            original, _ = predicted_original(trainer.policy.prediction_type, outputs[position].float(), x_i, *level)
         seen[position] = x_i.cpu(), original.cpu()
 
 
@@ -154,12 +153,12 @@ def _finish(
             return {"latents": on_step_end(step, rows, generators, tensors["latents"])}
 
         own = {"output_type": "pt", "callback_on_step_end": callback, "generator": generators, **changed}
-        arguments = prompt_arguments([sample.group.prompt for sample in batch], {**trainer.arguments, **own})
+        arguments = prompt_arguments([sample.group.prompt for sample in batch], {**trainer.policy.arguments, **own})
         yield rows, to_uint8(trainer.pipeline(**arguments).images)
 
 
 def _score(trainer: "PGraftTrainer", pilot: Pilot, batches: Iterator[tuple[slice, torch.Tensor]]) -> torch.Tensor:
-    scorer = trainer.make_scorer()
+    scorer = trainer.rounds.make_scorer()
     for rows, images in batches:
         batch = pilot.samples[rows]
         scorer.add(images, [sample.group.prompt for sample in batch], columns_of(batch))

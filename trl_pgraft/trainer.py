@@ -15,37 +15,21 @@
 
 """The training loop: rounds of drawing, scoring, accepting and fine-tuning, in the interface of TRL's DDPOTrainer."""
 
-import copy
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
-from peft import LoraConfig, PeftConfig
-from tqdm.auto import tqdm
+from peft import PeftConfig
 
-from .acceptance import get_acceptance, implied_kl
-from .adapters import (
-    ADAPTER_NAME,
-    AdapterSwitch,
-    adapter_parameters,
-    add_adapter,
-    default_lora_config,
-    full_copy_config,
-    make_trainable,
-    merge_difference,
-    without_adapters,
-)
+from .adapters import ADAPTER_NAME
 from .callbacks import Callbacks
 from .cards import GRID_FILE, facts_of, write_adapter_card
 from .checkpoints import (
@@ -60,27 +44,20 @@ from .checkpoints import (
     save_checkpoint,
 )
 from .config import GraftConfig
-from .denoiser_call import Conditioning, denoiser_of, record_conditioning
-from .drawing import Batch, draw_and_score, in_order
-from .engine import make_accelerator, make_optimizer, place_pipeline
-from .fine_tuning import FitReport, GraftLoss, count_microbatches, fit
-from .hub import load_adapter_weights, save_pgraft_adapter
-from .levels import tuned_levels
-from .parameterizations import prediction_type_of
+from .ddpo import as_ddpo, hook_data
+from .drawing import Batch
+from .engine import make_accelerator
+from .fine_tuning import FitReport
+from .hub import save_pgraft_adapter
 from .pictures import before_after_grid, image_grid
-from .probe import learn_denoiser_call
+from .policy import Policy
 from .prompts import choose_prompt_source
 from .publisher import Publisher
-from .rewards import Patience, Scorer, choose_rewards, to_pil
-from .rollout import Drawn, Group, Sample, draw, form_groups, samples_of, sampling_arguments, seed_of
-from .samples import check_samples, fingerprint_of, sampling_fingerprint, to_dataset
-from .selection import Round, SelectedRows, accept, combined_rewards
-from .timestep_gate import SwitchLevel, TimestepGate, TunedGuidance
+from .rewards import choose_rewards
+from .rounds import Rounds
+from .samples import check_samples
+from .selection import Round, accumulated_kl
 from .trackers import NoTracker, log_image, tracker_arguments, tracker_values
-from .unfinished import UnfinishedRound
-
-
-UNFINISHED = "unfinished"  # folder, in the output folder, of samples that no checkpoint has yet
 
 
 @dataclass(frozen=True)
@@ -100,15 +77,6 @@ class Evaluation:
     reward: torch.Tensor
     values: torch.Tensor
     images: torch.Tensor
-
-
-@dataclass(frozen=True)
-class TrainingSet:
-    """What one round is fitted on: its rows, the states they point to, and the conditioning of their prompts."""
-
-    rows: SelectedRows
-    states: torch.Tensor
-    conditioning: Conditioning
 
 
 class PGraftTrainer:
@@ -172,53 +140,33 @@ class PGraftTrainer:
         callbacks: Sequence[Any] | None = None,
     ):
         self.config = config
-        self.sd_pipeline = sd_pipeline
-        self.pipeline = _checked_pipeline(sd_pipeline)
-        self.denoiser = denoiser_of(self.pipeline)
-        self.samples_dataset = samples_dataset
-        self.prompt_source = choose_prompt_source(config.seed, prompt_function, train_dataset, samples_dataset)
+        self.output_dir = Path(config.project_kwargs.get("project_dir") or config.output_dir)
         self.rewards = choose_rewards(
             reward_function, reward_funcs, reward_weights, required=samples_dataset is None
         )
+        prompt_source = choose_prompt_source(config.seed, prompt_function, train_dataset, samples_dataset)
         self.image_samples_hook = image_samples_hook
-        self.acceptance = get_acceptance(config.acceptance)
         self.callbacks = Callbacks(callbacks or [], config)
-        self.output_dir = Path(config.project_kwargs.get("project_dir") or config.output_dir)
         self.accelerator = make_accelerator(config, self.output_dir)
-        self.images_per_round = (
-            config.sample_batch_size * config.sample_num_batches_per_epoch * self.accelerator.num_processes
+        _check_round(config, self.accelerator.num_processes, samples_dataset)
+        self.sd_pipeline = sd_pipeline
+        self.policy = Policy(sd_pipeline, config, self.accelerator, peft_config, pipeline_kwargs)
+        self.pipeline, self.denoiser = self.policy.pipeline, self.policy.denoiser
+        self.rounds = Rounds(
+            self.policy, self.rewards, prompt_source, config, self.accelerator, self.output_dir
         )
-        size, k = config.group_size(self.images_per_round), config.acceptance_kwargs.get("k", 1)
-        if samples_dataset is None and size <= k:
-            raise ValueError(
-                f"sample_batch_size * sample_num_batches_per_epoch * processes = {self.images_per_round}: a round's "
-                f"groups have {size} images, of which k={k} cannot be selected. Draw more images a round."
-            )
-        self.peft_config = self._choose_adapter(peft_config)
-        place_pipeline(self.pipeline, self.accelerator)
-        self.arguments = sampling_arguments(config, self.pipeline, pipeline_kwargs)
-        self.call = learn_denoiser_call(self.pipeline, self.arguments)
-        self.prediction_type = prediction_type_of(self.pipeline.scheduler)
-        self.levels, self.switch = tuned_levels(config, self.pipeline, self.call, self.arguments)
-        _hand_over(self.switch, sd_pipeline)
-        self.fingerprint = sampling_fingerprint(self.pipeline, self.arguments, self.levels.position)
+        self.samples_dataset = samples_dataset
         if samples_dataset is not None:
             names = [reward.name for reward in self.rewards]
-            self.samples_dataset = check_samples(samples_dataset, self.fingerprint, names)
+            self.samples_dataset = check_samples(samples_dataset, self.policy.fingerprint, names)
         self.publisher = Publisher(config, self.output_dir, self.accelerator, draws=samples_dataset is None)
         self.progress = Progress()
-        self.optimizer: torch.optim.Optimizer | None = None
-        if not config.control_adapter:
-            self._make_adapter()
-            self.optimizer = make_optimizer(adapter_parameters(self.denoiser, ADAPTER_NAME), config)
-        if config.gradient_checkpointing:
-            self.denoiser.enable_gradient_checkpointing()
         self.has_begun = False
         self._resume(config.resume_from or config.resume_from_checkpoint)
         self.accelerator.init_trackers(
             config.tracker_project_name, config=tracker_values(config.to_dict()), init_kwargs=tracker_arguments(config)
         )
-        self.callbacks.begin(self.accelerator, model=self.denoiser, optimizer=self.optimizer)
+        self.callbacks.begin(self.accelerator, model=self.denoiser, optimizer=self.policy.optimizer)
 
     # The run.
 
@@ -226,6 +174,21 @@ class PGraftTrainer:
     def history(self) -> list[dict[str, float]]:
         """Metrics logged so far, those before a resume included."""
         return self.progress.history
+
+    @property
+    def images_per_round(self) -> int:
+        """Images of a round, over all processes."""
+        return self.rounds.images
+
+    def sampler(self, reference: bool = False) -> AbstractContextManager[Any]:
+        """
+        The pipeline as the policy samples with it, as a context manager.
+
+        Args:
+            reference (`bool`, *optional*, defaults to `False`):
+                As the reference model samples, instead.
+        """
+        return self.policy.sampler(reference)
 
     def train(
         self, epochs: int | None = None, resume_from_checkpoint: str | bool | None = None
@@ -246,7 +209,7 @@ class PGraftTrainer:
             epochs = 1 if self.samples_dataset is not None else self.config.num_epochs
         if resume_from_checkpoint:
             self._resume(resume_from_checkpoint)
-            self.callbacks.values["optimizer"] = self.optimizer
+            self.callbacks.values["optimizer"] = self.policy.optimizer
         self.publisher.check(first_round=self.progress.epoch)
         state = self.callbacks.state
         state.epoch, state.global_step = self.progress.epoch, self.progress.global_step
@@ -268,7 +231,7 @@ class PGraftTrainer:
                 self.publisher.push_samples()
             if last:
                 break
-        if self.has_adapter:
+        if self.policy.has_adapter:
             self.save_model()
         self.callbacks.notify("on_train_end")
         self.accelerator.end_training()
@@ -292,84 +255,66 @@ class PGraftTrainer:
         round_ = self._draw_round(epoch) if self.samples_dataset is None else self._stored_round()
         drawn = time.perf_counter()
         report = self._fine_tune(round_, epoch)
-        self.progress.epoch = epoch + 1
-        self.progress.global_step = global_step + (report.steps if report else 0)
-        self.callbacks.state.epoch, self.callbacks.state.global_step = epoch + 1, self.progress.global_step
+        progress, state = self.progress, self.callbacks.state
+        progress.epoch, progress.global_step = epoch + 1, global_step + (report.steps if report else 0)
+        state.epoch, state.global_step = progress.epoch, progress.global_step
         metrics = round_.metrics([reward.name for reward in self.rewards])
-        metrics |= {**(report.to_metrics() if report else {}), "implied_kl_sum": self._accumulate_kl(round_)}
-        metrics |= {"images": self.progress.images, "denoiser_calls": self.progress.denoiser_calls}
+        metrics |= report.to_metrics() if report else {}
+        metrics |= {"implied_kl_sum": accumulated_kl(progress, round_, self.config), "images": progress.images}
+        metrics |= {"denoiser_calls": progress.denoiser_calls}
         metrics |= {"time/sampling": drawn - started, "time/training": time.perf_counter() - drawn, "epoch": epoch}
         self.log(metrics)
-        return self.progress.global_step
-
-    # Drawing and scoring.
+        return progress.global_step
 
     def _draw_round(self, epoch: int) -> Round:
-        """Draw and score this process's share of the round, exchange what acceptance needs, and keep it all."""
-        config = self.config
-        groups = self._groups(epoch)
-        samples = samples_of(groups, config.seed, epoch)
-        own = self._own_share(len(samples))
-        with self.sampler(reference=config.sample_from == "reference"):
-            batches = self.draw_and_score(samples[own], self._unfinished(epoch))
-        drawn, values = in_order(samples[own], batches)
-        states, values = self._gather(drawn.x_i), self._gather(values)
-        reward = combined_rewards(values, [r.weight for r in self.rewards], groups)
-        keys = self._duplicate_keys(samples[own], drawn)
-        seed = (config.seed, epoch, "accept")
-        decision = accept(reward, groups, self.acceptance, config.acceptance_kwargs, seed, keys)
-        round_ = Round(groups, samples, states, values, reward, decision)
-        self._keep(round_, drawn, own, epoch)
-        self._show(round_, drawn, batches)
-        self.progress.images += len(samples)
-        self.progress.denoiser_calls += int(self._gather(torch.tensor([drawn.denoiser_calls])).sum())
+        round_, batches = self.rounds.draw(epoch)
+        self._show(round_, batches)
+        self.progress.images += len(round_.samples)
+        self.progress.denoiser_calls += round_.denoiser_calls
         return round_
 
-    def _groups(self, epoch: int) -> list[Group]:
-        size = self.config.group_size(self.images_per_round)
-        # With this seed, prompt functions that use global random state repeat themselves when a run is resumed.
-        set_seed(seed_of(self.config.seed, "prompts", epoch) % 2**32)
-        groups: list[Any] = [None]
-        if self.accelerator.is_main_process:
-            source = self.prompt_source(epoch, -(-self.images_per_round // size))
-            groups = [form_groups(source, self.images_per_round, size)]
-        return broadcast_object_list(groups)[0]
+    def _stored_round(self) -> Round:
+        return Round.from_dataset(self.samples_dataset, [reward.name for reward in self.rewards])
 
-    def _own_share(self, count: int) -> slice:
-        share = -(-count // self.accelerator.num_processes)
-        return slice(share * self.accelerator.process_index, share * (self.accelerator.process_index + 1))
+    def _show(self, round_: Round, batches: Sequence[Batch]) -> None:
+        """Hand this process's samples to DDPO's hook, and the main process's to the trackers as a picture."""
+        trackers, step = self.accelerator.trackers, self.progress.global_step
+        if trackers and self.accelerator.is_main_process:
+            images = torch.cat([batch.drawn.images for batch in batches])
+            grid = image_grid(images, round_.captions()[: len(images)], round_.groups[0].size)
+            log_image(trackers, "samples", grid, step)
+        if self.image_samples_hook is not None:
+            tracker = trackers[0] if trackers else NoTracker()
+            self.image_samples_hook([hook_data(batch, self.rewards) for batch in batches], step, tracker)
 
-    def draw_and_score(self, samples: list[Sample], unfinished: UnfinishedRound | None = None) -> list[Batch]:
-        """Batches of images, states and rewards of some samples; with `unfinished`, on disk as they come."""
-        in_threads = self.config.async_reward_computation
-        return draw_and_score(samples, self._draw, self.make_scorer(in_threads), unfinished)
+    def _fine_tune(self, round_: Round, epoch: int) -> FitReport | None:
+        data = self.policy.training_set(round_, epoch)
+        if not data.rows:
+            self.accelerator.print(f"Round {epoch}: nothing was accepted, so nothing is trained.")
+            return None
+        state, progress, steps = self.callbacks.state, self.progress, self.policy.steps_for(len(data.rows))
+        progress.planned_steps = progress.planned_steps or steps * self.config.num_epochs
+        state.max_steps = progress.planned_steps
 
-    def _draw(self, samples: Sequence[Sample]) -> Iterator[tuple[Sequence[Sample], Drawn]]:
-        """Batches of samples with what was drawn for them."""
-        return draw(
-            self.pipeline,
-            self.call,
-            samples,
-            self.levels.position,
-            self.config.sample_batch_size,
-            self.arguments,
-            progress=self.accelerator.is_local_main_process,
-        )
+        def on_event(event: str) -> None:
+            state.global_step += event == "on_step_end"
+            self.callbacks.notify(event)
 
-    def make_scorer(self, in_threads: bool = False) -> Scorer:
-        """A scorer of this run's rewards, with threads where asked."""
-        config = self.config
-        patience = Patience(config.reward_retries, config.reward_retry_wait, config.reward_timeout)
-        return Scorer(self.rewards, patience, config.max_workers if in_threads else 0)
+        return self.policy.fine_tune(data, epoch, self._learning_rate(), on_event)
 
-    def _unfinished(self, epoch: int) -> UnfinishedRound:
-        """Where a round's samples are kept until a checkpoint has it."""
-        policy = {}
-        if self.has_adapter and self.config.sample_from == "policy":
-            policy = {name: p for name, p in self.denoiser.named_parameters() if f".{ADAPTER_NAME}." in name}
-        drawn_by = f"{self.fingerprint} {fingerprint_of(policy)}"
-        folder = self.output_dir / UNFINISHED / f"round_{epoch:04d}"
-        return UnfinishedRound(folder, drawn_by, [reward.name for reward in self.rewards])
+    def _learning_rate(self) -> Callable[[int], float]:
+        """Learning rate of a round's n-th optimizer step, on diffusers' schedule over the whole run."""
+        config, start = self.config, self.progress.global_step
+        unit = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        plan = {"num_warmup_steps": config.warmup_steps, "num_training_steps": self.progress.planned_steps}
+        factor = get_scheduler(config.lr_scheduler_type, unit, **plan).lr_lambdas[0]
+        return lambda step: config.train_learning_rate * factor(start + step)
+
+    def _expected_steps(self) -> int:
+        """Optimizer steps of a round in which `k` of each group is accepted, a quarter where nothing says more."""
+        size = self.rounds.group_size
+        k = self.config.acceptance_kwargs.get("k", max(1, round(size / 4)))
+        return self.policy.steps_for(self.rounds.images // size * k)
 
     def compute_rewards(self, prompt_image_pairs: Sequence[Sequence[Any]], is_async: bool = False) -> Iterator[tuple]:
         """
@@ -384,231 +329,11 @@ class PGraftTrainer:
         Returns:
             `Iterator[tuple]`: the batches' rewards, each of shape `(B,)` with NaN where left out, then their infos.
         """
-        scorer = self.make_scorer(is_async)
+        scorer = self.rounds.make_scorer(is_async)
         for images, prompts, metadata in prompt_image_pairs:
             images = images if images.dtype == torch.uint8 else (images * 255).round().to(torch.uint8)
             scorer.add(images, list(prompts), {"metadata": list(metadata)})
-        return zip(*(self._as_ddpo(*result) for result in scorer.results()), strict=True)
-
-    def _as_ddpo(self, values: torch.Tensor, infos: list[Any]) -> tuple[torch.Tensor, Any]:
-        """A batch's values and infos as DDPO knows them: one reward a sample, and the info of the only function."""
-        weights = torch.tensor([reward.weight for reward in self.rewards], dtype=torch.float64)
-        return values @ weights, infos[0] if len(infos) == 1 else infos
-
-    def _for_hook(self, batch: Batch) -> list[Any]:
-        """A batch as DDPO's hook takes it: images in [0, 1], prompts, metadata, rewards and their info."""
-        columns = batch.columns
-        metadata = columns.get("metadata", [sample.group.columns for sample in batch.samples])
-        images = batch.drawn.images.float() / 255
-        return [images, tuple(batch.prompts), tuple(metadata), *self._as_ddpo(batch.values, batch.infos)]
-
-    def _duplicate_keys(self, samples: list[Sample], drawn: Drawn) -> list[Any] | None:
-        """Keys that tell equal samples, gathered over the processes."""
-        if self.config.deduplicate_by is None:
-            return None
-        images = to_pil(drawn.images)
-        return gather_object(
-            [self.config.deduplicate_by(image, s.group.prompt) for image, s in zip(images, samples, strict=True)]
-        )
-
-    def _keep(self, round_: Round, drawn: Drawn, own: slice, epoch: int) -> None:
-        """Write this process's shard of the round as parquet, under the output folder."""
-        named = {f"reward_{r.name}": round_.values[own, i].tolist() for i, r in enumerate(self.rewards)}
-        rewards = {"reward": round_.reward[own].tolist(), **named}
-        accepted = round_.decision.accepted[own].tolist()
-        dataset = to_dataset(
-            round_.samples[own], drawn, rewards, accepted, self.switch.state_timestep, self.fingerprint
-        )
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        folder = self.output_dir / "samples" / f"round_{epoch:04d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        dataset.to_parquet(folder / f"samples-{rank:05d}-of-{world:05d}.parquet")
-
-    def _show(self, round_: Round, drawn: Drawn, batches: list[Batch]) -> None:
-        """Hand this process's samples to DDPO's hook, and the main process's to the trackers as a picture."""
-        trackers, step = self.accelerator.trackers, self.progress.global_step
-        if trackers and self.accelerator.is_main_process:
-            captions = round_.captions()[: len(drawn.images)]
-            log_image(trackers, "samples", image_grid(drawn.images, captions, round_.groups[0].size), step)
-        if self.image_samples_hook is not None:
-            tracker = trackers[0] if trackers else NoTracker()
-            self.image_samples_hook(list(map(self._for_hook, batches)), step, tracker)
-
-    def _stored_round(self) -> Round:
-        return Round.from_dataset(self.samples_dataset, [reward.name for reward in self.rewards])
-
-    def _gather(self, values: torch.Tensor) -> torch.Tensor:
-        """Values of all processes, in their order, on the host."""
-        return self.accelerator.gather(values.to(self.accelerator.device)).cpu()
-
-    # Fine-tuning.
-
-    @property
-    def has_adapter(self) -> bool:
-        """Whether there is a policy apart from the reference: with a control adapter, after the first round."""
-        return ADAPTER_NAME in getattr(self.denoiser, "peft_config", {})
-
-    @property
-    def is_full(self) -> bool:
-        """Whether all weights of the denoiser are trained, because the pipeline says `use_lora=False`."""
-        return getattr(self.sd_pipeline, "use_lora", True) is False
-
-    def _choose_adapter(self, peft_config: PeftConfig | None) -> PeftConfig:
-        """What is trained: the adapter that is given, the one that the pipeline has, all weights, or a LoRA."""
-        if peft_config is not None and self.is_full:
-            raise ValueError("peft_config: the pipeline says use_lora=False, which trains all weights. Choose one.")
-        if peft_config is not None and self.has_adapter:
-            raise ValueError(f"peft_config: the pipeline has an adapter {ADAPTER_NAME!r} already, which is trained.")
-        if self.has_adapter:
-            peft_config = self.denoiser.peft_config[ADAPTER_NAME]
-        elif peft_config is None and self.is_full:
-            peft_config = full_copy_config(self.denoiser)
-        peft_config = peft_config or default_lora_config(self.denoiser, self.config.lora_rank)
-        if self.config.control_adapter and not isinstance(peft_config, LoraConfig):
-            raise ValueError(
-                "peft_config: control_adapter=True subtracts one LoRA from another; "
-                f"{type(peft_config).__name__} makes none. Give a LoraConfig, or set control_adapter=False."
-            )
-        return peft_config
-
-    def _make_adapter(self) -> None:
-        """Add the adapter, or go on with the one that the pipeline has."""
-        if not self.has_adapter:
-            seed = seed_of(self.config.seed, "adapter")
-            add_adapter(self.denoiser, copy.deepcopy(self.peft_config), ADAPTER_NAME, seed)
-        make_trainable(self.denoiser, ADAPTER_NAME)
-
-    @property
-    def tuned_guidance_scale(self) -> float:
-        """Guidance scale of the tuned steps; 1.0 where the pipeline does not combine two branches."""
-        if not self.call.is_guided:
-            return 1.0
-        scale = self.config.tuned_guidance_scale
-        return self.arguments["guidance_scale"] if scale is None else scale
-
-    @contextmanager
-    def sampler(self, reference: bool = False) -> Iterator[Any]:
-        """The pipeline as the policy samples with it, gate and guidance included, or as the reference does."""
-        with ExitStack() as stack:
-            if self.is_full:
-                # The trained copy is in float32 also where the frozen weights are not.
-                stack.enter_context(self.accelerator.autocast())
-            if self.has_adapter:
-                stack.enter_context(
-                    without_adapters(self.denoiser, [ADAPTER_NAME])
-                    if reference
-                    else TimestepGate(self.denoiser, ADAPTER_NAME, self.switch.switch_timestep, self.call.clock)
-                )
-            if self.config.tuned_guidance_scale is not None and not reference:
-                scales = (self.arguments["guidance_scale"], self.tuned_guidance_scale)
-                stack.enter_context(TunedGuidance(self.denoiser, self.call, *scales, self.switch.switch_timestep))
-            yield self.pipeline
-
-    def _fine_tune(self, round_: Round, epoch: int) -> FitReport | None:
-        """Fit the adapter to the accepted states of a round; with a control, keep what the selection alone taught."""
-        config = self.config
-        rows = SelectedRows(round_, config.train_num_inner_epochs, (config.seed, epoch))
-        if len(rows) == 0:
-            self.accelerator.print(f"Round {epoch}: nothing was accepted, so nothing is trained.")
-            return None
-        data = TrainingSet(
-            rows, round_.states, record_conditioning(self.pipeline, self.call, rows.prompts, self.arguments)
-        )
-        if not config.control_adapter:
-            return self._fit(ADAPTER_NAME, self.optimizer, data)
-        accepted, control = "pgraft_accepted", "pgraft_control"
-        report = self._fit_new(accepted, data, epoch)
-        self._fit_new(control, data, epoch, control=True)
-        scale = 1 / self.tuned_guidance_scale if config.guidance_loss == "conditional" else 1.0
-        merge_difference(self.denoiser, ADAPTER_NAME, accepted, control, scale, config.max_merged_rank)
-        return report
-
-    def _fit_new(self, name: str, data: TrainingSet, epoch: int, control: bool = False) -> FitReport:
-        """Fit a fresh adapter on top of the policy, and take it out of the forward pass again."""
-        add_adapter(self.denoiser, copy.deepcopy(self.peft_config), name, seed_of(self.config.seed, "adapter", epoch))
-        report = self._fit(name, make_optimizer(adapter_parameters(self.denoiser, name), self.config), data, control)
-        AdapterSwitch(self.denoiser, name).turn(False)
-        return report
-
-    def _fit(
-        self, name: str, optimizer: torch.optim.Optimizer, data: TrainingSet, control: bool = False
-    ) -> FitReport:
-        """Fit adapter `name` to the accepted states, or to as many unselected ones."""
-        config, parameters = self.config, adapter_parameters(self.denoiser, name)
-        total = count_microbatches(len(data.rows), config, self.accelerator.num_processes)
-        steps = -(-total // config.train_gradient_accumulation_steps)
-        self.progress.planned_steps = self.progress.planned_steps or steps * config.num_epochs
-        average = EMAModel(parameters, decay=config.ema_decay) if config.ema_decay else None
-        self.callbacks.state.max_steps = self.progress.planned_steps
-        hidden = not self.accelerator.is_local_main_process
-
-        def on_event(event: str) -> None:
-            if average is not None and event == "on_optimizer_step":
-                average.step(parameters)
-            if event in ("on_substep_end", "on_step_end"):
-                bar.update()
-            if not control:
-                self.callbacks.state.global_step += event == "on_step_end"
-                self.callbacks.notify(event)
-
-        with tqdm(total=total, desc=f"training {name}", leave=False, disable=hidden) as bar:
-            report = fit(
-                self.accelerator,
-                self._loss(name, data.conditioning),
-                data.states,
-                data.rows.passes(control),
-                optimizer,
-                config,
-                self._learning_rate_schedule(),
-                on_event=on_event,
-            )
-        if average is not None:
-            average.copy_to(parameters)
-        return report
-
-    def _expected_steps(self) -> int:
-        """Optimizer steps of a round in which `k` of each group is accepted, a quarter where nothing says more."""
-        size = self.config.group_size(self.images_per_round)
-        rows = self.images_per_round // size * self.config.acceptance_kwargs.get("k", max(1, round(size / 4)))
-        total = count_microbatches(rows, self.config, self.accelerator.num_processes)
-        return -(-total // self.config.train_gradient_accumulation_steps)
-
-    def _loss(self, name: str, conditioning: Conditioning) -> GraftLoss:
-        adapters = [n for n in dict.fromkeys([ADAPTER_NAME, name]) if n in self.denoiser.peft_config]
-        return GraftLoss(
-            self.denoiser,
-            self.call,
-            conditioning,
-            self.levels,
-            self.prediction_type,
-            self.config.guidance_loss,
-            self.tuned_guidance_scale,
-            self.config.caption_dropout,
-            adapters,
-        )
-
-    def _learning_rate_schedule(self) -> Callable[[int], float]:
-        """Learning rate of a round's n-th optimizer step, on diffusers' schedule over the whole run."""
-        config, start = self.config, self.progress.global_step
-        unit = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-        plan = {"num_warmup_steps": config.warmup_steps, "num_training_steps": self.progress.planned_steps}
-        factor = get_scheduler(config.lr_scheduler_type, unit, **plan).lr_lambdas[0]
-        return lambda step: config.train_learning_rate * factor(start + step)
-
-    def _accumulate_kl(self, round_: Round) -> float:
-        """
-        KL to the reference that the rounds so far imply: their sum, or, where the policy drew all of them for one
-        top-k selection without ties, the KL of the composed selections.
-        """
-        progress, kl = self.progress, round_.decision.implied_kl
-        if self.config.sample_from == "reference":
-            return kl
-        size = round_.groups[0].size
-        k = self.config.acceptance_kwargs.get("k", max(1, round(size / 4)))
-        progress.kl_rounds, progress.kl_sum = progress.kl_rounds + 1, progress.kl_sum + kl
-        is_top_k = self.config.acceptance == "top_k" and k < size
-        progress.kl_composes &= is_top_k and abs(kl - implied_kl(size, k)) < 1e-9
-        return implied_kl(size, k, rounds=progress.kl_rounds) if progress.kl_composes else progress.kl_sum
+        return zip(*(as_ddpo(*result, self.rewards) for result in scorer.results()), strict=True)
 
     # Evaluation, logging, saving.
 
@@ -625,15 +350,7 @@ class PGraftTrainer:
         prompts = list(prompts if prompts is not None else self.config.eval_prompts or [])
         if not prompts:
             raise ValueError("evaluate: no prompts given, and config.eval_prompts is empty.")
-        groups = [Group(i, prompt, 1, {}) for i, prompt in enumerate(prompts)]
-        samples = samples_of(groups, self.config.seed, "evaluation")
-        own = samples[self._own_share(len(samples))]
-        with self.sampler(reference):
-            # A process without a share draws one too, because nothing has no shape.
-            drawn, values = in_order(own or samples[:1], self.draw_and_score(own or samples[:1]))
-        values = torch.tensor(gather_object(values[: len(own)].tolist()), dtype=torch.float64)
-        reward = combined_rewards(values, [r.weight for r in self.rewards], groups)
-        return Evaluation(reward, values, drawn.images[: len(own)])
+        return Evaluation(*self.rounds.draw_evaluation(prompts, reference))
 
     def _log_evaluation(self, epoch: int) -> None:
         result = self.evaluate()
@@ -666,10 +383,10 @@ class PGraftTrainer:
             self.publisher.attempt(lambda: self.push_to_hub(commit_message="Save adapter"))
 
     def _save_adapter(self, folder: str | Path) -> None:
-        if not self.has_adapter:
+        if not self.policy.has_adapter:
             raise ValueError("save_model: with control_adapter=True there is no adapter before the first round.")
         if self.accelerator.is_main_process:
-            save_pgraft_adapter(self.pipeline, folder, self.switch)
+            save_pgraft_adapter(self.pipeline, folder, self.policy.switch)
 
     @property
     def adapter_dir(self) -> Path:
@@ -699,15 +416,9 @@ class PGraftTrainer:
         facts = facts_of(self, dataset_name or self.publisher.dataset_id, tags)
         self.adapter_dir.mkdir(parents=True, exist_ok=True)
         if facts.prompts:
-            before, after = (self._pictures(facts.prompts, reference) for reference in (True, False))
+            before, after = (self.rounds.draw_pictures(facts.prompts, reference) for reference in (True, False))
             before_after_grid(before, after, facts.prompts).save(self.adapter_dir / GRID_FILE)
         write_adapter_card(self.adapter_dir, self.publisher.model_id, facts, model_name)
-
-    def _pictures(self, prompts: Sequence[str], reference: bool) -> torch.Tensor:
-        """One unscored image of each prompt, drawn by this process alone with the seeds of an evaluation."""
-        samples = samples_of([Group(i, p, 1, {}) for i, p in enumerate(prompts)], self.config.seed, "evaluation")
-        with self.sampler(reference):
-            return torch.cat([drawn.images for _, drawn in self._draw(samples)])
 
     def push_to_hub(
         self,
@@ -751,20 +462,22 @@ class PGraftTrainer:
     def save_checkpoint(self) -> None:
         """Write a checkpoint of the last round, and remove the oldest beyond `num_checkpoint_limit`."""
         if self.accelerator.is_main_process:
-            folder = self.output_dir / "checkpoints"
-            adapter = ADAPTER_NAME if self.has_adapter else None
-            save_checkpoint(folder, self.pipeline, self.switch, adapter, self.optimizer, self.progress, self._run())
+            folder, policy = self.output_dir / "checkpoints", self.policy
+            adapter = ADAPTER_NAME if policy.has_adapter else None
+            save_checkpoint(
+                folder, self.pipeline, policy.switch, adapter, policy.optimizer, self.progress, self._run()
+            )
             # `total_limit` is accelerate's name, with which DDPO's scripts set it.
             prune_checkpoints(folder, self.config.project_kwargs.get("total_limit", self.config.num_checkpoint_limit))
         self.accelerator.wait_for_everyone()
-        self._forget_unfinished()
+        self.rounds.forget_unfinished()
         self.callbacks.notify("on_save")
 
     def _run(self) -> dict[str, Any]:
         """What the run's result depends on."""
         values = self.config.shaping(self.accelerator.num_processes)
         rewards = {reward.name: reward.weight for reward in self.rewards}
-        return {**values, "rewards": rewards, "model, scheduler and sampling arguments": self.fingerprint}
+        return {**values, "rewards": rewards, "model, scheduler and sampling arguments": self.policy.fingerprint}
 
     def _begin(self) -> None:
         """Before the first round: a run that does not go on from another forgets what that has left."""
@@ -772,14 +485,9 @@ class PGraftTrainer:
             return
         self.has_begun = True
         if not self.is_resumed:
-            self._forget_unfinished()
+            self.rounds.forget_unfinished()
         if self.accelerator.is_main_process:
             (self.output_dir / "metrics.jsonl").write_text("".join(map(_as_json, self.history)))
-
-    def _forget_unfinished(self) -> None:
-        if self.accelerator.is_local_main_process:
-            shutil.rmtree(self.output_dir / UNFINISHED, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
 
     def _resume(self, source: str | bool | None) -> None:
         self.is_resumed = bool(source)
@@ -793,34 +501,23 @@ class PGraftTrainer:
             check_same_run(checkpoint, self._run())
             self.progress = load_progress(checkpoint)
             if (checkpoint / "adapter_config.json").is_file():
-                if self.has_adapter:
-                    self.denoiser.delete_adapters(ADAPTER_NAME)
-                load_adapter_weights(self.denoiser, checkpoint, ADAPTER_NAME)
-            if self.optimizer is not None:
-                # The optimizer must hold the parameters that were loaded, not those they replaced.
-                self.optimizer = make_optimizer(adapter_parameters(self.denoiser, ADAPTER_NAME), self.config)
-                load_optimizer(checkpoint, self.optimizer)
+                self.policy.load_adapter(checkpoint)
+            if self.policy.optimizer is not None:
+                load_optimizer(checkpoint, self.policy.optimizer)
+
+
+def _check_round(config: GraftConfig, processes: int, samples_dataset: Any) -> None:
+    """A round must have more images of a prompt than are selected of them."""
+    images = config.sample_batch_size * config.sample_num_batches_per_epoch * processes
+    size, k = config.group_size(images), config.acceptance_kwargs.get("k", 1)
+    if samples_dataset is None and size <= k:
+        raise ValueError(
+            f"sample_batch_size * sample_num_batches_per_epoch * processes = {images}: a round's groups have {size} "
+            f"images, of which k={k} cannot be selected. Draw more images a round."
+        )
 
 
 def _as_json(metrics: dict[str, float]) -> str:
     """A line of JSON, which has no numbers that are not finite: they become null."""
     finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
     return json.dumps(finite) + "\n"
-
-
-def _checked_pipeline(sd_pipeline: Any) -> Any:
-    if sd_pipeline is None:
-        raise ValueError("sd_pipeline is required: the diffusers pipeline to fine-tune.")
-    return getattr(sd_pipeline, "sd_pipeline", sd_pipeline)
-
-
-def _hand_over(switch: SwitchLevel, sd_pipeline: Any) -> None:
-    """Tell a pipeline that samples with its adapter where that switches, unless it was trained for another level."""
-    known = getattr(sd_pipeline, "switch", None)
-    if known is not None and known.switch_timestep != switch.switch_timestep:
-        raise ValueError(
-            f"sd_pipeline: its adapter switches at timestep {known.switch_timestep}, this configuration at "
-            f"{switch.switch_timestep}. Keep the tuned_fraction and sample_num_steps that it was trained with."
-        )
-    if hasattr(sd_pipeline, "switch"):
-        sd_pipeline.switch = switch

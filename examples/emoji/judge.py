@@ -88,7 +88,10 @@ class Judge(nn.Module):
     @classmethod
     def load(cls, folder: str | Path = FOLDER / "judge") -> "Judge":
         """Read a trained judge from a folder with `judge.safetensors`."""
-        judge, weights = cls(), load_file(Path(folder) / "judge.safetensors")
+        path = Path(folder) / "judge.safetensors"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: train it with `python -m examples.emoji.train_judge --work {folder}`.")
+        judge, weights = cls(), load_file(path)
         judge.load_state_dict({name: value.float() for name, value in weights.items()})
         return judge.eval().requires_grad_(False)
 

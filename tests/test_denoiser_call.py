@@ -180,6 +180,16 @@ def test_the_final_latents_are_recorded_after_the_last_step(make):
     assert trajectory.denoiser_calls == 3 * 5 * call.branches
 
 
+def test_recording_leaves_the_samplers_own_noise_alone(sd):
+    """Pipelines ask the signature of `scheduler.step` whether it takes `eta` and the samples' generators."""
+    call, stochastic = learn_denoiser_call(sd, GUIDED), {**GUIDED, "eta": 1.0}
+    expected = run(sd, stochastic)
+    with record_trajectory(sd, call, position=5, batch_size=3) as trajectory:
+        assert torch.equal(run(sd, stochastic), expected)
+    assert torch.equal(trajectory.x_i, expected)
+    assert not torch.allclose(expected, run(sd, GUIDED), atol=0.1)
+
+
 @pytest.mark.parametrize("position", [0, 3, 9])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_recorded_states_restart_the_sampler(sd, position, prediction_type):

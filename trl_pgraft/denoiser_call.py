@@ -24,6 +24,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -209,7 +210,8 @@ class Trajectory:
 @contextmanager
 def record_trajectory(pipeline: Any, call: DenoiserCall, position: int, batch_size: int) -> Iterator[Trajectory]:
     """
-    Record the state that enters step `position` (0 is pure noise) of the pipeline call made inside the block.
+    Record the state that enters the scheduler's step number `position` (0 is pure noise) of the pipeline call made
+    inside the block.
 
     The final latents never pass through the denoiser: they are the last result of `scheduler.step`, which is observed
     on this scheduler object and restored on leaving.
@@ -253,12 +255,13 @@ def observe_calls(denoiser: torch.nn.Module, observer: Callable[[dict[str, Any]]
 
 @contextmanager
 def observe_steps(scheduler: Any, observer: Callable[..., None]) -> Iterator[None]:
-    """Show `observer` the timestep, model output and result of every `scheduler.step` made inside the block."""
+    """Show `observer` timestep, model output, result and further options of every `scheduler.step` inside the block."""
     original, shadowed = scheduler.step, vars(scheduler).get("step")
 
+    @wraps(original)  # pipelines ask its signature whether to pass `eta` and `generator`
     def step(model_output: torch.Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(model_output, timestep, *args, **kwargs)
-        observer(timestep=timestep, result=result, model_output=model_output)
+        observer(timestep=timestep, result=result, model_output=model_output, options=kwargs)
         return result
 
     scheduler.step = step

@@ -106,7 +106,7 @@ def _two_steps(pipeline: Any, kwargs: dict[str, Any]) -> _Probe:
     def on_output(module: torch.nn.Module, args: tuple, output: Any) -> None:
         probe.output = prediction_of(output, probe.x_t)
 
-    def on_step(timestep: Any, result: Any, model_output: torch.Tensor) -> None:
+    def on_step(timestep: Any, model_output: torch.Tensor, **_: Any) -> None:
         probe.model_output = model_output
         probe.scheduler_timesteps.append(float(timestep))
         if len(probe.scheduler_timesteps) == 2:

@@ -255,7 +255,7 @@ def observe_calls(denoiser: torch.nn.Module, observer: Callable[[dict[str, Any]]
 
 @contextmanager
 def observe_steps(scheduler: Any, observer: Callable[..., None]) -> Iterator[None]:
-    """Show `observer` timestep, model output, result and further options of every `scheduler.step` inside the block."""
+    """Show `observer` timestep, model output, result and further options of each `scheduler.step` in the block."""
     original, shadowed = scheduler.step, vars(scheduler).get("step")
 
     @wraps(original)  # pipelines ask its signature whether to pass `eta` and `generator`

@@ -284,6 +284,15 @@ def run_until_recorded(pipeline: Any, prompts: list[str], kwargs: dict[str, Any]
         pipeline.maybe_free_model_hooks()
 
 
+def require_a_call(pipeline: Any, calls: Sequence[Any]) -> None:
+    """Refuse a pipeline that has reached its scheduler's step without a denoiser call."""
+    if not calls:
+        raise ValueError(
+            f"{type(pipeline).__name__} reached `scheduler.step` without calling its "
+            f"`{denoiser_name_of(pipeline)}`: there is no denoiser call to record."
+        )
+
+
 def prompt_arguments(prompts: Sequence[str], arguments: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a pipeline call for `prompts`: beside a list of prompts it wants a list of negative prompts."""
     negative = arguments.get("negative_prompt")

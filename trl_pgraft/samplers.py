@@ -26,7 +26,14 @@ from typing import Any
 
 import torch
 
-from .denoiser_call import CallRecorded, denoiser_of, observe_calls, observe_steps, run_until_recorded
+from .denoiser_call import (
+    CallRecorded,
+    denoiser_of,
+    observe_calls,
+    observe_steps,
+    require_a_call,
+    run_until_recorded,
+)
 from .noise_schedules import NoiseSchedule, expand
 from .parameterizations import combine, prediction_type_of
 
@@ -95,6 +102,7 @@ def sampler_of(pipeline: Any, pipeline_kwargs: dict[str, Any]) -> Sampler:
 
     with observe_calls(denoiser_of(pipeline), on_call), observe_steps(pipeline.scheduler, on_step):
         run_until_recorded(pipeline, ["a"], pipeline_kwargs)
+    require_a_call(pipeline, copies)
     timesteps = [float(timestep) for timestep in copies[0].timesteps]
     # Image-to-image starts in the midst of the scheduler's timesteps.
     return Sampler(copies[0], timesteps[timesteps.index(float(first["timestep"])) :], first["options"])
@@ -135,15 +143,9 @@ def check_sampler(sampler: Sampler, position: int, eta: float) -> None:
             The stochasticity that was asked for.
 
     Raises:
-        `ValueError`: states are not finite, or x_I of a deterministic sampler is not at its timestep's noise level.
+        `ValueError`: as [`run_on_known_data`], or x_I of a deterministic sampler is not at its timestep's level.
     """
     known = run_on_known_data(sampler)
-    if not torch.tensor(known.levels).isfinite().all():
-        raise ValueError(
-            f"{sampler.description}: states are not finite even for a denoiser that is exact. An epsilon prediction "
-            "says nothing about the data at pure noise (`rescale_betas_zero_snr=True`, alpha = 0): use a model and "
-            "scheduler with prediction_type 'v_prediction', or betas without zero SNR."
-        )
     is_intermediate = position < len(sampler.timesteps)
     _warn_of_noise(sampler, known.is_stochastic, is_intermediate, eta)
     if is_intermediate:
@@ -200,7 +202,11 @@ def run_on_known_data(sampler: Sampler) -> KnownRun:
     The exact denoiser is told the timestep t and finds the noise `(x_t - alpha_t c) / sigma_t`. A trajectory that
     starts on the forward kernel stays on `x_t = alpha_t c + sigma_t noise` if the scheduler goes to the levels that it
     tells the denoiser; so half the difference of the means is alpha and the standard deviation is sigma.
+
+    Raises:
+        `ValueError`: the scheduler is not supported, or its states are not finite.
     """
+    sampler.step_starts()  # raises where steps cannot be told
     scheduler, device = copy.deepcopy(sampler.scheduler), sampler.scheduler.timesteps.device
     schedule = NoiseSchedule.from_scheduler(scheduler)
     kind = prediction_type_of(scheduler)
@@ -212,14 +218,22 @@ def run_on_known_data(sampler: Sampler) -> KnownRun:
     options, untouched = _step_options(sampler, generator), generator.get_state()
     x, levels = None, []
     for t in scheduler.timesteps[-len(sampler.timesteps) :]:
-        alpha, sigma = (expand(value, c) for value in schedule(t))
+        level = schedule(t)
+        alpha, sigma = (expand(value, c) for value in level)
         if x is None:
             x = (alpha * c + sigma * noise) / scale_input(torch.ones_like(c), t)
         x_t = scale_input(x, t)
         levels.append(_level_of(x_t))
-        prediction = combine(kind, c, (x_t - alpha * c) / sigma, alpha.flatten(), sigma.flatten())
+        prediction = combine(kind, c, (x_t - alpha * c) / sigma, *level)
         x = scheduler.step(_with_variance(prediction, scheduler), t, x, **options)[0]
-    return KnownRun([*levels, _level_of(x)], not torch.equal(untouched, generator.get_state()))
+    levels.append(_level_of(x))
+    if not torch.tensor(levels).isfinite().all():
+        raise ValueError(
+            f"{sampler.description}: states are not finite even for a denoiser that is exact. An epsilon prediction "
+            "says nothing about the data at pure noise (`rescale_betas_zero_snr=True`, alpha = 0): use a model and "
+            "scheduler with prediction_type 'v_prediction', or betas without zero SNR."
+        )
+    return KnownRun(levels, not torch.equal(untouched, generator.get_state()))
 
 
 def _level_of(x: torch.Tensor) -> tuple[float, float]:

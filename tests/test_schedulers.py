@@ -207,36 +207,69 @@ def test_the_tuned_fraction_is_a_share_of_steps(name, spacing):
             assert levels.level_i[1] == pytest.approx(sigma, abs=0.007 if case.is_rounded else 1e-4)
 
 
-def calls_under_the_gate(pipeline, call, switch_timestep, steps):
+def calls_under_the_gate(pipeline, call, switch_timestep, steps, told_of_the_pipeline=True):
     """Timesteps of the denoiser's calls, and whether the adapter was on."""
+    told = pipeline if told_of_the_pipeline else None
     seen = []
     with_constant_data(pipeline, torch.zeros(shape_of(pipeline)), seen)
-    with TimestepGate(denoiser_of(pipeline), "pgraft", switch_timestep, call.clock):
+    with TimestepGate(denoiser_of(pipeline), "pgraft", switch_timestep, call.clock, told):
         run(pipeline, steps, batch=1)
     return [t for t, _ in seen], [is_on for _, is_on in seen]
 
 
 def check_calls_around(pipeline, timesteps, is_on, switch):
-    """The adapter is on in all calls up to the stored noise level and in none after it."""
-    tuned = sum(is_on)
-    assert is_on == [True] * tuned + [False] * (len(is_on) - tuned) and 0 < tuned < len(is_on)
-    last_on, first_off = (log_snr(pipeline.scheduler, timesteps[i]) for i in (tuned - 1, tuned))
+    """The adapter is on in all steps that begin above the stored noise level, in all their calls, and in no other."""
+    order = pipeline.scheduler.order
+    begins, steps = timesteps[::order], is_on[::order]
+    assert is_on == [on for on in steps for _ in range(order)][: len(is_on)]
+    tuned = sum(steps)
+    assert steps == [True] * tuned + [False] * (len(steps) - tuned) and 0 < tuned < len(steps)
+    last_on, first_off = (log_snr(pipeline.scheduler, begins[i]) for i in (tuned - 1, tuned))
     assert last_on < switch.switch_log_snr < first_off
 
 
 @each_scheduler
 def test_the_gate_switches_at_the_right_call(name, spacing):
-    """Where a step looks ahead to t_I itself, that call is the reference's: tuned is what lies above t_I."""
     pipeline = pipeline_of(name, spacing)
     call, levels, switch = levels_of(pipeline, 0.5)
     add_random_adapter(denoiser_of(pipeline))
     timesteps, is_on = calls_under_the_gate(pipeline, call, switch.switch_timestep, STEPS)
     assert timesteps[levels.position] == pytest.approx(switch.state_timestep, rel=1e-6)
-    assert sum(is_on) == levels.position - ("Heun" in name)
+    assert sum(is_on) == levels.position
     check_calls_around(pipeline, timesteps, is_on, switch)
     for other_number in (4, 23):
         timesteps, is_on = calls_under_the_gate(pipeline, call, switch.switch_timestep, other_number)
         check_calls_around(pipeline, timesteps, is_on, switch)
+
+
+def test_without_the_pipeline_the_gate_goes_by_each_calls_noise_level():
+    """Heun's last tuned step then ends with a call of the reference, at t_I itself."""
+    pipeline = pipeline_of("Heun", "leading")
+    call, levels, switch = levels_of(pipeline, 0.5)
+    add_random_adapter(pipeline.unet)
+    timesteps, is_on = calls_under_the_gate(pipeline, call, switch.switch_timestep, STEPS, False)
+    assert is_on == [t > switch.switch_timestep for t in timesteps] and sum(is_on) == levels.position - 1
+
+
+def test_a_failed_trajectory_does_not_spoil_the_next_ones_gate():
+    pipeline = pipeline_of("Heun", "leading")
+    call, levels, switch = levels_of(pipeline, 0.5)
+    add_random_adapter(pipeline.unet)
+    seen = []
+    with_constant_data(pipeline, torch.zeros(4, 8, 8), seen)
+    with TimestepGate(pipeline.unet, "pgraft", switch.switch_timestep, call.clock, pipeline):
+        with pytest.raises(KeyboardInterrupt):
+            run(pipeline, batch=1, callback_on_step_end=interrupted_late)
+        seen.clear()
+        run(pipeline, batch=1)
+    assert sum(is_on for _, is_on in seen) == levels.position
+
+
+def interrupted_late(pipeline, step, timestep, kwargs):
+    """Between the two calls of a step."""
+    if step == 2 * STEPS - 4:
+        raise KeyboardInterrupt
+    return kwargs
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +284,8 @@ def test_an_adapter_of_ddim_switches_at_its_noise_level_in_any_sampler(name, spa
     add_random_adapter(denoiser_of(pipeline))
     timesteps, is_on = calls_under_the_gate(pipeline, call, switch.switch_timestep, 12)
     check_calls_around(pipeline, timesteps, is_on, switch)
-    assert true_level(pipeline.scheduler, timesteps[sum(is_on) - 1])[1] > levels.level_i[1]
+    order = pipeline.scheduler.order
+    assert true_level(pipeline.scheduler, timesteps[sum(is_on) - order])[1] > levels.level_i[1]
 
 
 def test_a_flow_adapter_switches_at_its_noise_level_under_any_shift():

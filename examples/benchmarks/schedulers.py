@@ -187,7 +187,9 @@ def walk(
     x = x_t / scale(torch.ones_like(x_t), timesteps[0])
     for t in timesteps:
         states.append(scale(x, t))
-        prediction = exact_prediction(kind, states[-1], schedule(t), weights(float(t)))
+        if getattr(scheduler, "state_in_first_order", True):  # as the gate does
+            model = weights(float(t))
+        prediction = exact_prediction(kind, states[-1], schedule(t), model)
         x = scheduler.step(prediction, t, x, return_dict=False, **options)[0]
     return x, states
 
@@ -237,10 +239,11 @@ def level_row(case: Case, spacing: str | None) -> list[str]:
     levels, switch = levels_of_sampler(GraftConfig(tuned_fraction=0.5), sampler)
     around = [str(levels.position), f"{levels.schedule(switch.switch_timestep)[1].item():.3f}"]
     for steps in (10, 4, 25):
-        timesteps = sampler_with(case, spacing, steps).timesteps
-        tuned = sum(t > switch.switch_timestep for t in timesteps)
-        last, first = (levels.schedule(timesteps[call])[1].item() for call in (tuned - 1, tuned))
-        around.append(f"{tuned} of {len(timesteps)}: {last:.3f} / {first:.3f}")
+        other = sampler_with(case, spacing, steps)
+        begins = other.timesteps[:: other.scheduler.order]
+        tuned = sum(t > switch.switch_timestep for t in begins)
+        last, first = (levels.schedule(t)[1].item() for t in (begins[tuned - 1], begins[tuned]))
+        around.append(f"{tuned * other.scheduler.order} of {len(other.timesteps)}: {last:.3f} / {first:.3f}")
     return errors + around
 
 

@@ -371,6 +371,22 @@ def test_runge_kutta_warm_ups_are_refused():
     refused(PNDMScheduler(**BETAS, steps_offset=1), "PNDMScheduler .* 9 denoiser calls more.*skip_prk_steps=True")
 
 
+def test_of_steps_at_one_rounded_timestep_the_last_begins_below_it():
+    """50 Karras sigmas share timesteps at the clean end; the gate goes by timesteps, so x_I and switch do too."""
+    pipeline = pipeline_of("DPM++ Karras", None)
+    arguments, config = arguments_for(pipeline, 50), GraftConfig(tuned_fraction=0.96, sample_num_steps=50)
+    levels, switch = tuned_levels(config, pipeline, learn_denoiser_call(pipeline, arguments), arguments)
+    timesteps = pipeline.scheduler.timesteps.tolist()
+    assert timesteps[levels.position - 1] == timesteps[levels.position] == switch.state_timestep
+    assert timesteps[levels.position + 1] < switch.state_timestep < switch.switch_timestep
+
+
+def test_a_scheduler_that_fails_in_its_steps_is_refused():
+    """The first two of 50 beta sigmas are rounded to one timestep; diffusers starts at the second of them."""
+    pytest.importorskip("scipy", reason="diffusers' beta sigmas need it")
+    refused(CASES["DPM++ beta"].make(), "DPMSolverMultistepScheduler .* fails in its step .*fewer steps", steps=50)
+
+
 @pytest.mark.parametrize("fraction", [0.5, 1.0])
 def test_epsilon_at_pure_noise_is_refused(fraction):
     options = {**ZERO_SNR, "prediction_type": "epsilon", "timestep_spacing": "trailing"}

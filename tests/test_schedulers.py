@@ -25,6 +25,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    KDPM2DiscreteScheduler,
     PNDMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -240,6 +241,17 @@ def test_the_gate_switches_at_the_right_call(name, spacing):
     for other_number in (4, 23):
         timesteps, is_on = calls_under_the_gate(pipeline, call, switch.switch_timestep, other_number)
         check_calls_around(pipeline, timesteps, is_on, switch)
+
+
+def test_midpoints_begin_no_step():
+    """KDPM2's second call lies between two steps' timesteps: only `scheduler.order` tells that it begins none."""
+    pipeline = tiny_sd(KDPM2DiscreteScheduler(**BETAS, steps_offset=1))
+    call, levels, switch = levels_of(pipeline, 0.7)
+    assert levels.position == 14
+    add_random_adapter(pipeline.unet)
+    timesteps, is_on = calls_under_the_gate(pipeline, call, switch.switch_timestep, STEPS)
+    assert len(set(timesteps)) == len(timesteps) == 2 * STEPS - 1 and sum(is_on) == levels.position
+    check_calls_around(pipeline, timesteps, is_on, switch)
 
 
 def test_without_the_pipeline_the_gate_goes_by_each_calls_noise_level():

@@ -84,7 +84,7 @@ class TimestepGate:
         self.switch_timestep = switch_timestep
         self.clock = clock
         self._pipeline = pipeline
-        self._is_on: bool | None = None
+        self._is_on = False
         self._adapter = AdapterSwitch(denoiser, adapter_name)
         self._timestep_name = argument_names(denoiser)[1]
         self._observer = observe_calls(denoiser, self._on_call)
@@ -117,7 +117,7 @@ class TimestepGate:
                 "TimestepGate: the rows of one denoiser call have different timesteps. The gate serves sampling; call "
                 "`remove()` (or leave its `with` block) before training."
             )
-        if self._is_on is None or not self._completes_a_step():
+        if not self._completes_a_step():
             scale, offset = self.clock
             self._is_on = self.is_on_at((float(values[0]) - offset) / scale)
         self._adapter.turn(self._is_on)

@@ -27,8 +27,8 @@ import torch
 from .fit_work import LEAST_PARTS, pilot_adapter, pilot_loss, to_learn
 from .levels import TunedLevels, tuned_levels
 from .pilot import Pilot, complete, draw_pilot, is_stochastic, probe
-from .probe import sampler_timesteps
 from .rollout import Group, form_groups
+from .samplers import sampler_of
 from .trainer import PGraftTrainer
 
 
@@ -177,7 +177,7 @@ def _check(trainer: PGraftTrainer, completions: int) -> None:
 
 def _candidates(trainer: PGraftTrainer, fractions: Sequence[float] | None) -> list[Candidate]:
     """Candidates, noisiest first."""
-    steps = len(sampler_timesteps(trainer.pipeline, trainer.policy.arguments))
+    steps = len(sampler_of(trainer.pipeline, trainer.policy.arguments).step_starts())
     if fractions is None:
         count = min(10, steps)
         fractions = [round(steps * (i + 1) / count) / steps for i in range(count)]

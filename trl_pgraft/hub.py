@@ -131,7 +131,7 @@ def load_pgraft_adapter(
     for parameter in adapter_parameters(denoiser, name):
         parameter.data = parameter.data.to(denoiser.dtype)
         parameter.requires_grad_(False)
-    return TimestepGate(denoiser, name, switch.switch_timestep, switch.clock)
+    return TimestepGate(denoiser, name, switch.switch_timestep, switch.clock, pipeline)
 
 
 def load_adapter_weights(denoiser: torch.nn.Module, folder: str | Path, name: str) -> None:

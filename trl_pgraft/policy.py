@@ -173,11 +173,9 @@ class Policy:
                 # The trained copy is in float32 also where the frozen weights are not.
                 stack.enter_context(self.accelerator.autocast())
             if self.has_adapter:
-                stack.enter_context(
-                    without_adapters(self.denoiser, [ADAPTER_NAME])
-                    if reference
-                    else TimestepGate(self.denoiser, ADAPTER_NAME, self.switch.switch_timestep, self.call.clock)
-                )
+                where = (ADAPTER_NAME, self.switch.switch_timestep, self.call.clock, self.pipeline)
+                off = without_adapters(self.denoiser, [ADAPTER_NAME])
+                stack.enter_context(off if reference else TimestepGate(self.denoiser, *where))
             if self.config.tuned_guidance_scale is not None and not reference:
                 scales = (self.arguments["guidance_scale"], self.tuned_guidance_scale)
                 stack.enter_context(TunedGuidance(self.denoiser, self.call, *scales, self.switch.switch_timestep))

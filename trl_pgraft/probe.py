@@ -30,21 +30,22 @@ from .denoiser_call import (
     argument_names,
     branches_of,
     conditioning_of,
-    denoiser_name_of,
     denoiser_of,
     map_tensors,
     observe_calls,
     observe_steps,
     prediction_of,
+    require_a_call,
     run_until_recorded,
 )
+from .samplers import run_on_known_data, sampler_of
 
 
 def learn_denoiser_call(pipeline: Any, pipeline_kwargs: dict[str, Any] | None = None) -> DenoiserCall:
     """
     Find out how `pipeline` calls its denoiser, by running it for one and two prompts, guided and unguided.
 
-    Costs at most four denoiser calls. `pipeline_kwargs` are those of the sampling call (guidance scale, size, ...).
+    Costs at most six denoiser calls. `pipeline_kwargs` are those of the sampling call (guidance scale, size, ...).
 
     Raises:
         `ValueError`: where the pipeline breaks one of the rules, naming it.
@@ -52,6 +53,7 @@ def learn_denoiser_call(pipeline: Any, pipeline_kwargs: dict[str, Any] | None = 
     kwargs = {**(pipeline_kwargs or {}), "num_inference_steps": 2}
     denoiser = denoiser_of(pipeline)
     latents_name, timestep_name = argument_names(denoiser)
+    run_on_known_data(sampler_of(pipeline, pipeline_kwargs or {}))  # refuses schedulers that the rest would stumble on
     one, two = (_first_step(pipeline, ["a"] * n, kwargs) for n in (1, 2))
     branches = sum(call[latents_name].shape[0] for call in one)
     if branches > 2:
@@ -78,12 +80,6 @@ def learn_denoiser_call(pipeline: Any, pipeline_kwargs: dict[str, Any] | None = 
     )
 
 
-def sampler_timesteps(pipeline: Any, pipeline_kwargs: dict[str, Any]) -> list[float]:
-    """Training timesteps of the steps that `pipeline` makes with these arguments, as it sets them itself."""
-    _first_step(pipeline, ["a"], pipeline_kwargs)
-    return [float(timestep) for timestep in pipeline.scheduler.timesteps]
-
-
 @dataclass
 class _Probe:
     scheduler_timesteps: list[float]
@@ -106,7 +102,7 @@ def _two_steps(pipeline: Any, kwargs: dict[str, Any]) -> _Probe:
     def on_output(module: torch.nn.Module, args: tuple, output: Any) -> None:
         probe.output = prediction_of(output, probe.x_t)
 
-    def on_step(timestep: Any, result: Any, model_output: torch.Tensor) -> None:
+    def on_step(timestep: Any, model_output: torch.Tensor, **_: Any) -> None:
         probe.model_output = model_output
         probe.scheduler_timesteps.append(float(timestep))
         if len(probe.scheduler_timesteps) == 2:
@@ -130,11 +126,7 @@ def _first_step(pipeline: Any, prompts: list[str], kwargs: dict[str, Any]) -> li
 
     with observe_calls(denoiser_of(pipeline), calls.append), observe_steps(pipeline.scheduler, stop):
         run_until_recorded(pipeline, prompts, kwargs)
-    if not calls:
-        raise ValueError(
-            f"{type(pipeline).__name__} reached `scheduler.step` without calling its "
-            f"`{denoiser_name_of(pipeline)}`: there is no denoiser call to record."
-        )
+    require_a_call(pipeline, calls)
     return calls
 
 

@@ -162,8 +162,9 @@ def test_when_the_first_process_dies_the_others_end(tmp_path):
     processes = []
     for rank in ("0", "1"):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        options = {"die_at": "training", "sample_num_batches_per_epoch": 2} if rank == "0" else {}
-        options["sample_num_batches_per_epoch"] = 2
+        # Two images accepted a round are one microbatch a pass, so that twice the passes are the same six steps.
+        options = {"sample_num_batches_per_epoch": 2, "train_num_inner_epochs": 6}
+        options |= {"die_at": "training"} if rank == "0" else {}
         processes.append(
             subprocess.Popen(command(tmp_path, **options), env={**ENVIRONMENT, **place}, stderr=subprocess.PIPE)
         )

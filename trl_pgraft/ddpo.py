@@ -96,7 +96,8 @@ class DefaultDDPOStableDiffusionPipeline:
                 stack.enter_context(torch.autocast(self.sd_pipeline.device.type, dtype))
             if ADAPTER_NAME in getattr(self.unet, "peft_config", {}):
                 switch = self.switch or ALWAYS_ON
-                stack.enter_context(TimestepGate(self.unet, ADAPTER_NAME, switch.switch_timestep, switch.clock, self.sd_pipeline))
+                where = (ADAPTER_NAME, switch.switch_timestep, switch.clock, self.sd_pipeline)
+                stack.enter_context(TimestepGate(self.unet, *where))
             return self.sd_pipeline(*args, **kwargs)
 
     @property

@@ -93,15 +93,16 @@ def test_a_group_of_24_in_batches_of_5_is_the_same_as_one_by_one(make, arguments
     assert drawn.images.float().std(0).mean() > 1, "the samples differ from each other"
 
 
-def test_draws_are_what_the_pipeline_returns(sd):
-    wanted = samples(4)
-    drawn = draw_with(sd, 2, wanted)
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_draws_are_what_the_pipeline_returns(sd, eta):
+    wanted, arguments = samples(4), {**ARGUMENTS, "eta": eta}
+    drawn = draw_with(sd, 2, wanted, arguments)
     for i, sample in enumerate(wanted):
         image = sd(
             prompt=sample.group.prompt,
             generator=torch.Generator().manual_seed(sample.seed),
             output_type="np",
-            **ARGUMENTS,
+            **arguments,
         ).images[0]
         assert abs(drawn.images[i].permute(1, 2, 0).numpy() / 255 - image).max() <= 0.6 / 255
     assert drawn.timesteps == sd.scheduler.timesteps.tolist()

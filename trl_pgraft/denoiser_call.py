@@ -20,6 +20,7 @@ so the latents are as the denoiser gets them (every scheduler's private scaling 
 conditioning is what the pipeline made of its prompts.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -256,6 +257,8 @@ def observe_steps(scheduler: Any, observer: Callable[..., None]) -> Iterator[Non
     """Show `observer` the timestep, model output and result of every `scheduler.step` made inside the block."""
     original, shadowed = scheduler.step, vars(scheduler).get("step")
 
+    # With the signature of the original, because pipelines look there for what to pass, such as eta and generator.
+    @functools.wraps(original)
     def step(model_output: torch.Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(model_output, timestep, *args, **kwargs)
         observer(timestep=timestep, result=result, model_output=model_output)

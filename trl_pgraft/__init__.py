@@ -26,7 +26,9 @@ from .acceptance import (
     implied_kl,
 )
 from .config import GraftConfig
+from .denoiser_format import DenoiserFormat
 from .hub import load_pgraft_adapter, save_pgraft_adapter
+from .memory import MemoryEstimate, estimate_memory
 from .parameterizations import renoise
 from .rewards import get_reward, list_rewards, register_reward
 from .timestep_gate import SwitchLevel, TimestepGate
@@ -34,7 +36,9 @@ from .trainer import PGraftTrainer
 
 
 __all__ = [
+    "DenoiserFormat",
     "GraftConfig",
+    "MemoryEstimate",
     "PGraftTrainer",
     "SwitchLevel",
     "TimestepGate",
@@ -45,6 +49,7 @@ __all__ = [
     "accept_threshold",
     "accept_top_k",
     "deduplicate",
+    "estimate_memory",
     "get_reward",
     "implied_kl",
     "list_rewards",

@@ -23,7 +23,7 @@ import torch
 from .config import GraftConfig
 from .denoiser_call import DenoiserCall
 from .noise_schedules import CLEAN, Level, NoiseSchedule
-from .probe import sampler_timesteps
+from .probe import first_timestep, sampler_timesteps
 from .timestep_gate import SwitchLevel
 
 
@@ -43,6 +43,8 @@ class TunedLevels:
             Position of x_I among the sampler's steps; the number of tuned steps.
         grid (`list[float]` or `None`):
             Timesteps to draw from; `None`: all of the tuned range.
+        first (`float` or `None`):
+            Noisiest tuned timestep, where the sampler starts from an image; `None`: pure noise.
     """
 
     schedule: NoiseSchedule
@@ -50,6 +52,7 @@ class TunedLevels:
     switch_timestep: float | None
     position: int
     grid: list[float] | None = None
+    first: float | None = None
 
     @property
     def lowest(self) -> float:
@@ -60,7 +63,9 @@ class TunedLevels:
 
     @property
     def highest(self) -> float:
-        """Upper end of the training clock."""
+        """Upper end of the tuned range."""
+        if self.first is not None:
+            return self.first
         return self.schedule.num_train_timesteps - (0 if self.schedule.is_flow else 1)
 
     def draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
@@ -98,15 +103,19 @@ def tuned_levels(
         arguments (`dict`):
             Arguments of the sampling call.
     """
-    timesteps = sampler_timesteps(pipeline, arguments)
+    timesteps, first = sampler_timesteps(pipeline, arguments), first_timestep(pipeline, arguments)
+    # Where an image is started from, the noisiest steps of the schedule are not made, and not tuned.
+    starts_late = first != timesteps[0]
+    timesteps = timesteps[timesteps.index(first) :]
     position = max(1, round(config.tuned_fraction * len(timesteps)))
     schedule = NoiseSchedule.from_scheduler(pipeline.scheduler)
     grid = timesteps[:position] if config.timestep_sampling == "sampler" else None
+    further = {"grid": grid, "first": first if starts_late else None}
     if position == len(timesteps):
-        return TunedLevels(schedule, CLEAN, None, position, grid), SwitchLevel(None, None, None, call.clock)
+        return TunedLevels(schedule, CLEAN, None, position, **further), SwitchLevel(None, None, None, call.clock)
     state = timesteps[position]
     switch = (timesteps[position - 1] + state) / 2
     alpha, sigma = schedule(state)
-    levels = TunedLevels(schedule, (alpha.item(), sigma.item()), switch, position, grid)
+    levels = TunedLevels(schedule, (alpha.item(), sigma.item()), switch, position, **further)
     log_snr = schedule.log_snr(switch).item()
     return levels, SwitchLevel(switch, log_snr, state, call.clock, config.tuned_guidance_scale)

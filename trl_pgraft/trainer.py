@@ -17,6 +17,7 @@
 
 import copy
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -54,16 +55,20 @@ from .checkpoints import (
 )
 from .config import GraftConfig
 from .denoiser_call import Conditioning, denoiser_of, record_conditioning
+from .denoiser_format import DenoiserFormat
 from .engine import make_accelerator, make_optimizer, place_pipeline, tracker_values
 from .fine_tuning import FitReport, GraftLoss, count_microbatches, fit
 from .hub import load_adapter_weights, read_switch, save_pgraft_adapter
 from .levels import tuned_levels
+from .memory import estimate_memory
 from .parameterizations import prediction_type_of
+from .pipeline_checks import check_call, check_peft_config, few_step_warning
+from .pipeline_inputs import as_batch, inputs_of, takes_prompts
 from .probe import learn_denoiser_call
 from .prompts import choose_prompt_source
 from .rewards import Scorer, choose_rewards, to_pil
 from .rollout import Drawn, Group, Sample, draw, form_groups, samples_of, sampling_arguments, seed_of
-from .samples import sampling_fingerprint, to_dataset
+from .samples import INPUT_PREFIX, sampling_fingerprint, to_dataset
 from .selection import Round, SelectedRows, accept, combined_rewards
 from .timestep_gate import TimestepGate, TunedGuidance
 
@@ -122,7 +127,8 @@ class PGraftTrainer:
         reward_weights (`list[float]`, *optional*):
             Weights of `reward_funcs` in their sum.
         train_dataset (`datasets.Dataset`, *optional*):
-            Prompts in a column `prompt`; further columns go to the rewards.
+            Prompts in a column `prompt`; further columns go to the rewards, and those that the pipeline's call takes
+            for each prompt (`image`, `negative_prompt`, `prompt_2`, `class_labels`, ...) to the pipeline as well.
         samples_dataset (`datasets.Dataset`, *optional*):
             A round's dataset; it is trained on without drawing.
         peft_config (`PeftConfig`, *optional*):
@@ -131,6 +137,8 @@ class PGraftTrainer:
             Further arguments of the pipeline call, such as `height`.
         callbacks (`list[TrainerCallback]`, *optional*):
             transformers callbacks.
+        denoiser_format (`type`, *optional*):
+            Subclass of [`DenoiserFormat`], for a denoiser that takes its latents otherwise than as one tensor.
 
     Raises:
         `ValueError`: arguments that do not fit together, before anything is drawn.
@@ -153,12 +161,15 @@ class PGraftTrainer:
         peft_config: PeftConfig | None = None,
         pipeline_kwargs: dict[str, Any] | None = None,
         callbacks: Sequence[Any] | None = None,
+        denoiser_format: type[DenoiserFormat] | None = None,
     ):
         self.config = config
         self.pipeline = _checked_pipeline(sd_pipeline)
         self.denoiser = denoiser_of(self.pipeline)
         self.samples_dataset = samples_dataset
-        self.prompt_source = choose_prompt_source(config.seed, prompt_function, train_dataset, samples_dataset)
+        self.prompt_source = choose_prompt_source(
+            config.seed, prompt_function, train_dataset, samples_dataset, takes_prompts(self.pipeline)
+        )
         self.rewards = choose_rewards(
             reward_function, reward_funcs, reward_weights, required=samples_dataset is None
         )
@@ -178,10 +189,16 @@ class PGraftTrainer:
             )
         place_pipeline(self.pipeline, self.accelerator)
         self.arguments = sampling_arguments(config, self.pipeline, pipeline_kwargs)
-        self.call = learn_denoiser_call(self.pipeline, self.arguments)
+        example = {**self._example_inputs(train_dataset), **self.arguments}
+        self.call = learn_denoiser_call(self.pipeline, example, denoiser_format)
+        check_call(self.call, config, self.pipeline)
+        few_step_warning(self.pipeline, self.call, self.arguments)
         self.prediction_type = prediction_type_of(self.pipeline.scheduler)
-        self.levels, self.switch = tuned_levels(config, self.pipeline, self.call, self.arguments)
+        self.levels, self.switch = tuned_levels(config, self.pipeline, self.call, example)
         self.peft_config = peft_config or default_lora_config(self.denoiser, config.lora_rank)
+        check_peft_config(self.pipeline, self.peft_config)
+        self.memory = estimate_memory(self.pipeline, config, self.peft_config, example, self.call)
+        self.accelerator.print(self.memory)
         self.fingerprint = sampling_fingerprint(self.pipeline, self.arguments, self.levels.position)
         self.progress = Progress()
         self.optimizer: torch.optim.Optimizer | None = None
@@ -194,6 +211,19 @@ class PGraftTrainer:
         self.accelerator.init_trackers(
             config.tracker_project_name, config=tracker_values(config.to_dict()), init_kwargs=config.tracker_kwargs
         )
+
+    def _inputs_of(self, columns: dict[str, Any]) -> dict[str, Any]:
+        """What the pipeline is handed of a prompt's further columns."""
+        return inputs_of(self.pipeline, columns, self.arguments)
+
+    def _example_inputs(self, train_dataset: datasets.Dataset | None) -> dict[str, Any]:
+        """Inputs of one prompt, with which the pipeline is asked how it calls its denoiser."""
+        dataset = train_dataset if self.samples_dataset is None else self.samples_dataset
+        row = dataset[0] if isinstance(dataset, datasets.Dataset) and len(dataset) else {}
+        if self.samples_dataset is not None:
+            stored = [name for name in row if name.startswith(INPUT_PREFIX)]
+            row = {name.removeprefix(INPUT_PREFIX): row[name] for name in stored}
+        return {name: as_batch([value]) for name, value in self._inputs_of(row).items()}
 
     # The run.
 
@@ -360,8 +390,9 @@ class PGraftTrainer:
         named = {f"reward_{r.name}": round_.values[own, i].tolist() for i, r in enumerate(self.rewards)}
         rewards = {"reward": round_.reward[own].tolist(), **named}
         accepted = round_.decision.accepted[own].tolist()
+        inputs = [self._inputs_of(sample.group.columns) for sample in round_.samples[own]]
         dataset = to_dataset(
-            round_.samples[own], drawn, rewards, accepted, self.switch.state_timestep, self.fingerprint
+            round_.samples[own], drawn, rewards, accepted, self.switch.state_timestep, self.fingerprint, inputs
         )
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         folder = self.output_dir / "samples" / f"round_{epoch:04d}"
@@ -395,7 +426,7 @@ class PGraftTrainer:
         if not self.call.is_guided:
             return 1.0
         scale = self.config.tuned_guidance_scale
-        return self.arguments["guidance_scale"] if scale is None else scale
+        return (self.call.guidance_scale or math.nan) if scale is None else scale
 
     @contextmanager
     def sampler(self, reference: bool = False) -> Iterator[Any]:
@@ -408,20 +439,19 @@ class PGraftTrainer:
                     else TimestepGate(self.denoiser, ADAPTER_NAME, self.switch.switch_timestep, self.call.clock)
                 )
             if self.config.tuned_guidance_scale is not None and not reference:
-                scales = (self.arguments["guidance_scale"], self.tuned_guidance_scale)
+                scales = (self.call.guidance_scale, self.tuned_guidance_scale)
                 stack.enter_context(TunedGuidance(self.denoiser, self.call, *scales, self.switch.switch_timestep))
             yield self.pipeline
 
     def _fine_tune(self, round_: Round, epoch: int) -> FitReport | None:
         """Fit the adapter to the accepted states of a round; with a control, keep what the selection alone taught."""
         config = self.config
-        rows = SelectedRows(round_, config.train_num_inner_epochs, (config.seed, epoch))
+        rows = SelectedRows(round_, config.train_num_inner_epochs, (config.seed, epoch), self._inputs_of)
         if len(rows) == 0:
             self.accelerator.print(f"Round {epoch}: nothing was accepted, so nothing is trained.")
             return None
-        data = TrainingSet(
-            rows, round_.states, record_conditioning(self.pipeline, self.call, rows.prompts, self.arguments)
-        )
+        conditioning = record_conditioning(self.pipeline, self.call, rows.prompts, self.arguments, rows.inputs)
+        data = TrainingSet(rows, round_.states, conditioning)
         if not config.control_adapter:
             return self._fit(ADAPTER_NAME, self.optimizer, data)
         accepted, control = "pgraft_accepted", "pgraft_control"
@@ -504,7 +534,9 @@ class PGraftTrainer:
 
     # Evaluation, logging, saving.
 
-    def evaluate(self, prompts: Sequence[str] | None = None, reference: bool = False) -> Evaluation:
+    def evaluate(
+        self, prompts: Sequence[str] | None = None, reference: bool = False, columns: dict[str, list] | None = None
+    ) -> Evaluation:
         """
         Draw one image of each prompt with seeds that depend on its place alone, and score it.
 
@@ -513,11 +545,14 @@ class PGraftTrainer:
                 Prompts; `config.eval_prompts` where not given.
             reference (`bool`, *optional*, defaults to `False`):
                 Draw with the reference model in place of the policy.
+            columns (`dict[str, list]`, *optional*):
+                Further columns of the prompts, as those of `train_dataset`.
         """
         prompts = list(prompts if prompts is not None else self.config.eval_prompts or [])
         if not prompts:
             raise ValueError("evaluate: no prompts given, and config.eval_prompts is empty.")
-        groups = [Group(i, prompt, 1, {}) for i, prompt in enumerate(prompts)]
+        rows = [{name: values[i] for name, values in (columns or {}).items()} for i in range(len(prompts))]
+        groups = [Group(i, prompt, 1, row) for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))]
         samples = samples_of(groups, self.config.seed, "evaluation")
         own = samples[self._own_share(len(samples))]
         with self.sampler(reference):

@@ -21,6 +21,7 @@ from peft import LoraConfig
 from test_pipelines import CASES, SMALL, brightness, make_trainer
 from tiny_pipelines import ToyPipeline, tiny_ddpm, tiny_flux, tiny_inpainting, tiny_sd, tiny_unet
 from tiny_transformers import tiny_lumina2, tiny_qwen_image, tiny_z_image
+from worked_overrides import overrides
 
 from trl_pgraft import DenoiserFormat, GraftConfig, PGraftTrainer
 from trl_pgraft.pipeline_checks import check_call, check_peft_config, few_step_warning
@@ -145,7 +146,9 @@ def test_a_denoiser_that_takes_a_list_is_refused_without_an_override():
 def test_further_channels_are_refused_without_an_override():
     case = CASES["inpainting"]
     inputs = {name: values[0] for name, values in case.columns.items()}
-    with pytest.raises(ValueError, match=r"`sample` has shape \(2, 9, 8, 8\) and its output \(2, 4, 8, 8\).*denoiser_f"):
+    with pytest.raises(
+        ValueError, match=r"`sample` has shape \(2, 9, 8, 8\) and its output \(2, 4, 8, 8\).*denoiser_f"
+    ):
         learn_denoiser_call(tiny_inpainting(), {**SMALL, **inputs, "guidance_scale": 3.0})
 
 
@@ -174,14 +177,9 @@ def test_a_timestep_of_another_name_is_named_by_an_override():
         def forward(self, x, level, condition):
             return self.toy(x, level, condition)
 
-    class Level(DenoiserFormat):
-        @classmethod
-        def of(cls, denoiser):
-            return cls("x", "level")
-
     with pytest.raises(ValueError, match="no argument `timestep`.*Override DenoiserFormat.of"):
         learn_denoiser_call(Toy())
-    assert learn_denoiser_call(Toy(), None, Level).clock == (-0.001, 1.0)
+    assert learn_denoiser_call(Toy(), None, overrides()["LevelFormat"]).clock == (-0.001, 1.0)
 
 
 def test_three_branches_are_refused():

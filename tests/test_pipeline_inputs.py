@@ -184,3 +184,15 @@ def test_evaluation_takes_columns(tmp_path):
     trainer = make_trainer(CASES["DiT"], tmp_path)
     one, other = (trainer.evaluate(["", ""], columns={"class_labels": labels}) for labels in ([3, 3], [3, 7]))
     assert torch.equal(one.images[0], other.images[0]) and not torch.equal(one.images[1], other.images[1])
+
+
+def test_steps_that_an_image_skips_are_not_tuned(tmp_path):
+    """Of four steps the noisiest is not made at strength 0.75: two of the three others are tuned, up to its first."""
+    trainer = make_trainer(CASES["image to image"], tmp_path, tuned_fraction=0.6)
+    assert trainer.levels.position == 2
+    trainer.train()
+    steps = trainer.pipeline.scheduler.timesteps.tolist()
+    assert len(steps) == 4 and trainer.levels.highest == steps[1]
+    assert trainer.switch.state_timestep == steps[3]
+    drawn = trainer.levels.draw(100, torch.Generator().manual_seed(0))
+    assert drawn.max() <= steps[1] and drawn.min() > trainer.switch.switch_timestep

@@ -33,7 +33,7 @@ from trl_pgraft import GraftConfig, PGraftTrainer, load_pgraft_adapter
 from trl_pgraft.adapters import adapter_parameters
 from trl_pgraft.denoiser_call import denoiser_of, observe_steps, prediction_of, record_conditioning, replay
 from trl_pgraft.denoiser_format import DenoiserFormat
-from trl_pgraft.pipeline_inputs import as_batch, inputs_of
+from trl_pgraft.pipeline_inputs import as_batch, inputs_of, takes_prompts
 from trl_pgraft.probe import learn_denoiser_call
 from trl_pgraft.rollout import call_pipeline, sampling_arguments
 
@@ -97,7 +97,8 @@ CASES = {
     "AuraFlow": Case(transformers.tiny_auraflow, {**SMALL, **LENGTH}),
     "Chroma": Case(transformers.tiny_chroma, {**SMALL, **LENGTH}),
     "Z-Image": Case(transformers.tiny_z_image, {**SMALL, **LENGTH}, format="ListFormat"),
-    "DDPM": Case(tiny.tiny_ddpm),
+    "DDPM": Case(tiny.tiny_ddpm, columns={"label": [0, 1]}),
+    "DDPM, learned variance": Case(partial(tiny.tiny_ddpm, learned_variance=True), columns={"label": [0, 1]}),
     "DiT": Case(transformers.tiny_dit, columns={"class_labels": [3, 7]}),
     "image to image": Case(tiny.tiny_image_to_image, {"strength": 0.75}, columns={"image": [BLACK, WHITE]}),
     "inpainting": Case(
@@ -150,7 +151,8 @@ def test_replay_is_the_pipelines_own_prediction(case, guidance):
         torch.testing.assert_close(torch.cat(replayed), outputs, rtol=0, atol=1e-5)
         assert outputs.abs().mean() > 1e-3
         if call.branches == 1:
-            torch.testing.assert_close(replayed[0], model_output.reshape(x_t.shape), rtol=0, atol=1e-5)
+            prediction = model_output[:, : x_t.shape[1]].reshape(x_t.shape)
+            torch.testing.assert_close(replayed[0], prediction, rtol=0, atol=1e-5)
         elif call.guidance_scale is not None:
             c, u = replayed[call.conditional_branch], replayed[1 - call.conditional_branch]
             guided = u + call.guidance_scale * (c - u)
@@ -193,11 +195,12 @@ def make_trainer(case: Case, folder: Any, **options: Any) -> PGraftTrainer:
         "caption_dropout": 0.5,
         "output_dir": str(folder),
     }
-    columns = {"prompt": PROMPTS} if case.make is not tiny.tiny_ddpm else {"nothing": [0, 0]}
+    pipeline = case.make()
+    columns = {"prompt": PROMPTS} if takes_prompts(pipeline) else {}
     return PGraftTrainer(
         GraftConfig(**{**defaults, **options}),
         brightness,
-        sd_pipeline=case.make(),
+        sd_pipeline=pipeline,
         train_dataset=datasets.Dataset.from_dict({**columns, **case.columns}),
         pipeline_kwargs=case.kwargs,
         denoiser_format=case.denoiser_format,
@@ -228,3 +231,16 @@ def test_a_step_is_trained_saved_loaded_and_gated(case, fraction, tmp_path):
     assert told == {t: fraction == 1.0 or t > gate.switch_timestep for t in told}
     assert list(told.values()).count(True) == (len(told) if fraction == 1.0 else trainer.levels.position)
     assert len(told) == len(pipeline.scheduler.timesteps[-len(told) :]) >= 3
+
+
+def test_a_second_denoiser_at_low_noise_is_left_alone(tmp_path):
+    """As Wan 2.2: what is tuned must end before the other transformer takes over."""
+    case = Case(partial(transformers.tiny_wan, boundary_ratio=0.8), CASES["Wan"].kwargs)
+    trainer = make_trainer(case, tmp_path / "below", tuned_fraction=1.0)
+    with pytest.raises(ValueError, match="2 of the first 4 steps without its `transformer`"):
+        trainer.train()
+    trainer = make_trainer(case, tmp_path / "above", tuned_fraction=0.25)
+    other = [p.clone() for p in trainer.pipeline.transformer_2.parameters()]
+    (metrics,) = trainer.train()
+    assert math.isfinite(metrics["loss"])
+    assert all(map(torch.equal, other, trainer.pipeline.transformer_2.parameters()))

@@ -158,14 +158,16 @@ def tiny_inpainting(seed: int = 0, in_channels: int = 9) -> StableDiffusionInpai
     return pipeline
 
 
-def tiny_ddpm(seed: int = 0, scheduler=None) -> DDPMPipeline:
-    """DDPM on 8 x 8 images, in pixels and without conditioning."""
+def tiny_ddpm(seed: int = 0, learned_variance: bool = False) -> DDPMPipeline:
+    """DDPM on 8 x 8 images, in pixels and without conditioning; a learned variance goes to the scheduler as well."""
     torch.manual_seed(seed)
+    variance = {"out_channels": 6, "variance_type": "learned_range"} if learned_variance else {"out_channels": 3}
     unet = UNet2DModel(
         sample_size=8, block_out_channels=(8, 8), down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"), layers_per_block=1, attention_head_dim=4, norm_num_groups=4,
+        out_channels=variance.pop("out_channels"),
     )  # fmt: skip
-    pipeline = DDPMPipeline(unet=unet.eval(), scheduler=scheduler or DDPMScheduler(clip_sample=False))
+    pipeline = DDPMPipeline(unet=unet.eval(), scheduler=DDPMScheduler(clip_sample=False, **variance))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -256,13 +256,20 @@ def tiny_hunyuan_dit(seed: int = 0) -> HunyuanDiTPipeline:
     return finished(pipeline)
 
 
-def tiny_wan(seed: int = 0) -> WanPipeline:
-    """Wan on videos of five 16 x 16 frames: latents with a time axis, two guided calls a step."""
+def tiny_wan(seed: int = 0, boundary_ratio: float | None = None) -> WanPipeline:
+    """
+    Wan on videos of five 16 x 16 frames: latents with a time axis, two guided calls a step.
+
+    With a boundary, as Wan 2.2, a second transformer makes the steps below it.
+    """
     torch.manual_seed(seed)
-    transformer = WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
-        text_dim=16, freq_dim=16, ffn_dim=16, num_layers=1, cross_attn_norm=True, rope_max_seq_len=32,
-    )  # fmt: skip
+
+    def transformer() -> WanTransformer3DModel:
+        return WanTransformer3DModel(
+            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
+            text_dim=16, freq_dim=16, ffn_dim=16, num_layers=1, cross_attn_norm=True, rope_max_seq_len=32,
+        ).eval()  # fmt: skip
+
     vae = AutoencoderKLWan(
         base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
         latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
@@ -272,7 +279,9 @@ def tiny_wan(seed: int = 0) -> WanPipeline:
         text_encoder=tiny_t5(multilingual=True),
         vae=vae.eval(),
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
-        transformer=transformer.eval(),
+        transformer=transformer(),
+        transformer_2=transformer() if boundary_ratio else None,
+        boundary_ratio=boundary_ratio,
     )
     return finished(pipeline)
 

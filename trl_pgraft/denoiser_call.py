@@ -223,6 +223,8 @@ class Trajectory:
             The scheduler's training timesteps, in the order of the steps.
         denoiser_calls (`int`):
             Denoiser evaluations, counted per image and branch.
+        steps_without (`int`):
+            Steps before the recorded position in which the denoiser was not called.
     """
 
     def __init__(self, position: int):
@@ -230,6 +232,7 @@ class Trajectory:
         self.x_i: torch.Tensor | None = None
         self.timesteps: list[float] = []
         self.denoiser_calls = 0
+        self.steps_without = 0
 
 
 @contextmanager
@@ -242,7 +245,7 @@ def record_trajectory(pipeline: Any, call: DenoiserCall, position: int, batch_si
     """
     trajectory = Trajectory(position)
     first = call.conditional_branch * batch_size if call.calls_per_step == 1 else 0
-    last_result = None
+    last_result, calls_before = None, 0
 
     def on_denoiser(arguments: dict[str, Any]) -> None:
         latents = call.format.latents(arguments)
@@ -251,7 +254,10 @@ def record_trajectory(pipeline: Any, call: DenoiserCall, position: int, batch_si
             trajectory.x_i = latents[first : first + batch_size].clone()
 
     def on_step(timestep: Any, result: Any, **_: Any) -> None:
-        nonlocal last_result
+        nonlocal last_result, calls_before
+        if len(trajectory.timesteps) < position:
+            trajectory.steps_without += trajectory.denoiser_calls == calls_before
+        calls_before = trajectory.denoiser_calls
         trajectory.timesteps.append(float(timestep))
         last_result = result[0] if isinstance(result, tuple) else result.prev_sample
 

@@ -316,4 +316,3 @@ def _stop_if(skipped_in_a_row: int) -> None:
             f"The last {skipped_in_a_row} optimizer steps had non-finite gradients and were skipped. Lower "
             "train_learning_rate or train in a higher mixed_precision."
         )
-

@@ -241,7 +241,7 @@ def _guidance_scale(step: _Step, format: DenoiserFormat, conditional: int, sign:
     latents = [format.latents(call) for call in step.calls]
     outputs = [prediction_of(format, output, x_t) for output, x_t in zip(step.outputs, latents, strict=True)]
     parts = sign * torch.cat(outputs).double()
-    combined = step.model_output.double()[:1].reshape(parts[:1].shape)
+    combined = step.model_output.double()[:1, : parts.shape[1]].reshape(parts[:1].shape)
     c, u = parts[conditional : conditional + 1], parts[1 - conditional : 2 - conditional]
     scale = ((combined - u) * (c - u)).sum() / (c - u).square().sum()
     residual = (u + scale * (c - u) - combined).norm()
@@ -262,7 +262,7 @@ class _Probe:
 
 
 def _two_steps(pipeline: Any, kwargs: dict[str, Any], format: DenoiserFormat) -> _Probe:
-    """Run two unguided steps; keep both clocks, and what the scheduler was given of the last prediction."""
+    """Run two unguided steps; keep both clocks, and what the scheduler was given of the first prediction."""
     denoiser = denoiser_of(pipeline)
     probe = _Probe([], [])
 
@@ -271,10 +271,11 @@ def _two_steps(pipeline: Any, kwargs: dict[str, Any], format: DenoiserFormat) ->
         probe.denoiser_timesteps.append(float(format.timestep(arguments).flatten()[0]))
 
     def on_output(module: torch.nn.Module, args: tuple, output: Any) -> None:
-        probe.output = prediction_of(format, output, probe.x_t)
+        if probe.model_output is None:
+            probe.output = prediction_of(format, output, probe.x_t)
 
     def on_step(timestep: Any, result: Any, model_output: torch.Tensor) -> None:
-        probe.model_output = model_output
+        probe.model_output = model_output if probe.model_output is None else probe.model_output
         probe.scheduler_timesteps.append(float(timestep))
         if len(probe.scheduler_timesteps) == 2:
             raise CallRecorded
@@ -291,19 +292,23 @@ def _two_steps(pipeline: Any, kwargs: dict[str, Any], format: DenoiserFormat) ->
 def _fit_clock(probe: _Probe, scheduler: Any) -> tuple[float, float]:
     """Affine map between the two clocks; a well-known one where it fits, because bf16 timesteps are rounded."""
     total = float(scheduler.config.num_train_timesteps)
-    (t_0, t_1), (m_0, m_1) = probe.scheduler_timesteps, probe.denoiser_timesteps
+    # Another denoiser may make the second step.
+    pairs = list(zip(probe.scheduler_timesteps, probe.denoiser_timesteps, strict=False))
     for scale, offset in ((1.0, 0.0), (1 / total, 0.0), (-1 / total, 1.0)):
         span = abs(scale) * total
-        if all(abs(scale * t + offset - m) < 5e-3 * span for t, m in ((t_0, m_0), (t_1, m_1))):
+        if all(abs(scale * t + offset - m) < 5e-3 * span for t, m in pairs):
             return scale, offset
+    (t_0, m_0), (t_1, m_1) = pairs
     scale = (m_1 - m_0) / (t_1 - t_0)
     return scale, m_0 - scale * t_0
 
 
 def _sign(probe: _Probe, pipeline: Any) -> int:
+    # A learned variance may go to the scheduler beside the prediction.
+    given = probe.model_output[:, : probe.output.shape[1]]
     for sign in (1, -1):
-        if probe.output.shape == probe.model_output.shape and torch.allclose(
-            sign * probe.output.float(), probe.model_output.float(), rtol=1e-2, atol=1e-3
+        if probe.output.shape == given.shape and torch.allclose(
+            sign * probe.output.float(), given.float(), rtol=1e-2, atol=1e-3
         ):
             return sign
     raise ValueError(

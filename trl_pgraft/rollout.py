@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from .denoiser_call import DenoiserCall, denoiser_name_of, record_trajectory
+from .denoiser_call import DenoiserCall, Trajectory, denoiser_name_of, record_trajectory
 from .pipeline_inputs import inputs_of, parameters_of, prompt_arguments
 
 
@@ -189,17 +189,28 @@ def draw(
             inputs = [inputs_of(pipeline, s.group.columns, arguments) for s in batch]
             prompts, seeds = [s.group.prompt for s in batch], [s.seed for s in batch]
             output = call_pipeline(pipeline, prompts, seeds, {**arguments, "output_type": "pt"}, inputs)
-        if trajectory.x_i is None:
-            raise ValueError(
-                f"{type(pipeline).__name__} made {len(trajectory.timesteps)} steps and none at position {position}, "
-                f"where its state was to be recorded. Does its `{denoiser_name_of(pipeline)}` run at every step?"
-            )
+        _check_trajectory(trajectory, pipeline)
         images.append(_to_uint8(output.images if hasattr(output, "images") else output.frames))
         states.append(trajectory.x_i.float().cpu())
         calls, timesteps = calls + trajectory.denoiser_calls, trajectory.timesteps
         if on_batch is not None:
             on_batch(batch, images[-1])
     return Drawn(torch.cat(images), torch.cat(states), timesteps, calls)
+
+
+def _check_trajectory(trajectory: Trajectory, pipeline: Any) -> None:
+    name = denoiser_name_of(pipeline)
+    if trajectory.x_i is None:
+        raise ValueError(
+            f"{type(pipeline).__name__} made {len(trajectory.timesteps)} steps and none at position "
+            f"{trajectory.position}, where its state was to be recorded. Does its `{name}` run at every step?"
+        )
+    if trajectory.steps_without:
+        raise ValueError(
+            f"{type(pipeline).__name__} made {trajectory.steps_without} of the first {trajectory.position} steps "
+            f"without its `{name}`, which is what is tuned. Where another model takes over at low noise, choose a "
+            "tuned_fraction that ends before it does."
+        )
 
 
 def _to_uint8(images: torch.Tensor) -> torch.Tensor:

@@ -170,9 +170,7 @@ class PGraftTrainer:
         self.prompt_source = choose_prompt_source(
             config.seed, prompt_function, train_dataset, samples_dataset, takes_prompts(self.pipeline)
         )
-        self.rewards = choose_rewards(
-            reward_function, reward_funcs, reward_weights, required=samples_dataset is None
-        )
+        self.rewards = choose_rewards(reward_function, reward_funcs, reward_weights, required=samples_dataset is None)
         self.image_samples_hook = image_samples_hook
         self.acceptance = get_acceptance(config.acceptance)
         self.callbacks = Callbacks(callbacks or [], config)
@@ -468,9 +466,7 @@ class PGraftTrainer:
         AdapterSwitch(self.denoiser, name).turn(False)
         return report
 
-    def _fit(
-        self, name: str, optimizer: torch.optim.Optimizer, data: TrainingSet, control: bool = False
-    ) -> FitReport:
+    def _fit(self, name: str, optimizer: torch.optim.Optimizer, data: TrainingSet, control: bool = False) -> FitReport:
         """Fit adapter `name` to the accepted states, or to as many unselected ones."""
         config, parameters = self.config, adapter_parameters(self.denoiser, name)
         total = count_microbatches(len(data.rows), config, self.accelerator.num_processes)

@@ -31,6 +31,7 @@ from worked_overrides import overrides
 
 from trl_pgraft import GraftConfig, PGraftTrainer, load_pgraft_adapter
 from trl_pgraft.adapters import adapter_parameters
+from trl_pgraft.batch_axes import same_shapes
 from trl_pgraft.denoiser_call import denoiser_of, observe_steps, prediction_of, record_conditioning, replay
 from trl_pgraft.denoiser_format import DenoiserFormat
 from trl_pgraft.pipeline_inputs import as_batch, inputs_of, takes_prompts
@@ -244,3 +245,43 @@ def test_a_second_denoiser_at_low_noise_is_left_alone(tmp_path):
     (metrics,) = trainer.train()
     assert math.isfinite(metrics["loss"])
     assert all(map(torch.equal, other, trainer.pipeline.transformer_2.parameters()))
+
+
+@pytest.mark.parametrize("name", ["DiT", "Wan", "Flux, true_cfg_scale"])
+def test_a_control_adapter_is_subtracted(name, tmp_path):
+    """Also in models of diffusers that have no methods for adapters, such as DiT's."""
+    trainer = make_trainer(CASES[name], tmp_path, control_adapter=True, num_epochs=2)
+    metrics = trainer.train()
+    assert all(math.isfinite(row["loss"]) for row in metrics)
+    assert set(trainer.denoiser.peft_config) == {"pgraft"} and trainer.denoiser.peft_config["pgraft"].r == 8
+
+
+@pytest.mark.parametrize("name", ["DiT", "Qwen-Image"])
+def test_a_run_is_resumed(name, tmp_path):
+    whole = make_trainer(CASES[name], tmp_path / "whole", num_epochs=2)
+    whole.train()
+    make_trainer(CASES[name], tmp_path / "parts", num_epochs=1).train()
+    resumed = make_trainer(
+        CASES[name], tmp_path / "parts", num_epochs=2, resume_from=str(tmp_path / "parts" / "checkpoints")
+    )
+    resumed.train()
+    for one, other in zip(*(adapter_parameters(t.denoiser, "pgraft") for t in (whole, resumed)), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name, is_one_batch", [("SD 1.5", True), ("Qwen-Image", False)])
+def test_captions_are_dropped_row_by_row(name, is_one_batch, tmp_path):
+    """Qwen-Image's negative prompt is shorter than its prompts, so that dropped rows make a batch of their own."""
+    trainer = make_trainer(CASES[name], tmp_path)
+    conditioning = record_conditioning(trainer.pipeline, trainer.call, PROMPTS, trainer.arguments)
+    assert same_shapes(conditioning.conditional, conditioning.unconditional) == is_one_batch
+    loss, denoiser = trainer._loss("pgraft", conditioning), trainer.denoiser
+    shape = (4, 4, 8, 8) if name == "SD 1.5" else (4, 16, 16)
+    x_i, noise = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    timesteps, prompts = torch.tensor([990.0, 900.0, 950.0, 870.0]), torch.tensor([0, 1, 1, 0])
+    dropped = torch.tensor([True, False, True, False])
+    together = loss(denoiser, x_i, noise, timesteps, prompts, dropped)
+    alone = [loss(denoiser, *(v[i : i + 1] for v in (x_i, noise, timesteps, prompts, dropped))) for i in range(4)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-5)
+    kept = loss(denoiser, x_i, noise, timesteps, prompts, torch.zeros(4, dtype=torch.bool))
+    assert [not torch.allclose(a, b, atol=1e-6) for a, b in zip(together, kept, strict=True)] == dropped.tolist()

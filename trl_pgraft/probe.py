@@ -53,7 +53,7 @@ def learn_denoiser_call(
     """
     Find out how `pipeline` calls its denoiser, by running it for one, two and three prompts, guided and unguided.
 
-    Costs at most six denoiser calls.
+    Costs about six denoiser calls for one image.
 
     Args:
         pipeline (`DiffusionPipeline`):

@@ -41,6 +41,7 @@ from .adapters import (
     add_adapter,
     default_lora_config,
     merge_difference,
+    remove_adapter,
     without_adapters,
 )
 from .callbacks import Callbacks
@@ -617,7 +618,7 @@ class PGraftTrainer:
                     "scheduler that it was trained with."
                 )
             if self.has_adapter:
-                self.denoiser.delete_adapters(ADAPTER_NAME)
+                remove_adapter(self.denoiser, ADAPTER_NAME)
             load_adapter_weights(self.denoiser, checkpoint, ADAPTER_NAME)
         if self.optimizer is not None:
             # The optimizer must hold the parameters that were loaded, not those they replaced.

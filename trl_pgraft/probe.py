@@ -75,10 +75,8 @@ def learn_denoiser_call(
     axes = _batch_axes(pipeline, kwargs, len(step.calls), format)
     probe = _two_steps(pipeline, unguided, format)
     conditional = 0 if branches == 1 else _conditional_branch(pipeline, kwargs, unguided, axes, format)
-    sign, scale = _sign(probe, pipeline), 1.0
-    if off:
-        measured, given = _guidance_scale(step, format, conditional, sign), kwargs.get(*off)
-        scale = given if None not in (measured, given) and math.isclose(measured, given, rel_tol=1e-2) else measured
+    sign = _sign(probe, pipeline)
+    scale = _guidance_scale(step, format, conditional, sign, kwargs.get(*off)) if off else 1.0
     return DenoiserCall(
         format=format,
         timestep_dtype=format.timestep(step.calls[0]).dtype,
@@ -236,7 +234,9 @@ def _conditional_branch(
     )
 
 
-def _guidance_scale(step: _Step, format: DenoiserFormat, conditional: int, sign: int) -> float | None:
+def _guidance_scale(
+    step: _Step, format: DenoiserFormat, conditional: int, sign: int, given: float | None
+) -> float | None:
     """w of `u + w (c - u)`, fitted to what the scheduler was given; `None` where it is something else."""
     latents = [format.latents(call) for call in step.calls]
     outputs = [prediction_of(format, output, x_t) for output, x_t in zip(step.outputs, latents, strict=True)]
@@ -245,11 +245,14 @@ def _guidance_scale(step: _Step, format: DenoiserFormat, conditional: int, sign:
     c, u = parts[conditional : conditional + 1], parts[1 - conditional : 2 - conditional]
     scale = ((combined - u) * (c - u)).sum() / (c - u).square().sum()
     residual = (u + scale * (c - u) - combined).norm()
-    precision = torch.finfo(outputs[0].dtype).eps
-    # What the branches were rounded to is multiplied by the scale.
-    if not residual <= 1e-4 * (combined - u).norm() + 4 * precision * scale.abs() * parts.norm():
-        return None
-    return float(scale)
+    tolerance = 1e-4 * (combined - u).norm()
+    if given is not None:
+        # Some pipelines add w (c - u) to c. In half precision only these values tell guidance from what resembles it.
+        rounding = torch.finfo(outputs[0].dtype).eps / 2 * scale.abs() * parts.norm()
+        for nominal in (given, given + 1):
+            if math.isclose(scale, nominal, rel_tol=1e-2) and residual <= tolerance + rounding:
+                return float(nominal)
+    return float(scale) if residual <= tolerance else None
 
 
 @dataclass

@@ -107,6 +107,18 @@ def test_prompt_embeddings_stand_for_prompts(sd):
     torch.testing.assert_close(sample(sd, shared), expected, rtol=0, atol=1e-5)
 
 
+def test_embeddings_come_in_the_pipelines_precision():
+    """As rows of a dataset they are float32; Flux hands them to its transformer as they are."""
+    pipeline = tiny_flux().to(dtype=torch.bfloat16)
+    with torch.no_grad():
+        embeds, pooled, _ = pipeline.encode_prompt(PROMPTS, PROMPTS, "cpu")
+    inputs = [
+        {"prompt_embeds": e.float().tolist(), "pooled_prompt_embeds": p.float().tolist()}
+        for e, p in zip(embeds, pooled, strict=True)
+    ]
+    torch.testing.assert_close(sample(pipeline, GUIDED, inputs), sample(pipeline, GUIDED), rtol=0, atol=1e-5)
+
+
 def test_a_second_prompt_reaches_its_text_encoder():
     for pipeline in (tiny_sdxl(), tiny_flux()):
         call = learn_denoiser_call(pipeline, GUIDED)

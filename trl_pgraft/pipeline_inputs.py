@@ -91,7 +91,9 @@ def prompt_arguments(
     own = _collated(inputs or [{}] * len(prompts))
     repeatable = input_names(pipeline)
     shared = {n: _repeated(v, len(prompts)) if n in repeatable else v for n, v in arguments.items()}
-    call = {**shared, **own}
+    call = {
+        name: _placed(value, pipeline) if name in repeatable else value for name, value in {**shared, **own}.items()
+    }
     if takes_prompts(pipeline) and call.get("prompt_embeds") is None:
         call["prompt"] = list(prompts)
     elif "batch_size" in parameters_of(pipeline):
@@ -112,6 +114,13 @@ def as_batch(values: list[Any]) -> Any:
     if isinstance(values[0], list) and values[0] and isinstance(values[0][0], int | float | list):
         values = [torch.tensor(value) for value in values]
     return torch.stack(values) if isinstance(values[0], torch.Tensor) else values
+
+
+def _placed(value: Any, pipeline: Any) -> Any:
+    """Tensors where the pipeline is and in its precision, which not every pipeline sees to."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.to(pipeline.device, pipeline.dtype if value.is_floating_point() else None)
 
 
 def _repeated(value: Any, count: int) -> Any:

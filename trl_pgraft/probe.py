@@ -240,8 +240,8 @@ def _guidance_scale(
     """w of `u + w (c - u)`, fitted to what the scheduler was given; `None` where it is something else."""
     latents = [format.latents(call) for call in step.calls]
     outputs = [prediction_of(format, output, x_t) for output, x_t in zip(step.outputs, latents, strict=True)]
-    parts = sign * torch.cat(outputs).double()
-    combined = step.model_output.double()[:1, : parts.shape[1]].reshape(parts[:1].shape)
+    parts = sign * torch.cat(outputs).cpu().double()
+    combined = step.model_output.cpu().double()[:1, : parts.shape[1]].reshape(parts[:1].shape)
     c, u = parts[conditional : conditional + 1], parts[1 - conditional : 2 - conditional]
     scale = ((combined - u) * (c - u)).sum() / (c - u).square().sum()
     residual = (u + scale * (c - u) - combined).norm()

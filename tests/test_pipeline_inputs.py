@@ -16,7 +16,7 @@ import datasets
 import pytest
 import torch
 from PIL import Image
-from test_pipelines import BLACK, CASES, PROMPTS, WHITE, brightness, make_trainer
+from test_pipelines import BLACK, CASES, PROMPTS, WHITE, Case, brightness, make_trainer
 from tiny_pipelines import tiny_ddpm, tiny_flux, tiny_image_to_image, tiny_sd, tiny_sdxl
 from tiny_transformers import tiny_dit, tiny_qwen_image
 
@@ -78,6 +78,15 @@ def test_inputs_of_the_call_are_repeated_for_each_prompt(sd):
 def test_an_input_that_some_prompts_lack_is_named(sd):
     with pytest.raises(ValueError, match="Some prompts of a batch have no negative_prompt"):
         prompt_arguments(sd, PROMPTS, {}, [{"negative_prompt": "ugly"}, {}])
+
+
+def test_an_input_that_the_pipeline_needs_is_named(tmp_path):
+    with pytest.raises(ValueError, match="DiTPipeline needs class_labels for each image: give it as a column"):
+        make_trainer(Case(tiny_dit, columns={"other": [0, 0]}), tmp_path)
+    trainer = make_trainer(Case(tiny_dit, {"class_labels": [3]}, {"other": [0, 0]}), tmp_path)
+    assert torch.isfinite(trainer.evaluate(["", ""]).reward).all(), "one for all, from pipeline_kwargs"
+    with pytest.raises(ValueError, match="in `evaluate`, of `columns`"):
+        make_trainer(CASES["DiT"], tmp_path).evaluate(["", ""])
 
 
 def test_rows_of_a_dataset_become_tensors():

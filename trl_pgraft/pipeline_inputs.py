@@ -86,7 +86,7 @@ def prompt_arguments(
             `P` dicts of each prompt's own inputs, see [`inputs_of`].
 
     Raises:
-        `ValueError`: some prompts have an input that others lack.
+        `ValueError`: some prompts have an input that others lack, or one that the pipeline needs is missing.
     """
     own = _collated(inputs or [{}] * len(prompts))
     repeatable = input_names(pipeline)
@@ -98,7 +98,18 @@ def prompt_arguments(
         call["prompt"] = list(prompts)
     elif "batch_size" in parameters_of(pipeline):
         call["batch_size"] = len(prompts)
+    _check_required(pipeline, call)
     return call
+
+
+def _check_required(pipeline: Any, call: dict[str, Any]) -> None:
+    needed = {n for n in input_names(pipeline) if parameters_of(pipeline)[n].default is inspect.Parameter.empty}
+    missing = sorted(needed - call.keys())
+    if missing:
+        raise ValueError(
+            f"{type(pipeline).__name__} needs {', '.join(missing)} for each image: give it as a column of "
+            "train_dataset (in `evaluate`, of `columns`), or one for all in pipeline_kwargs."
+        )
 
 
 def _collated(inputs: Sequence[dict[str, Any]]) -> dict[str, Any]:

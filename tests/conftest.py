@@ -12,12 +12,13 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Fixtures that many tests share: fresh tiny pipelines."""
+"""Fixtures that many tests share: fresh tiny pipelines, and a Hub on loopback in place of the real one."""
 
 import gc
 
 import pytest
 import torch
+from loopback_hub import HUB, forget_downloads
 from tiny_pipelines import tiny_flux, tiny_sd
 
 
@@ -30,6 +31,16 @@ gc.freeze()
 def sd():
     """A fresh tiny Stable Diffusion with DDIM."""
     return tiny_sd()
+
+
+@pytest.fixture
+def hub():
+    """The Hub: empty, with a token to write, one to read, and one of another user; nothing is cached."""
+    HUB.reset()
+    forget_downloads()
+    HUB.tokens |= {"hf_write": ("ann", "write"), "hf_read": ("ann", "read"), "hf_other": ("bob", "write")}
+    yield HUB
+    HUB.reset()
 
 
 @pytest.fixture

@@ -21,12 +21,15 @@ from tiny_pipelines import add_random_adapter, tiny_sd
 from trl_pgraft import SwitchLevel
 from trl_pgraft.adapters import adapter_parameters
 from trl_pgraft.checkpoints import (
+    ChangedRunError,
     Progress,
+    check_same_run,
     checkpoints_in,
     find_checkpoint,
     load_optimizer,
     load_progress,
     prune_checkpoints,
+    reading,
     save_checkpoint,
 )
 from trl_pgraft.hub import load_adapter_weights, read_switch
@@ -51,12 +54,12 @@ def descend(optimizer, steps, seed=0):
 def save(folder, epoch, **options):
     pipeline = options.pop("pipeline", None)
     adapter, optimizer = options.pop("adapter", None), options.pop("optimizer", None)
-    return save_checkpoint(folder, pipeline, SWITCH, adapter, optimizer, Progress(epoch=epoch, **options))
+    return save_checkpoint(folder, pipeline, SWITCH, adapter, optimizer, Progress(epoch=epoch, **options), {"seed": 0})
 
 
 def test_progress_comes_back(tmp_path):
-    progress = Progress(3, 40, 96, 1920, 2, 1.25, 120, [{"loss": 0.5, "epoch": 2}])
-    path = save_checkpoint(tmp_path, None, SWITCH, None, None, progress)
+    progress = Progress(3, 40, 96, 1920, 2, 1.25, False, 120, [{"loss": 0.5, "epoch": 2}])
+    path = save_checkpoint(tmp_path, None, SWITCH, None, None, progress, {})
     assert path == tmp_path / "checkpoint_2"
     assert load_progress(path) == progress
 
@@ -140,3 +143,34 @@ def test_the_oldest_checkpoints_go_first(tmp_path):
     assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint_9", "checkpoint_10", "checkpoint_11"]
     prune_checkpoints(tmp_path, 5)
     assert len(checkpoints_in(tmp_path)) == 3
+
+
+def test_a_run_of_other_values_is_told_apart(tmp_path):
+    run = {"seed": 0, "acceptance": "top_k", "rewards": {"red": 1.0}}
+    path = save_checkpoint(tmp_path, None, SWITCH, None, None, Progress(epoch=1), run)
+    check_same_run(path, dict(run))
+    with pytest.raises(ChangedRunError, match="seed was 0 and is 1; rewards was {'red': 1.0} and is {}"):
+        check_same_run(path, {**run, "seed": 1, "rewards": {}})
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "nonsense"])
+def test_a_checkpoint_that_cannot_be_read_is_named_and_left_alone(tmp_path, damage):
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    file = path / "progress.json"
+    file.write_text({"truncated": file.read_text()[:20], "missing": "{}", "nonsense": '{"epochs": 3}'}[damage])
+    if damage == "missing":
+        (path / "run.json").unlink()
+    before = sorted((p.name, p.read_bytes()) for p in path.iterdir())
+    with pytest.raises(ValueError, match="checkpoint_1 cannot be read .*left as it was|checkpoint_0") as error:
+        with reading(path):
+            check_same_run(path, {"seed": 0})
+            load_progress(path)
+    assert "checkpoint_1" in str(error.value) and "checkpoint_0" in str(error.value)
+    assert before == sorted((p.name, p.read_bytes()) for p in path.iterdir())
+
+
+def test_a_changed_run_is_not_taken_for_an_unreadable_checkpoint(tmp_path):
+    path = save(tmp_path, 1)
+    with pytest.raises(ChangedRunError), reading(path):
+        check_same_run(path, {"seed": 1})

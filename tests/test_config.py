@@ -79,6 +79,17 @@ def test_fields_that_only_ppo_uses_are_named_in_one_warning():
         ({"acceptance": "best"}, "acceptance='best' is not one of top_k.*callable"),
         ({"acceptance_kwargs": {"top": 2}}, "acceptance_kwargs do not fit acceptance='top_k'.*'top'"),
         ({"acceptance": "exponential"}, "acceptance_kwargs do not fit acceptance='exponential'.*'beta'"),
+        ({"acceptance": "threshold"}, "acceptance_kwargs do not fit acceptance='threshold'.*exactly one of threshold"),
+        (
+            {"acceptance": "threshold", "acceptance_kwargs": {"quantile": 2.0}},
+            "acceptance_kwargs do not fit acceptance='threshold'.*quantile.*got 2.0",
+        ),
+        (
+            {"acceptance": "exponential", "acceptance_kwargs": {"beta": 0.0, "reward_max": 1.0}},
+            "acceptance_kwargs do not fit acceptance='exponential'.*beta.*positive",
+        ),
+        ({"acceptance_kwargs": "{k: 2}"}, "acceptance_kwargs='{k: 2}' is not JSON"),
+        ({"project_kwargs": "[1]"}, r"project_kwargs=\[1\] must be a dict"),
         ({"acceptance": "preference", "samples_per_prompt": 4}, "samples_per_prompt=4.*preference.*2"),
         ({"guidance_loss": "guided"}, "guidance_loss='guided' is not one of 'conditional', 'corrected', 'combined'"),
         ({"sample_from": "base"}, "sample_from='base' is not one of 'policy', 'reference'"),
@@ -143,6 +154,25 @@ def test_trls_parser_reads_it_from_the_command_line():
     assert (config.tuned_fraction, config.acceptance, config.samples_per_prompt) == (0.3, "best_of_n", 4)
     assert (config.eval_prompts, config.ema_decay) == (["a cat", "a dog"], 0.9)
     assert config.resume_from_checkpoint == "somewhere"
+
+
+def test_dicts_are_json_on_the_command_line():
+    arguments = ["--acceptance_kwargs", '{"k": 2}', "--project_kwargs", '{"project_dir": "there"}']
+    arguments += ["--tracker_kwargs", '{"wandb": {"mode": "offline"}}', "--accelerator_kwargs", "{}"]
+    (config,) = TrlParser([GraftConfig]).parse_args_and_config(arguments)
+    assert config.acceptance_kwargs == {"k": 2} and config.project_kwargs == {"project_dir": "there"}
+    assert config.tracker_kwargs == {"wandb": {"mode": "offline"}} and config.accelerator_kwargs == {}
+
+
+def test_bounds_of_negative_rewards_are_taken():
+    config = GraftConfig(acceptance="exponential", acceptance_kwargs={"beta": 1.0, "reward_max": -5.0})
+    assert config.acceptance_kwargs["reward_max"] == -5.0
+    assert GraftConfig(acceptance="threshold", acceptance_kwargs={"quantile": 0.5}).acceptance == "threshold"
+
+
+@pytest.mark.parametrize("given, prompt", [(["dark", "blurred"], "dark, blurred"), (None, ""), ("dark", "dark")])
+def test_negative_prompts_are_one_prompt(given, prompt):
+    assert GraftConfig(negative_prompts=given).negative_prompts == prompt
 
 
 def test_trls_parser_reads_it_from_a_file(tmp_path):

@@ -24,12 +24,12 @@ from examples.emoji.check_verifier import hard_negatives, measure
 from examples.emoji.evaluate import read_prompts
 from examples.emoji.prompts import turned
 from examples.emoji.scenes import (
+    ALL_STYLES,
     CATEGORIES,
     FOLDER,
     NOUNS,
     OPENINGS,
     RELATIONS,
-    STYLES,
     Renderer,
     Spec,
     caption,
@@ -136,8 +136,8 @@ def test_renderer_draws_the_sprite_where_the_layout_says():
     assert changed.sum() > 0.3 * side**2
 
 
-def test_every_noun_has_a_sprite_in_both_styles():
-    for style in STYLES:
+def test_every_noun_has_a_sprite_in_every_style():
+    for style in ALL_STYLES:
         for noun in NOUNS:
             assert Image.open(FOLDER / "sprites" / style / f"{noun}.png").size == (64, 64)
 

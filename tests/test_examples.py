@@ -20,7 +20,7 @@ import json
 import pytest
 import torch
 
-from examples import quickstart
+from examples import ddpo_dropin, quickstart
 from examples.benchmarks import recipes
 from trl_pgraft.trainer import Evaluation
 
@@ -57,6 +57,15 @@ def test_quickstart_writes_what_it_says(tmp_path, monkeypatch, capsys):
     assert summary["seed"] == 3 and summary["prompts"] == 3 and summary["images"] == 48
     assert {"adapter", "samples", "before_after.png", "metrics.json"} <= {path.name for path in tmp_path.iterdir()}
     assert ("shows no improvement" in capsys.readouterr().out) == (not summary["significant"])
+
+
+def test_a_ddpo_script_runs_with_another_import_line(tmp_path):
+    arguments = "--num_epochs 2 --sample_num_steps 4 --sample_batch_size 4 --train_batch_size 2".split()
+    trainer = ddpo_dropin.main([*arguments, "--save_dir", str(tmp_path)])
+    assert [metrics["accepted"] for metrics in trainer.history] == [2, 2], "of a group of eight a round"
+    assert trainer.history[0]["reward_accepted"] > trainer.history[0]["reward"]
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"checkpoint_0", "checkpoint_1"}
+    assert (tmp_path / "model" / "pytorch_lora_weights.safetensors").is_file()
 
 
 def test_gain_is_averaged_over_images_of_a_prompt():

@@ -204,9 +204,11 @@ def test_a_fit_lowers_its_loss(sd, guidance_loss):
 def test_microbatches_and_steps_are_counted(tuned, rows, options, microbatches, steps):
     config, seen = config_of(**options), []
     passes = [list(range(rows))] * config.train_num_inner_epochs
-    report = fit_on(tuned, passes, config, on_microbatch=lambda: seen.append(1), on_step=lambda: seen.append(2))
-    assert count_microbatches(rows, config, processes=1) == seen.count(1) == microbatches
-    assert report.steps == seen.count(2) == steps
+    report = fit_on(tuned, passes, config, on_event=seen.append)
+    ends = seen.count("on_substep_end") + seen.count("on_step_end")
+    assert count_microbatches(rows, config, processes=1) == ends == microbatches
+    for event in ("on_step_begin", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end"):
+        assert report.steps == seen.count(event) == steps
 
 
 def test_accumulated_microbatches_are_one_large_batch(tuned, sd):

@@ -13,13 +13,17 @@
 # limitations under the License.
 
 import json
+import pickle
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import add_random_adapter, tiny_flux, tiny_sd
 
+import trl_pgraft
 from trl_pgraft import SwitchLevel, TimestepGate, load_pgraft_adapter, save_pgraft_adapter
 from trl_pgraft.adapters import adapter_parameters
 from trl_pgraft.hub import read_switch
@@ -140,3 +144,36 @@ def test_an_adapter_of_a_smaller_model_is_refused(saved):
     save_file({key: value for key, value in state.items() if "mid_block" not in key}, path)
     with pytest.raises(ValueError, match="do not fit UNet2DConditionModel.*mid_block"):
         load_pgraft_adapter(tiny_sd(), folder)
+
+
+class Trap:
+    """Unpickling this writes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_pickles_are_not_read(hub, saved, tmp_path):
+    _, folder = saved
+    trap = pickle.dumps(Trap(tmp_path / "sprung"))
+    (folder / "adapter_model.safetensors").unlink()
+    for name in ("adapter_model.bin", "pytorch_lora_weights.bin", "optimizer.pt"):
+        (folder / name).write_bytes(trap)
+    api = HfApi(token="hf_write")
+    api.create_repo("ann/trap")
+    api.upload_folder(repo_id="ann/trap", folder_path=folder)
+    for source in (folder, "ann/trap"):
+        with pytest.raises(OSError, match="adapter_model.safetensors"):
+            load_pgraft_adapter(tiny_sd(), source)
+    assert not (tmp_path / "sprung").exists()
+    assert not any(".bin" in request or ".pt" in request for request in hub.requests if "resolve" in request)
+
+
+def test_no_source_trusts_remote_code_or_unpickles():
+    sources = [path.read_text() for path in Path(trl_pgraft.__file__).parent.rglob("*.py")]
+    assert len(sources) > 20
+    words = ("trust_remote_code", "import pickle", "torch.load(", "allow_pickle")
+    assert not any(word in text for text in sources for word in words)

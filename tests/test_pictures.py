@@ -15,7 +15,7 @@
 
 import torch
 
-from trl_pgraft.pictures import before_after_grid
+from trl_pgraft.pictures import before_after_grid, image_grid
 
 
 def images(*values):
@@ -35,3 +35,11 @@ def test_grid_takes_any_prompt():
     labels = ["x" * 10_000, "<b>&\x00\x1b[31m\n\u202e", ""]
     grid = before_after_grid(images(1, 2, 3), images(4, 5, 6), labels, size=16)
     assert grid.size[0] > 3 * 16
+
+
+def test_image_grid_fills_rows_and_leaves_out_what_is_too_much():
+    grid = image_grid(images(10, 20, 30, 40, 50), ["one", "\x00\u202e" * 99, "", "four", "five"], 2, 16, most=4)
+    first, second, below = 4 + 8, 4 + 20 + 8, 4 + 76 + 8
+    assert [grid.getpixel((x, 12)) for x in (first, second)] == [(10,) * 3, (20,) * 3]
+    assert [grid.getpixel((x, below)) for x in (first, second)] == [(30,) * 3, (40,) * 3]
+    assert grid.size == (44, 2 * 76)

@@ -210,10 +210,10 @@ def test_evaluation_takes_columns(tmp_path):
 def test_steps_that_an_image_skips_are_not_tuned(tmp_path):
     """Of four steps the noisiest is not made at strength 0.75: two of the three others are tuned, up to its first."""
     trainer = make_trainer(CASES["image to image"], tmp_path, tuned_fraction=0.6)
-    assert trainer.levels.position == 2
+    assert trainer.policy.levels.position == 2
     trainer.train()
     steps = trainer.pipeline.scheduler.timesteps.tolist()
-    assert len(steps) == 4 and trainer.levels.highest == steps[1]
-    assert trainer.switch.state_timestep == steps[3]
-    drawn = trainer.levels.draw(100, torch.Generator().manual_seed(0))
-    assert drawn.max() <= steps[1] and drawn.min() > trainer.switch.switch_timestep
+    assert len(steps) == 4 and trainer.policy.levels.highest == steps[1]
+    assert trainer.policy.switch.state_timestep == steps[3]
+    drawn = trainer.policy.levels.draw(100, torch.Generator().manual_seed(0))
+    assert drawn.max() <= steps[1] and drawn.min() > trainer.policy.switch.switch_timestep

@@ -214,7 +214,7 @@ def make_trainer(case: Case, folder: Any, **options: Any) -> PGraftTrainer:
 def test_a_step_is_trained_saved_loaded_and_gated(case, fraction, tmp_path):
     trainer = make_trainer(case, tmp_path, tuned_fraction=fraction)
     before = [p.detach().clone() for p in adapter_parameters(trainer.denoiser, "pgraft")]
-    assert trainer.memory.adapter == 4 * sum(p.numel() for p in before)
+    assert trainer.policy.memory.adapter == 4 * sum(p.numel() for p in before)
     (metrics,) = trainer.train()
     after = [p.detach().clone() for p in adapter_parameters(trainer.denoiser, "pgraft")]
     assert math.isfinite(metrics["loss"]) and metrics["skipped_steps"] == 0
@@ -229,9 +229,9 @@ def test_a_step_is_trained_saved_loaded_and_gated(case, fraction, tmp_path):
     with tiny.adapter_use(denoiser_of(pipeline)) as use:
         inputs = case.inputs(pipeline, arguments, [0, 1])
         call_pipeline(pipeline, PROMPTS, [5, 6], {**arguments, "output_type": "pt"}, inputs)
-    told = {trainer.call.training_timestep(timestep): is_on for timestep, is_on in use.items()}
+    told = {trainer.policy.call.training_timestep(timestep): is_on for timestep, is_on in use.items()}
     assert told == {t: fraction == 1.0 or t > gate.switch_timestep for t in told}
-    assert list(told.values()).count(True) == (len(told) if fraction == 1.0 else trainer.levels.position)
+    assert list(told.values()).count(True) == (len(told) if fraction == 1.0 else trainer.policy.levels.position)
     assert len(told) == len(pipeline.scheduler.timesteps[-len(told) :]) >= 3
 
 
@@ -274,9 +274,9 @@ def test_a_run_is_resumed(name, tmp_path):
 def test_captions_are_dropped_row_by_row(name, is_one_batch, tmp_path):
     """Qwen-Image's negative prompt is shorter than its prompts, so that dropped rows make a batch of their own."""
     trainer = make_trainer(CASES[name], tmp_path)
-    conditioning = record_conditioning(trainer.pipeline, trainer.call, PROMPTS, trainer.arguments)
+    conditioning = record_conditioning(trainer.pipeline, trainer.policy.call, PROMPTS, trainer.policy.arguments)
     assert same_shapes(conditioning.conditional, conditioning.unconditional) == is_one_batch
-    loss, denoiser = trainer._loss("pgraft", conditioning), trainer.denoiser
+    loss, denoiser = trainer.policy.loss("pgraft", conditioning), trainer.denoiser
     shape = (4, 4, 8, 8) if name == "SD 1.5" else (4, 16, 16)
     x_i, noise = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
     timesteps, prompts = torch.tensor([990.0, 900.0, 950.0, 870.0]), torch.tensor([0, 1, 1, 0])

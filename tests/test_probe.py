@@ -18,7 +18,8 @@ from tiny_pipelines import ToyPipeline, tiny_flux
 from torch import nn
 
 from trl_pgraft.denoiser_call import record_conditioning
-from trl_pgraft.probe import learn_denoiser_call, sampler_timesteps
+from trl_pgraft.probe import learn_denoiser_call
+from trl_pgraft.samplers import sampler_of
 
 
 GUIDED = {"num_inference_steps": 5, "guidance_scale": 3.0}
@@ -89,7 +90,7 @@ def test_asking_leaves_no_trace(sd):
     torch.manual_seed(3)
     call = learn_denoiser_call(sd, GUIDED)
     record_conditioning(sd, call, ["a"], GUIDED)
-    sampler_timesteps(sd, GUIDED)
+    sampler_of(sd, GUIDED)
     assert torch.equal(torch.rand(3), expected)
     assert len(sd.unet._forward_pre_hooks) == len(sd.unet._forward_hooks) == 0
     assert "step" not in vars(sd.scheduler)
@@ -97,7 +98,7 @@ def test_asking_leaves_no_trace(sd):
 
 def test_sampler_timesteps_are_those_of_a_run(sd, flux):
     for pipeline in (sd, flux):
-        asked = sampler_timesteps(pipeline, GUIDED)
+        asked = sampler_of(pipeline, GUIDED).timesteps
         pipeline(prompt="a", output_type="latent", **GUIDED)
         assert asked == pipeline.scheduler.timesteps.tolist()
 

@@ -13,10 +13,13 @@
 # limitations under the License.
 
 import asyncio
+import http.server
 import io
+import json
 import math
 import threading
 import time
+import urllib.request
 
 import numpy as np
 import pytest
@@ -24,6 +27,7 @@ import torch
 from PIL import Image
 
 from trl_pgraft.rewards import (
+    Patience,
     RewardError,
     Scorer,
     ddpo_reward,
@@ -110,13 +114,13 @@ def test_async_rewards_work_in_a_notebook():
     """There the calling thread runs an event loop already."""
 
     async def cell():
-        return score(trl_reward(redness_later), batch(), PROMPTS, {}, retries=0)[0]
+        return score(trl_reward(redness_later), batch(), PROMPTS, {}, Patience(0))[0]
 
     assert asyncio.run(cell()) == pytest.approx(batch()[:, 0].float().mean((1, 2)).tolist())
 
 
 def test_async_rewards_work_in_threads():
-    scorer = Scorer([trl_reward(redness_later)], retries=0, workers=2)
+    scorer = Scorer([trl_reward(redness_later)], Patience(0), workers=2)
     for seed in range(4):
         scorer.add(batch(seed=seed), PROMPTS, {})
     for seed, (values, _) in enumerate(scorer.results()):
@@ -126,7 +130,7 @@ def test_async_rewards_work_in_threads():
 def test_none_leaves_a_sample_out():
     values, _ = score(trl_reward(lambda *, prompts, images: [1.0, None, 0.0]), batch(), PROMPTS, {})
     assert values == [1.0, None, 0.0]
-    scorer = Scorer([trl_reward(lambda *, prompts, images: [1.0, None, 0.0])], retries=0)
+    scorer = Scorer([trl_reward(lambda *, prompts, images: [1.0, None, 0.0])], Patience(0))
     scorer.add(batch(), PROMPTS, {})
     table = scorer.results()[0][0]
     assert table[[0, 2], 0].tolist() == [1.0, 0.0] and table[1, 0].isnan()
@@ -196,7 +200,7 @@ def test_an_answer_that_is_no_list_of_numbers_is_an_error(answer):
         return answer
 
     with pytest.raises(RewardError, match="Reward 'odd' on prompts.*'a cat'"):
-        score(trl_reward(odd), batch(), PROMPTS, {}, retries=0)
+        score(trl_reward(odd), batch(), PROMPTS, {}, Patience(0))
 
 
 @pytest.mark.parametrize("retries", [0, 1, 3])
@@ -208,7 +212,7 @@ def test_a_reward_that_keeps_raising_is_retried_and_named(retries):
         raise ConnectionError("no answer")
 
     with pytest.raises(RewardError, match=rf"Reward 'flaky' .*'a car'.*no answer.*in {retries + 1} attempts"):
-        score(trl_reward(flaky), batch(), PROMPTS, {}, retries)
+        score(trl_reward(flaky), batch(), PROMPTS, {}, Patience(retries))
     assert len(calls) == retries + 1
 
 
@@ -221,7 +225,79 @@ def test_a_reward_that_recovers_is_used():
             raise ConnectionError("no answer")
         return [1.0, 2.0, 3.0]
 
-    assert score(trl_reward(flaky), batch(), PROMPTS, {}, retries=2)[0] == [1.0, 2.0, 3.0]
+    assert score(trl_reward(flaky), batch(), PROMPTS, {}, Patience(2))[0] == [1.0, 2.0, 3.0]
+
+
+def test_waits_between_attempts_grow(monkeypatch):
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+
+    def flaky(*, prompts, images):
+        raise ConnectionError("no answer")
+
+    with pytest.raises(RewardError):
+        score(trl_reward(flaky), batch(), PROMPTS, {}, Patience(retries=3, wait=0.5))
+    assert waits == [0.5, 1.0, 2.0]
+
+
+def test_a_reward_that_hangs_is_left_behind():
+    release = threading.Event()
+
+    def hangs(*, prompts, images):
+        release.wait(30)
+        return [0.0] * len(prompts)
+
+    started = time.monotonic()
+    with pytest.raises(RewardError, match=r"'hangs' .*'a cat'.*no answer within 0.05 s.*in 2 attempts"):
+        score(trl_reward(hangs), batch(), PROMPTS, {}, Patience(retries=1, timeout=0.05))
+    release.set()
+    assert time.monotonic() - started < 10
+
+
+def test_within_the_time_the_answer_counts_and_an_exception_is_the_functions_own():
+    images = batch()
+    expected = score(trl_reward(redness), images, PROMPTS, {})[0]
+    assert score(trl_reward(redness), images, PROMPTS, {}, Patience(timeout=30))[0] == expected
+
+    def late(*, prompts, images):
+        raise TimeoutError("the model's own")
+
+    with pytest.raises(RewardError, match="the model's own"):
+        score(trl_reward(late), batch(), PROMPTS, {}, Patience(retries=0, timeout=30))
+
+
+def test_a_reward_server_that_is_gone_is_named():
+    """A real server on loopback answers, is shut down, and is asked again."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            count = int(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps([0.5] * count).encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def remote(*, prompts, images):
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        with urllib.request.urlopen(address, data=str(len(prompts)).encode(), timeout=5) as answer:
+            return json.loads(answer.read())
+
+    assert score(trl_reward(remote), batch(), PROMPTS, {})[0] == [0.5, 0.5, 0.5]
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(RewardError, match=r"'remote' .*'a cat'.*refused.*in 3 attempts"):
+        score(trl_reward(remote), batch(), PROMPTS, {}, Patience(retries=2, wait=0.01))
+
+
+def test_what_was_scored_is_handed_on_at_once():
+    scorer, seen = Scorer([trl_reward(redness)], Patience(0)), []
+    scorer.add(batch(), PROMPTS, {}, seen.append)
+    assert seen[0].shape == (3, 1) and torch.equal(seen[0], scorer.results()[0][0])
 
 
 def test_long_lists_of_prompts_are_shortened_in_errors():
@@ -236,7 +312,7 @@ def test_results_come_in_the_order_of_the_batches(workers):
         time.sleep(0.05 if prompts[0] == "0" else 0)
         return [float(prompt) for prompt in prompts]
 
-    scorer = Scorer([trl_reward(slow_first), trl_reward(redness)], retries=0, workers=workers)
+    scorer = Scorer([trl_reward(slow_first), trl_reward(redness)], Patience(0), workers=workers)
     for number in range(5):
         scorer.add(batch(2), [str(number), str(number + 0.5)], {})
     results = scorer.results()
@@ -252,20 +328,20 @@ def test_scoring_overlaps_where_asked():
         both_at_work.wait()
         return [0.0] * len(prompts)
 
-    scorer = Scorer([trl_reward(meets)], retries=0, workers=2)
+    scorer = Scorer([trl_reward(meets)], Patience(0), workers=2)
     scorer.add(batch(), PROMPTS, {})
     scorer.add(batch(), PROMPTS, {})
     assert len(scorer.results()) == 2
 
 
 def test_an_error_in_a_thread_is_raised():
-    scorer = Scorer([trl_reward(lambda *, prompts, images: [])], retries=0, workers=2)
+    scorer = Scorer([trl_reward(lambda *, prompts, images: [])], Patience(0), workers=2)
     scorer.add(batch(), PROMPTS, {})
     with pytest.raises(RewardError):
         scorer.results()
 
 
 def test_no_rewards_are_no_columns():
-    scorer = Scorer([], retries=0)
+    scorer = Scorer([], Patience(0))
     scorer.add(batch(), PROMPTS, {})
     assert scorer.results()[0][0].shape == (3, 0)

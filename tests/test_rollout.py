@@ -21,7 +21,7 @@ from tiny_pipelines import add_random_adapter, tiny_flux, tiny_sd
 from trl_pgraft import GraftConfig, TimestepGate
 from trl_pgraft.denoiser_call import denoiser_of
 from trl_pgraft.probe import learn_denoiser_call
-from trl_pgraft.rollout import call_pipeline, draw, form_groups, samples_of, sampling_arguments, seed_of
+from trl_pgraft.rollout import Drawn, call_pipeline, draw, form_groups, samples_of, sampling_arguments, seed_of
 
 
 STEPS = 4
@@ -39,7 +39,9 @@ def samples(count=24, *seed_parts):
 
 def draw_with(pipeline, batch_size, wanted, arguments=ARGUMENTS, position=2, **options):
     call = learn_denoiser_call(pipeline, arguments)
-    return draw(pipeline, call, wanted, position, batch_size, arguments, **options)
+    batches = [drawn for _, drawn in draw(pipeline, call, wanted, position, batch_size, arguments, **options)]
+    images, states = (torch.cat([getattr(drawn, name) for drawn in batches]) for name in ("images", "x_i"))
+    return Drawn(images, states, sum(drawn.denoiser_calls for drawn in batches))
 
 
 def test_seeds_depend_on_every_part_and_on_nothing_else():
@@ -105,7 +107,6 @@ def test_draws_are_what_the_pipeline_returns(sd, eta):
             **arguments,
         ).images[0]
         assert abs(drawn.images[i].permute(1, 2, 0).numpy() / 255 - image).max() <= 0.6 / 255
-    assert drawn.timesteps == sd.scheduler.timesteps.tolist()
     assert drawn.denoiser_calls == 4 * STEPS * 2
 
 
@@ -124,26 +125,17 @@ def test_gates_and_adapters_take_part(sd):
 
 
 def test_finished_batches_are_handed_over_in_order(sd):
-    seen, wanted = [], samples(7 * 2)
-    drawn = draw_with(sd, 5, wanted, on_batch=lambda batch, images: seen.append((batch, images)))
+    wanted = samples(7 * 2)
+    seen = list(draw(sd, learn_denoiser_call(sd, ARGUMENTS), wanted, 2, 5, ARGUMENTS))
     assert [s for batch, _ in seen for s in batch] == wanted
-    assert [len(images) for _, images in seen] == [5, 5, 4]
-    assert torch.equal(torch.cat([images for _, images in seen]), drawn.images)
+    assert [len(drawn.images) for _, drawn in seen] == [5, 5, 4]
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_nothing_is_left_behind(sd, fails):
-    call = learn_denoiser_call(sd, ARGUMENTS)
-
-    def on_batch(batch, images):
-        if fails:
-            raise FloatingPointError("broken on purpose")
-
-    if fails:
-        with pytest.raises(FloatingPointError):
-            draw(sd, call, samples(4), 2, 2, ARGUMENTS, on_batch)
-    else:
-        draw(sd, call, samples(4), 2, 2, ARGUMENTS, on_batch)
+@pytest.mark.parametrize("batches", [1, 2])
+def test_nothing_is_left_behind_between_batches_or_after_the_last(sd, batches):
+    drawing = draw(sd, learn_denoiser_call(sd, ARGUMENTS), samples(4), 2, 2, ARGUMENTS)
+    for _ in range(batches):
+        next(drawing)
     assert len(sd.unet._forward_pre_hooks) == len(sd.unet._forward_hooks) == 0
     assert "step" not in vars(sd.scheduler)
 
@@ -156,7 +148,7 @@ def test_an_exception_in_the_denoiser_leaves_nothing_behind(sd):
 
     handle = sd.unet.conv_out.register_forward_pre_hook(fail)
     with pytest.raises(FloatingPointError):
-        draw(sd, call, samples(4), 2, 2, ARGUMENTS)
+        list(draw(sd, call, samples(4), 2, 2, ARGUMENTS))
     handle.remove()
     assert len(sd.unet._forward_pre_hooks) == len(sd.unet._forward_hooks) == 0
     assert "step" not in vars(sd.scheduler)

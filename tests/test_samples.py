@@ -21,7 +21,7 @@ from diffusers import EulerDiscreteScheduler
 from tiny_pipelines import add_random_adapter
 
 from trl_pgraft.rollout import Drawn, form_groups, samples_of
-from trl_pgraft.samples import sampling_fingerprint, to_dataset
+from trl_pgraft.samples import check_samples, sampling_fingerprint, to_dataset
 from trl_pgraft.selection import Round, SelectedRows
 
 
@@ -35,7 +35,7 @@ def random_round(shape=(4, 8, 8), prompts=("a cat", "a dog"), group_size=4, seed
     samples = samples_of(form_groups(source, group_size * len(prompts), group_size), seed)
     count = len(samples)
     images = torch.randint(0, 256, (count, 3, 16, 16), generator=generator, dtype=torch.uint8)
-    drawn = Drawn(images, torch.randn(count, *shape, generator=generator), [901.0, 601.0, 301.0, 1.0], 64)
+    drawn = Drawn(images, torch.randn(count, *shape, generator=generator), 64)
     rewards = torch.rand(count, generator=generator, dtype=torch.float64)
     rewards[1] = math.nan
     return samples, drawn, rewards
@@ -124,3 +124,26 @@ def test_the_fingerprint_does_not_depend_on_the_adapter_or_the_order_of_argument
     expected = sampling_fingerprint(sd, ARGUMENTS, 2)
     add_random_adapter(sd.unet)
     assert sampling_fingerprint(sd, dict(reversed(ARGUMENTS.items())), 2) == expected
+
+
+def test_samples_to_train_on_are_taken_with_or_without_their_split():
+    dataset = as_dataset(*random_round())
+    assert check_samples(dataset, "f00d", ["red"]) is dataset
+    assert check_samples(datasets.DatasetDict(train=dataset), "f00d", []) is dataset
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda d: d.remove_columns("fingerprint"), "no column fingerprint; it has prompt, image"),
+        (lambda d: d.remove_columns(["x_I", "reward_red"]), "no column x_I, reward_red"),
+        (lambda d: d.select([]), "samples_dataset is empty"),
+        (lambda d: d.to_iterable_dataset(), "is a IterableDataset; load it without streaming"),
+        (lambda d: datasets.DatasetDict(train=d, test=d), "has the splits train, test; give one"),
+        (lambda d: d.map(lambda row: {"fingerprint": "beef"}), "fingerprint beef; this configuration has f00d"),
+        (lambda d: d.map(lambda row: {"fingerprint": None}), "fingerprint None; this configuration has f00d"),
+    ],
+)
+def test_samples_that_cannot_be_trained_on_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        check_samples(change(as_dataset(*random_round())), "f00d", ["red"])

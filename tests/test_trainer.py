@@ -24,12 +24,19 @@ import datasets
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from peft import LoraConfig
+from peft import LoHaConfig, LoraConfig
 from tiny_pipelines import ATTENTION, adapter_use, tiny_flux, tiny_sd, tiny_sdxl
 from transformers import TrainerCallback
 
-from trl_pgraft import GraftConfig, PGraftTrainer, TimestepGate, accept_best_of_n, load_pgraft_adapter, register_reward
-from trl_pgraft import trainer as trainer_module
+from trl_pgraft import (
+    GraftConfig,
+    PGraftTrainer,
+    TimestepGate,
+    accept_best_of_n,
+    load_pgraft_adapter,
+    policy as policy_module,
+    register_reward,
+)
 from trl_pgraft.adapters import adapter_parameters, tuner_layers
 from trl_pgraft.denoiser_call import denoiser_of
 from trl_pgraft.hub import read_switch
@@ -166,7 +173,7 @@ def test_the_same_holds_for_other_models(config, make):
 def test_with_a_control_the_difference_becomes_the_adapter(config, make, options):
     trainer = make_trainer(config(control_adapter=True, **options), make())
     base = base_of(trainer.denoiser)
-    assert not trainer.has_adapter
+    assert not trainer.policy.has_adapter
     trainer.train()
     assert list(trainer.denoiser.peft_config) == ["pgraft"]
     layers = tuner_layers(trainer.denoiser, "pgraft")
@@ -178,14 +185,14 @@ def test_with_a_control_the_difference_becomes_the_adapter(config, make, options
 
 def spied_fits(monkeypatch):
     """What each call of `fit` was given: the trained adapter's parameters and all rows."""
-    fits, original = [], trainer_module.fit
+    fits, original = [], policy_module.fit
 
     def spy(accelerator, loss, states, passes, *args, **kwargs):
         passes = list(passes)
         fits.append((loss, states, passes))
         return original(accelerator, loss, states, iter(passes), *args, **kwargs)
 
-    monkeypatch.setattr(trainer_module, "fit", spy)
+    monkeypatch.setattr(policy_module, "fit", spy)
     return fits
 
 
@@ -222,13 +229,13 @@ def test_a_control_sees_as_many_rows_of_the_same_groups(config, monkeypatch):
 )
 def test_guidance_is_that_of_the_tuned_steps(config, monkeypatch, options, scale, guidance):
     """The guided field moves by the difference of the two fits: in the conditional branch, by the w-th part of it."""
-    fits, scales, original = spied_fits(monkeypatch), [], trainer_module.merge_difference
+    fits, scales, original = spied_fits(monkeypatch), [], policy_module.merge_difference
 
     def spy(denoiser, policy, accepted, control, scale, max_rank):
         scales.append(scale)
         original(denoiser, policy, accepted, control, scale, max_rank)
 
-    monkeypatch.setattr(trainer_module, "merge_difference", spy)
+    monkeypatch.setattr(policy_module, "merge_difference", spy)
     make_trainer(config(control_adapter=True, num_epochs=2, **options)).train()
     assert scales == [scale] * 2
     assert {loss.guidance_scale for loss, _, _ in fits} == {guidance}
@@ -262,34 +269,41 @@ def test_a_moving_average_lags_behind(config, tmp_path):
 
 
 def test_the_learning_rate_follows_its_schedule_over_the_rounds(config, monkeypatch):
-    rates, original = [], trainer_module.fit
+    rates, original = [], policy_module.fit
 
     def spy(*args, **kwargs):
         *rest, lr_schedule = args
         return original(*rest, lambda step: rates.append(lr_schedule(step)) or rates[-1], **kwargs)
 
-    monkeypatch.setattr(trainer_module, "fit", spy)
+    monkeypatch.setattr(policy_module, "fit", spy)
     make_trainer(config(num_epochs=3, lr_scheduler_type="linear", warmup_steps=2, train_learning_rate=0.4)).train()
     assert rates == pytest.approx([0.0, 0.2, 0.4, 0.3, 0.2, 0.1]), "two of warm-up, then down to the end of six"
 
 
+def test_no_round_is_run_where_none_is_wanted(config):
+    trainer = make_trainer(config())
+    before = adapter_of(trainer)
+    assert trainer.train(epochs=0) == [] and equal(before, adapter_of(trainer))
+    assert len(trainer.train(epochs=2)) == 2 and len(trainer.train(epochs=2)) == 2, "they are done"
+
+
 def test_graft_has_no_switch(config):
     trainer = make_trainer(config(tuned_fraction=1.0))
-    assert trainer.switch.switch_timestep is None and trainer.levels.level_i == (1.0, 0.0)
+    assert trainer.policy.switch.switch_timestep is None and trainer.policy.levels.level_i == (1.0, 0.0)
     trainer.train()
     assert read_switch(trainer.output_dir / "adapter").switch_timestep is None
     with trainer.sampler() as pipeline, adapter_use(trainer.denoiser) as use:
-        pipeline(prompt="a cat", **trainer.arguments)
+        pipeline(prompt="a cat", **trainer.policy.arguments)
     assert all(use.values()) and len(use) == 4
 
 
 def test_p_graft_runs_the_adapter_on_the_tuned_steps(config):
     trainer = make_trainer(config(tuned_fraction=0.25))
     with trainer.sampler() as pipeline, adapter_use(trainer.denoiser) as use:
-        pipeline(prompt="a cat", **trainer.arguments)
+        pipeline(prompt="a cat", **trainer.policy.arguments)
     assert list(use.values()) == [True, False, False, False]
     with trainer.sampler(reference=True) as pipeline, adapter_use(trainer.denoiser) as use:
-        pipeline(prompt="a cat", **trainer.arguments)
+        pipeline(prompt="a cat", **trainer.policy.arguments)
     assert list(use.values()) == [False] * 4
     assert_nothing_is_left_behind(trainer)
 
@@ -388,7 +402,7 @@ def test_a_prompt_is_asked_for_once_a_group_and_its_columns_reach_the_reward(con
 
 def test_prompts_drawn_at_random_are_new_in_each_round_and_the_same_when_it_is_repeated(config):
     trainer = make_trainer(config(), prompts=lambda: (str(random.random()), {}))
-    prompts = [trainer._groups(epoch)[0].prompt for epoch in (0, 1, 2, 3, 2)]
+    prompts = [trainer.rounds.groups(epoch)[0].prompt for epoch in (0, 1, 2, 3, 2)]
     assert len(set(prompts)) == 4 and prompts[4] == prompts[2]
 
 
@@ -471,7 +485,7 @@ def test_the_hook_gets_what_ddpo_gives(config):
     )
     trainer.train()
     ((batches, global_step, tracker),) = seen
-    assert len(batches) == 2 and global_step == 0 and tracker is None
+    assert len(batches) == 2 and global_step == 0 and tracker.name == "none"
     images, prompts, metadata, rewards, info = batches[0]
     assert images.shape == (4, 3, 16, 16) and 0 <= images.min() and images.max() <= 1
     assert len(prompts) == 4 and metadata[0] == {"kind": "animal"} and info == {"n": 4}
@@ -484,7 +498,7 @@ def test_a_second_lora_of_the_users_takes_part_and_stays(config):
     style = [p.detach().clone() for p in adapter_parameters(pipeline.unet, "style")]
     trainer = make_trainer(config(control_adapter=True), pipeline)
     with trainer.sampler(reference=True), adapter_use(trainer.denoiser, "style") as use:
-        pipeline(prompt="a cat", **trainer.arguments)
+        pipeline(prompt="a cat", **trainer.policy.arguments)
     assert all(use.values()), "the reference is the pipeline as it was handed in"
     trainer.train()
     assert equal(style, [p.detach() for p in adapter_parameters(pipeline.unet, "style")])
@@ -527,7 +541,7 @@ def test_the_saved_adapter_gives_the_trainers_images(config):
 
     def sample(pipeline):
         generator = torch.Generator().manual_seed(0)
-        return pipeline(prompt="a cat", generator=generator, output_type="pt", **trainer.arguments).images
+        return pipeline(prompt="a cat", generator=generator, output_type="pt", **trainer.policy.arguments).images
 
     with trainer.sampler() as pipeline:
         expected = sample(pipeline)
@@ -536,7 +550,7 @@ def test_the_saved_adapter_gives_the_trainers_images(config):
         base = sample(fresh)
         gate = load_pgraft_adapter(fresh, trainer.output_dir / folder)
         assert torch.equal(sample(fresh), expected) and not torch.allclose(base, expected, atol=1e-3)
-        assert gate.switch_timestep == trainer.switch.switch_timestep
+        assert gate.switch_timestep == trainer.policy.switch.switch_timestep
 
 
 class Recorder(TrainerCallback):
@@ -635,7 +649,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(config, tmp_path, control_adapte
     resumed = make_trainer(config(**options("parts"), resume_from_checkpoint=True))
     assert resumed.progress.epoch == 1 and resumed.progress.global_step == 2
     if not control_adapter:
-        held = {id(p) for group in resumed.optimizer.param_groups for p in group["params"]}
+        held = {id(p) for group in resumed.policy.optimizer.param_groups for p in group["params"]}
         assert held == {id(p) for p in adapter_parameters(resumed.denoiser, "pgraft")}
     resumed.train()
     assert equal(adapter_of(resumed), adapter_of(whole))
@@ -646,6 +660,18 @@ def test_a_resumed_run_is_the_uninterrupted_one(config, tmp_path, control_adapte
     assert untimed[0] == untimed[1] and [m["epoch"] for m in untimed[0]] == [0, 1, 2]
     assert [m["images"] for m in untimed[0]] == [4, 8, 12]
     assert resumed.progress.global_step == whole.progress.global_step == 6
+
+
+def test_train_resumes_where_it_is_asked_to(config, tmp_path):
+    first = make_trainer(config(num_epochs=2))
+    first.train()
+    folder = str(first.output_dir / "checkpoints")
+    resumed = make_trainer(config(num_epochs=3, output_dir=str(tmp_path / "other")))
+    history = resumed.train(resume_from_checkpoint=folder)
+    assert [metrics["epoch"] for metrics in history] == [0, 1, 2]
+    whole = make_trainer(config(num_epochs=3, output_dir=str(tmp_path / "whole")))
+    whole.train()
+    assert equal(adapter_of(resumed), adapter_of(whole))
 
 
 def test_the_newest_checkpoint_is_taken_and_old_ones_are_removed(config):
@@ -670,7 +696,7 @@ def test_a_run_is_not_resumed_with_another_switch(config):
     trainer = make_trainer(config())
     trainer.train()
     folder = str(trainer.output_dir / "checkpoints")
-    with pytest.raises(ValueError, match="resume_from: the adapter of .*checkpoint_0 switches at.*tuned_fraction"):
+    with pytest.raises(ValueError, match="checkpoint_0 is of another run: tuned_fraction was 0.5 and is 0.75; "):
         make_trainer(config(tuned_fraction=0.75, resume_from=folder))
 
 
@@ -755,6 +781,10 @@ def no_call(monkeypatch):
         ),
         ({"reward_weights": [1.0]}, "reward_weights are those of reward_funcs"),
         ({"reward_function": None, "reward_funcs": [redness, redness]}, "named redness, redness.*`__name__`"),
+        (
+            {"options": {"control_adapter": True}, "peft_config": LoHaConfig(r=2, target_modules=ATTENTION)},
+            "peft_config: control_adapter=True subtracts one LoRA from another; LoHaConfig makes none",
+        ),
         ({"options": {"sample_batch_size": 1}}, "sample_batch_size.*= 1.*Draw more images"),
         ({"options": {"samples_per_prompt": 8, "acceptance_kwargs": {"k": 4}}}, "groups have 4 images, of which k=4"),
     ],
@@ -764,12 +794,6 @@ def test_arguments_that_do_not_fit_are_refused_before_any_call(config, no_call, 
     settings = config(sample_num_batches_per_epoch=1, **arguments.pop("options", {}))
     with pytest.raises(ValueError, match=message):
         PGraftTrainer(settings, **arguments)
-
-
-def test_full_fine_tuning_is_refused(config, no_call):
-    no_call.use_lora = False
-    with pytest.raises(ValueError, match="use_lora=False"):
-        make_trainer(config(), no_call)
 
 
 def test_a_prompt_that_is_no_string_is_refused_before_sampling(config):

@@ -26,16 +26,20 @@ from .acceptance import (
     implied_kl,
 )
 from .config import GraftConfig
+from .ddpo import DefaultDDPOStableDiffusionPipeline
 from .denoiser_format import DenoiserFormat
+from .diagnostics import choose_intermediate_step
 from .hub import load_pgraft_adapter, save_pgraft_adapter
 from .memory import MemoryEstimate, estimate_memory
 from .parameterizations import renoise
+from .publishing import push_adapter_to_hub, push_samples_to_hub
 from .rewards import get_reward, list_rewards, register_reward
 from .timestep_gate import SwitchLevel, TimestepGate
 from .trainer import PGraftTrainer
 
 
 __all__ = [
+    "DefaultDDPOStableDiffusionPipeline",
     "DenoiserFormat",
     "GraftConfig",
     "MemoryEstimate",
@@ -48,12 +52,15 @@ __all__ = [
     "accept_preference",
     "accept_threshold",
     "accept_top_k",
+    "choose_intermediate_step",
     "deduplicate",
     "estimate_memory",
     "get_reward",
     "implied_kl",
     "list_rewards",
     "load_pgraft_adapter",
+    "push_adapter_to_hub",
+    "push_samples_to_hub",
     "register_reward",
     "renoise",
     "save_pgraft_adapter",

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from peft import LoraConfig, PeftConfig, inject_adapter_in_model
+from peft import LNTuningConfig, LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -31,7 +31,7 @@ ATTENTION_PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_
 
 def add_adapter(denoiser: torch.nn.Module, peft_config: PeftConfig, name: str, seed: int | None = None) -> None:
     """
-    Add a trainable adapter to the denoiser in float32, next to those it has, and make it active.
+    Add a trainable adapter to the denoiser in float32 or better, next to those it has, and make it active.
 
     Args:
         denoiser (`torch.nn.Module`):
@@ -50,13 +50,20 @@ def add_adapter(denoiser: torch.nn.Module, peft_config: PeftConfig, name: str, s
         with warnings.catch_warnings():
             # PEFT warns of a second adapter in one model, which is meant here.
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            # And of layers whose numbers of features it cannot tell, which a copy of the layer does not need.
+            warnings.filterwarnings("ignore", message="Unsupported layer type")
             _inject(denoiser, peft_config, name)
     for layer in tuner_layers(denoiser):
         layer.set_adapter([*active, name])
+    make_trainable(denoiser, name)
+
+
+def make_trainable(denoiser: torch.nn.Module, name: str) -> None:
+    """Let adapter `name` be trained, in float32 or better, and nothing else of the denoiser."""
     for parameter in denoiser.parameters():
         parameter.requires_grad_(False)
     for parameter in adapter_parameters(denoiser, name):
-        parameter.data = parameter.data.float()
+        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         parameter.requires_grad_(True)
 
 
@@ -88,6 +95,21 @@ def default_lora_config(denoiser: torch.nn.Module, rank: int) -> LoraConfig:
             "`peft_config` with its own `target_modules`."
         )
     return LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets)
+
+
+def full_copy_config(denoiser: torch.nn.Module) -> LNTuningConfig:
+    """
+    Full fine-tuning as an adapter: a trained copy of every layer beside the frozen one, switched like any other.
+
+    PEFT made this adapter for normalisation layers; what it does, copying the layers it is told, suits all.
+    """
+    layers = [name for name, module in denoiser.named_modules() if not list(module.children())]
+    layers = [name for name in layers if list(denoiser.get_submodule(name).parameters())]
+    amiss = [name for name, _ in denoiser.named_parameters() if name.rpartition(".")[0] not in set(layers)]
+    if amiss or tuner_layers(denoiser):
+        reason = f"{amiss[0]} is in no layer of its own" if amiss else "it has adapters, which must be fused first"
+        raise ValueError(f"use_lora=False: {type(denoiser).__name__} cannot be trained as a whole: {reason}.")
+    return LNTuningConfig(target_modules=layers)
 
 
 def tuner_layers(denoiser: torch.nn.Module, name: str | None = None) -> list[BaseTunerLayer]:

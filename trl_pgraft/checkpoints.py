@@ -18,11 +18,14 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .hub import SwitchLevel, save_pgraft_adapter
@@ -48,7 +51,9 @@ class Progress:
         kl_rounds (`int`):
             Rounds whose selection accumulates.
         kl_sum (`float`):
-            KL to the reference that these rounds imply, in nats.
+            Sum of the KL that each of them implies, in nats.
+        kl_composes (`bool`):
+            Whether all of them were the same top-k selection, whose composition is known.
         planned_steps (`int`):
             Optimizer steps of the whole run, as the first round suggests; the learning-rate schedule's length.
         history (`list[dict[str, float]]`):
@@ -61,6 +66,7 @@ class Progress:
     denoiser_calls: int = 0
     kl_rounds: int = 0
     kl_sum: float = 0.0
+    kl_composes: bool = True
     planned_steps: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
 
@@ -72,6 +78,7 @@ def save_checkpoint(
     adapter: str | None,
     optimizer: torch.optim.Optimizer | None,
     progress: Progress,
+    run: dict[str, Any],
 ) -> Path:
     """
     Write `folder/checkpoint_<last epoch>`, whole or not at all: it is made aside and renamed into place.
@@ -89,19 +96,86 @@ def save_checkpoint(
             Optimizer whose state continues.
         progress ([`Progress`]):
             How far the run is.
+        run (`dict`):
+            What the result depends on, see [`check_same_run`].
+
+    Raises:
+        `OSError`: it could not be written, on a full disk for one; the message names the last whole one.
     """
     target = folder / f"{PREFIX}{progress.epoch - 1}"
     aside = folder / f"tmp-{target.name}"
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    if adapter is not None:
-        save_pgraft_adapter(pipeline, aside, switch, adapter)
-    if optimizer is not None:
-        save_file(_optimizer_tensors(optimizer), aside / "optimizer.safetensors")
-    (aside / "progress.json").write_text(json.dumps(asdict(progress), indent=2) + "\n")
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(aside, target)
+    try:
+        aside.mkdir(parents=True)
+        if adapter is not None:
+            save_pgraft_adapter(pipeline, aside, switch, adapter)
+        if optimizer is not None:
+            save_file(_optimizer_tensors(optimizer), aside / "optimizer.safetensors")
+        (aside / "run.json").write_text(json.dumps(run, indent=2, default=str) + "\n")
+        (aside / "progress.json").write_text(json.dumps(asdict(progress), indent=2) + "\n")
+        _put_in_place(aside, target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        last = [path.name for path in checkpoints_in(folder)][-1:] or ["none"]
+        raise OSError(
+            f"{target} could not be written ({error}). The last whole checkpoint is {last[0]}; make room and go on "
+            "with resume_from_checkpoint=True."
+        ) from error
     return target
+
+
+def _put_in_place(aside: Path, target: Path) -> None:
+    """Rename a folder; one that is there is renamed out of the way first, so that none is there in part."""
+    replaced = target.with_name(f"old-{target.name}")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if target.exists():
+        os.replace(target, replaced)
+    os.replace(aside, target)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def reading(checkpoint: Path) -> Iterator[None]:
+    """Say of what goes wrong inside which checkpoint it was, and what to do."""
+    try:
+        yield
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, ChangedRunError):
+            raise
+        others = [path.name for path in checkpoints_in(checkpoint.parent) if path != checkpoint]
+        hint = f"resume_from={str(checkpoint.parent / others[-1])!r}" if others else "start without resume_from"
+        raise ValueError(
+            f"resume_from: {checkpoint} cannot be read ({type(error).__name__}: {error}). It was left as it is; go on "
+            f"with {hint}."
+        ) from error
+
+
+class ChangedRunError(ValueError):
+    """A checkpoint was written by a run of another configuration."""
+
+
+def check_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
+    """
+    Check that a checkpoint was written by a run whose results depend on the same values.
+
+    Args:
+        checkpoint (`Path`):
+            The checkpoint.
+        run (`dict`):
+            Values by name, as given to [`save_checkpoint`].
+
+    Raises:
+        `ChangedRunError`: they differ; the message names each.
+    """
+    stored = json.loads((checkpoint / "run.json").read_text())
+    now = json.loads(json.dumps(run, default=str))
+    names = [name for name in {**stored, **now} if stored.get(name) != now.get(name)]
+    if names:
+        changes = "; ".join(f"{name} was {stored.get(name)!r} and is {now.get(name)!r}" for name in names)
+        raise ChangedRunError(
+            f"resume_from: {checkpoint} is of another run: {changes}. Resume with what it was written with, or start "
+            "a new run in another output_dir."
+        )
 
 
 def load_progress(checkpoint: Path) -> Progress:

@@ -16,13 +16,16 @@
 """Configuration of [`PGraftTrainer`]: the fields of TRL's `DDPOConfig`, and those that GRAFT adds."""
 
 import dataclasses
-import inspect
+import json
+import math
 import os
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from .acceptance import ACCEPTANCE_RULES
 
@@ -34,6 +37,19 @@ PPO_ONLY_FIELDS = (
     "per_prompt_stat_tracking",
     "per_prompt_stat_tracking_buffer_size",
     "per_prompt_stat_tracking_min_count",
+)
+# Fields that a resumed run may give otherwise: they leave the result as it is, or are about what comes after.
+MAY_CHANGE = (
+    *PPO_ONLY_FIELDS,
+    *("exp_name", "run_name", "log_with", "tracker_kwargs", "tracker_project_name", "logdir"),
+    *("accelerator_kwargs", "project_kwargs", "mixed_precision", "allow_tf32", "gradient_checkpointing"),
+    *("num_epochs", "save_freq", "num_checkpoint_limit", "output_dir", "resume_from", "resume_from_checkpoint"),
+    *("async_reward_computation", "max_workers", "reward_retries", "reward_retry_wait", "reward_timeout"),
+    *("eval_prompts", "eval_freq"),
+    *("push_to_hub", "hub_model_id", "hub_dataset_id", "hub_private_repo", "hub_token"),
+    # What counts of these is their product, over all processes.
+    *("sample_batch_size", "sample_num_batches_per_epoch"),
+    *("train_batch_size", "train_gradient_accumulation_steps"),
 )
 
 
@@ -67,9 +83,12 @@ class GraftConfig:
     log_with: str | None = _option(
         None, "Tracker that accelerate logs to.", choices=["wandb", "tensorboard", "trackio"]
     )
-    tracker_kwargs: dict = _option({}, "Keyword arguments for the tracker (e.g. wandb_project).")
-    accelerator_kwargs: dict = _option({}, "Keyword arguments for the accelerator.")
-    project_kwargs: dict = _option({}, "Keyword arguments for accelerate's project configuration (e.g. project_dir).")
+    # `dict | str | None`, because a command line has a dict as JSON.
+    tracker_kwargs: dict | str | None = _option({}, 'Keyword arguments by tracker, e.g. {"wandb": {"entity": "me"}}.')
+    accelerator_kwargs: dict | str | None = _option({}, "Keyword arguments for the accelerator.")
+    project_kwargs: dict | str | None = _option(
+        {}, "Keyword arguments for accelerate's project configuration (e.g. project_dir)."
+    )
     tracker_project_name: str = _option("trl", "Name of the project in the tracker.")
     logdir: str = _option("logs", "Folder of the trackers' logs, inside the output folder.")
     num_epochs: int = _option(100, "Number of rounds: draw, score, accept, fine-tune.")
@@ -119,8 +138,8 @@ class GraftConfig:
     per_prompt_stat_tracking_min_count: int = _option(16, "PPO only; ignored.")
     async_reward_computation: bool = _option(False, "Score a batch in a thread while the next one is drawn.")
     max_workers: int = _option(2, "Threads of `async_reward_computation`.")
-    negative_prompts: str = _option("", "Negative prompt of the guided call.")
-    push_to_hub: bool = _option(False, "Push the adapter to the Hub after training.")
+    negative_prompts: str = _option("", "Negative prompt of the guided call; of a list, joined by commas.")
+    push_to_hub: bool = _option(False, "Push the adapter to the Hub, with a model card, at the end of training.")
 
     tuned_fraction: float = _option(
         0.5,
@@ -131,7 +150,9 @@ class GraftConfig:
         None, "Group size M. None: 8, or all of the round's images where they are fewer."
     )
     acceptance: str = _option("top_k", f"Acceptance rule: {', '.join(ACCEPTANCE_RULES)}, or a callable.")
-    acceptance_kwargs: dict = _option({}, "Arguments of the acceptance rule, e.g. k of top_k (default: M / 4).")
+    acceptance_kwargs: dict | str | None = _option(
+        {}, "Arguments of the acceptance rule, e.g. k of top_k (default: M / 4)."
+    )
     deduplicate_by: Callable | None = _option(
         None, "Function of (PIL image, prompt) whose value tells equal samples; only one of them is accepted."
     )
@@ -174,7 +195,13 @@ class GraftConfig:
     lr_scheduler_type: str = _option("constant", "Learning-rate schedule of `diffusers.optimization.get_scheduler`.")
     warmup_steps: int = _option(0, "Optimizer steps of learning-rate warm-up.")
     gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass.")
-    reward_retries: int = _option(2, "How often a reward function that raised is called again before the run stops.")
+    reward_retries: int = _option(
+        2, "How often a reward function that raised or timed out is called again before the run stops."
+    )
+    reward_retry_wait: float = _option(1.0, "Seconds before the first of these calls; doubled before each next one.")
+    reward_timeout: float | None = _option(
+        None, "Seconds that one call of a reward function may take. None: as long as it likes."
+    )
     eval_prompts: list[str] | None = field(
         default=None, metadata={"help": "Held-out prompts, drawn with the same seeds at every evaluation."}
     )
@@ -183,12 +210,20 @@ class GraftConfig:
     resume_from_checkpoint: str | None = _option(
         None, "TRL's name for `resume_from`; True takes the newest checkpoint of `output_dir`, if there is one."
     )
-    hub_model_id: str | None = _option(None, "Repository of the adapter on the Hub.")
-    hub_dataset_id: str | None = _option(None, "Repository of the samples on the Hub.")
-    hub_private_repo: bool = _option(False, "Make these repositories private.")
+    hub_model_id: str | None = _option(
+        None, "Repository of the adapter on the Hub; the name of the output folder where not given."
+    )
+    hub_dataset_id: str | None = _option(
+        None, "Dataset repository on the Hub; if given, each round's samples are pushed to it as they are saved."
+    )
+    hub_private_repo: bool = _option(False, "Make these repositories private; public ones are refused.")
     hub_token: str | None = field(default=None, repr=False, metadata={"help": "Token for the Hub; never stored."})
 
     def __post_init__(self):
+        for name in _DICTS:
+            setattr(self, name, _as_dict(name, getattr(self, name)))
+        if not isinstance(self.negative_prompts, str):
+            self.negative_prompts = ", ".join(self.negative_prompts or [])
         if self.train_cfg:
             self.guidance_loss = "combined"
         self._check_ranges()
@@ -210,7 +245,18 @@ class GraftConfig:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "hub_token"}
         return {name: getattr(v, "__name__", str(v)) if callable(v) else v for name, v in values.items()}
 
+    def shaping(self, processes: int) -> dict[str, Any]:
+        """What the result depends on, and so must not change when a run is resumed."""
+        images = self.sample_batch_size * self.sample_num_batches_per_epoch * processes
+        rows = self.train_batch_size * self.train_gradient_accumulation_steps * processes
+        fields = {name: value for name, value in self.to_dict().items() if name not in MAY_CHANGE}
+        return {**fields, "images a round": images, "rows of an optimizer step": rows}
+
     def _check_ranges(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{f.name}={value} is not a finite number.")
         for name in ("tuned_fraction", "train_timestep_fraction"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is outside (0, 1].")
@@ -227,8 +273,11 @@ class GraftConfig:
             raise ValueError(f"ema_decay={self.ema_decay} is outside (0, 1).")
         if self.tuned_guidance_scale is not None and self.tuned_guidance_scale <= 0:
             raise ValueError(f"tuned_guidance_scale={self.tuned_guidance_scale} must be positive; 1.0 is none.")
-        if self.reward_retries < 0:
-            raise ValueError(f"reward_retries={self.reward_retries} must be at least 0.")
+        for name in ("reward_retries", "reward_retry_wait"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0.")
+        if self.reward_timeout is not None and self.reward_timeout <= 0:
+            raise ValueError(f"reward_timeout={self.reward_timeout} must be positive; None waits without end.")
 
     def _check_choices(self) -> None:
         for f in dataclasses.fields(self):
@@ -239,11 +288,6 @@ class GraftConfig:
             raise ValueError(
                 f"acceptance={self.acceptance!r} is not one of {', '.join(ACCEPTANCE_RULES)}; a callable is taken too."
             )
-        if isinstance(self.acceptance, str):
-            try:
-                inspect.signature(ACCEPTANCE_RULES[self.acceptance]).bind("rewards", **self.acceptance_kwargs)
-            except TypeError as error:
-                raise ValueError(f"acceptance_kwargs do not fit acceptance={self.acceptance!r}: {error}.") from error
 
     def _check_group(self) -> None:
         size, k = self.samples_per_prompt, self.acceptance_kwargs.get("k")
@@ -257,6 +301,16 @@ class GraftConfig:
             raise ValueError(
                 f"acceptance_kwargs: k={k} of samples_per_prompt={size or 8} must be at least 1 and less than that."
             )
+        if isinstance(self.acceptance, str):
+            self._try_acceptance()
+
+    def _try_acceptance(self) -> None:
+        """Call the rule on rewards below any bound: what it refuses is better known before anything is drawn."""
+        rewards = torch.full((self.samples_per_prompt or 8,), -1e30, dtype=torch.float64)
+        try:
+            ACCEPTANCE_RULES[self.acceptance](rewards, **self.acceptance_kwargs)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"acceptance_kwargs do not fit acceptance={self.acceptance!r}: {error}") from error
 
     def _warn_of_ppo_fields(self) -> None:
         ppo_only = (f for f in dataclasses.fields(self) if f.name in PPO_ONLY_FIELDS)
@@ -265,6 +319,19 @@ class GraftConfig:
             warnings.warn(f"GraftConfig ignores fields that only PPO has a use for: {', '.join(given)}.", stacklevel=4)
 
 
+def _as_dict(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
+    """The field's dict, from JSON where a command line gave it."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name}={value!r} is not JSON: {error}.") from error
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{name}={value!r} must be a dict, or a JSON object on the command line.")
+    return value or {}
+
+
+_DICTS = ("tracker_kwargs", "accelerator_kwargs", "project_kwargs", "acceptance_kwargs")
 _POSITIVE = (
     "num_epochs",
     "save_freq",

@@ -238,7 +238,8 @@ class Trajectory:
 @contextmanager
 def record_trajectory(pipeline: Any, call: DenoiserCall, position: int, batch_size: int) -> Iterator[Trajectory]:
     """
-    Record the state that enters step `position` (0 is pure noise) of the pipeline call made inside the block.
+    Record the state that enters the scheduler's step number `position` (0 is pure noise) of the pipeline call made
+    inside the block.
 
     The final latents never pass through the denoiser: they are the last result of `scheduler.step`, which is observed
     on this scheduler object and restored on leaving.
@@ -289,14 +290,14 @@ def observe_calls(denoiser: torch.nn.Module, observer: Callable[[dict[str, Any]]
 
 @contextmanager
 def observe_steps(scheduler: Any, observer: Callable[..., None]) -> Iterator[None]:
-    """Show `observer` the timestep, model output and result of every `scheduler.step` made inside the block."""
+    """Show `observer` timestep, model output, result and further options of each `scheduler.step` in the block."""
     original, shadowed = scheduler.step, vars(scheduler).get("step")
 
     # With the signature of the original, because pipelines look there for what to pass, such as eta and generator.
     @functools.wraps(original)
     def step(model_output: torch.Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(model_output, timestep, *args, **kwargs)
-        observer(timestep=timestep, result=result, model_output=model_output)
+        observer(timestep=timestep, result=result, model_output=model_output, options=kwargs)
         return result
 
     scheduler.step = step
@@ -320,6 +321,15 @@ def run_until_recorded(
             pipeline(generator=generator, **arguments)
     except CallRecorded:
         pipeline.maybe_free_model_hooks()
+
+
+def require_a_call(pipeline: Any, calls: Sequence[Any]) -> None:
+    """Refuse a pipeline that has reached its scheduler's step without a denoiser call."""
+    if not calls:
+        raise ValueError(
+            f"{type(pipeline).__name__} reached `scheduler.step` without calling its "
+            f"`{denoiser_name_of(pipeline)}`: there is no denoiser call to record."
+        )
 
 
 def branches_of(

@@ -27,7 +27,8 @@ from .config import GraftConfig
 
 def make_accelerator(config: GraftConfig, output_dir: Path) -> Accelerator:
     """Accelerator of a run: precision by device where the configuration leaves it open, logs under `output_dir`."""
-    project = {"project_dir": str(output_dir), "logging_dir": str(output_dir / config.logdir), **config.project_kwargs}
+    logs = output_dir / config.logdir / (config.run_name if config.log_with == "tensorboard" else "")
+    project = {"project_dir": str(output_dir), "logging_dir": str(logs), **config.project_kwargs}
     output_dir.mkdir(parents=True, exist_ok=True)
     if config.allow_tf32 and torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -70,8 +71,3 @@ def make_optimizer(parameters: list[torch.nn.Parameter], config: GraftConfig) ->
         weight_decay=config.train_adam_weight_decay,
         eps=config.train_adam_epsilon,
     )
-
-
-def tracker_values(values: dict[str, Any]) -> dict[str, Any]:
-    """Values that every tracker takes: numbers and strings."""
-    return {name: v if isinstance(v, int | float | str | bool) else str(v) for name, v in values.items()}

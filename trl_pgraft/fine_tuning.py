@@ -124,24 +124,36 @@ class GraftLoss:
         Returns:
             `torch.Tensor` of shape `(B,)`.
         """
+        return weighted_mse(*self.regression(model, x_i, noise, timesteps, prompts, dropped))
+
+    def regression(
+        self,
+        model: Callable[..., Any],
+        x_i: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+        prompts: torch.Tensor,
+        dropped: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Prediction and target, both of shape `(B, ...)`, and weight of each row; arguments as those of a call."""
         x_t, target, weight = renoise(
             x_i, noise, self.levels.level_i, self.levels.schedule(timesteps), self.prediction_type
         )
         x_t = x_t.to(self.denoiser.dtype)
         conditional = self.conditioning.rows(prompts, x_i.device)
         if not self.call.is_guided or self.guidance_scale == 1.0:
-            return weighted_mse(replay(model, self.call, x_t, timesteps, conditional), target, weight)
+            return replay(model, self.call, x_t, timesteps, conditional), target, weight
         unconditional = self.conditioning.rows(prompts, x_i.device, unconditional=True)
         if self.guidance_loss == "combined":
             u, c = (replay(model, self.call, x_t, timesteps, branch) for branch in (unconditional, conditional))
-            return weighted_mse(guided(u, c, self.guidance_scale), target, weight)
+            return guided(u, c, self.guidance_scale), target, weight
         if self.guidance_loss == "corrected":
             with torch.no_grad(), without_adapters(self.denoiser, self.adapters):
                 u = replay(self.denoiser, self.call, x_t, timesteps, unconditional)
             target = corrected_target(target, u.to(target.dtype), self.guidance_scale)
         elif dropped.any():
-            return weighted_mse(self._caption_dropped(model, x_t, timesteps, prompts, dropped), target, weight)
-        return weighted_mse(replay(model, self.call, x_t, timesteps, conditional), target, weight)
+            return self._caption_dropped(model, x_t, timesteps, prompts, dropped), target, weight
+        return replay(model, self.call, x_t, timesteps, conditional), target, weight
 
     def _caption_dropped(
         self,
@@ -201,8 +213,7 @@ def fit(
     optimizer: torch.optim.Optimizer,
     config: Any,
     lr_schedule: Callable[[int], float],
-    on_microbatch: Callable[[], Any] | None = None,
-    on_step: Callable[[], Any] | None = None,
+    on_event: Callable[[str], Any] = lambda event: None,
 ) -> FitReport:
     """
     Fit the trainable adapter of `loss.denoiser` to accepted states.
@@ -222,8 +233,9 @@ def fit(
             Batch size, accumulation, timesteps per pass, gradient norm.
         lr_schedule (`Callable[[int], float]`):
             Learning rate of the fit's n-th optimizer step.
-        on_microbatch, on_step (`Callable`, *optional*):
-            Called after each microbatch, and after each optimizer step.
+        on_event (`Callable[[str], Any]`, *optional*):
+            Called with the name of the event of transformers' callbacks: `on_step_begin`, `on_substep_end` or
+            `on_step_end` after each microbatch, `on_pre_optimizer_step` and `on_optimizer_step`.
 
     Raises:
         `RuntimeError`: ten optimizer steps in a row had a non-finite loss or gradient.
@@ -237,25 +249,26 @@ def fit(
     model, stepper = accelerator.prepare(denoiser, optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     microbatches = list(_microbatches(passes, config, accelerator))
-    skipped_in_a_row = 0
+    skipped_in_a_row, is_boundary = 0, True
     for number, (rows, k) in enumerate(microbatches, start=1):
+        if is_boundary:
+            on_event("on_step_begin")
         is_boundary = number % config.train_gradient_accumulation_steps == 0 or number == len(microbatches)
         with nullcontext() if is_boundary else accelerator.no_sync(model):
-            losses, bins = _losses(loss, model, states, rows, k, config, accelerator.device)
+            # accelerate wraps a model in its autocast when it is first prepared, and not in the fits after that.
+            with accelerator.autocast():
+                losses, bins = _losses(loss, model, states, rows, k, config, accelerator.device)
             accelerator.backward(losses.mean() / config.train_gradient_accumulation_steps)
         report.losses.append(losses.detach())
         report.bins.append(bins)
         if is_boundary:
             for group in optimizer.param_groups:
                 group["lr"] = lr_schedule(report.steps)
-            finite = _step(accelerator, stepper, parameters, config.train_max_grad_norm)
+            finite = _step(accelerator, stepper, parameters, config.train_max_grad_norm, on_event)
             report.steps, report.skipped = report.steps + 1, report.skipped + (not finite)
             skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
             _stop_if(skipped_in_a_row)
-            if on_step is not None:
-                on_step()
-        if on_microbatch is not None:
-            on_microbatch()
+        on_event("on_step_end" if is_boundary else "on_substep_end")
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     accelerator.free_memory()
     denoiser.train(was_training)
@@ -300,12 +313,20 @@ def _draw_row(loss: GraftLoss, seed: int, k: int, count: int, shape: torch.Size)
     return timestep, torch.randn(shape, generator=generator), dropped
 
 
-def _step(accelerator: Accelerator, optimizer: Any, parameters: Sequence[torch.Tensor], max_norm: float) -> bool:
+def _step(
+    accelerator: Accelerator,
+    optimizer: Any,
+    parameters: Sequence[torch.Tensor],
+    max_norm: float,
+    on_event: Callable[[str], Any],
+) -> bool:
     """One optimizer step; skipped where the gradient is not finite."""
     norm = accelerator.clip_grad_norm_(parameters, max_norm)
     finite = bool(torch.isfinite(norm))
+    on_event("on_pre_optimizer_step")
     if finite or accelerator.scaler is not None:
         optimizer.step()
+    on_event("on_optimizer_step")
     optimizer.zero_grad()
     return finite
 

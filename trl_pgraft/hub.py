@@ -33,6 +33,8 @@ from .timestep_gate import SwitchLevel, TimestepGate
 
 
 SWITCH_FILE = "pgraft.json"
+PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
+ADAPTER_FILES = (SWITCH_FILE, *PEFT_FILES, "pytorch_lora_weights.safetensors")
 PEFT_PREFIX = "base_model.model."
 
 
@@ -88,7 +90,14 @@ def read_switch(folder: str | Path) -> SwitchLevel:
     return SwitchLevel(**{**values, "clock": tuple(values["clock"])})
 
 
-def load_pgraft_adapter(pipeline: Any, source: str | Path, name: str = ADAPTER_NAME) -> TimestepGate:
+def load_pgraft_adapter(
+    pipeline: Any,
+    source: str | Path,
+    name: str = ADAPTER_NAME,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+) -> TimestepGate:
     """
     Load an adapter of [`save_pgraft_adapter`] and put the gate on the denoiser that switches it at its noise level.
 
@@ -99,11 +108,18 @@ def load_pgraft_adapter(pipeline: Any, source: str | Path, name: str = ADAPTER_N
             Folder, or repository on the Hub.
         name (`str`, *optional*, defaults to `"pgraft"`):
             Name that the adapter gets.
+        revision (`str`, *optional*):
+            Branch, tag or commit of the repository.
+        token (`str`, *optional*):
+            Token for a private repository; the one of `HF_TOKEN` or `hf auth login` where not given.
 
     Returns:
         [`TimestepGate`]: at work until its `remove()`.
     """
-    folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(str(source)))
+    folder = Path(source)
+    if not folder.is_dir():
+        files = [SWITCH_FILE, *PEFT_FILES]
+        folder = Path(snapshot_download(str(source), allow_patterns=files, revision=revision, token=token))
     switch, denoiser = read_switch(folder), denoiser_of(pipeline)
     if switch.tuned_guidance_scale is not None:
         warnings.warn(
@@ -115,7 +131,7 @@ def load_pgraft_adapter(pipeline: Any, source: str | Path, name: str = ADAPTER_N
     for parameter in adapter_parameters(denoiser, name):
         parameter.data = parameter.data.to(denoiser.dtype)
         parameter.requires_grad_(False)
-    return TimestepGate(denoiser, name, switch.switch_timestep, switch.clock)
+    return TimestepGate(denoiser, name, switch.switch_timestep, switch.clock, pipeline)
 
 
 def load_adapter_weights(denoiser: torch.nn.Module, folder: str | Path, name: str) -> None:

@@ -23,7 +23,7 @@ import torch
 from .config import GraftConfig
 from .denoiser_call import DenoiserCall
 from .noise_schedules import CLEAN, Level, NoiseSchedule
-from .probe import first_timestep, sampler_timesteps
+from .samplers import Sampler, check_sampler, sampler_of
 from .timestep_gate import SwitchLevel
 
 
@@ -40,7 +40,7 @@ class TunedLevels:
         switch_timestep (`float` or `None`):
             Timesteps above it are tuned; `None`: all.
         position (`int`):
-            Position of x_I among the sampler's steps; the number of tuned steps.
+            Denoiser calls of a trajectory that come before x_I: the number of tuned steps where a step is one call.
         grid (`list[float]` or `None`):
             Timesteps to draw from; `None`: all of the tuned range.
         first (`float` or `None`):
@@ -91,31 +91,49 @@ def tuned_levels(
     """
     Tuned noise levels of a pipeline's sampler, and the switch that is stored with the adapter.
 
-    The switch lies midway between the last tuned and the first reference step, because pipelines round timesteps.
-
     Args:
         config ([`GraftConfig`]):
-            `tuned_fraction` and `timestep_sampling` count.
+            `tuned_fraction`, `timestep_sampling`, `sample_eta` and `tuned_guidance_scale` count.
         pipeline (`DiffusionPipeline`):
-            Asked for the timesteps of its sampler.
+            Asked for its sampler.
         call ([`DenoiserCall`]):
             The denoiser's clock.
         arguments (`dict`):
             Arguments of the sampling call.
+
+    Raises:
+        `ValueError`: the scheduler is not supported, or its states are not at the levels that it tells the denoiser.
     """
-    timesteps, first = sampler_timesteps(pipeline, arguments), first_timestep(pipeline, arguments)
-    # Where an image is started from, the noisiest steps of the schedule are not made, and not tuned.
-    starts_late = first != timesteps[0]
-    timesteps = timesteps[timesteps.index(first) :]
-    position = max(1, round(config.tuned_fraction * len(timesteps)))
-    schedule = NoiseSchedule.from_scheduler(pipeline.scheduler)
-    grid = timesteps[:position] if config.timestep_sampling == "sampler" else None
-    further = {"grid": grid, "first": first if starts_late else None}
-    if position == len(timesteps):
-        return TunedLevels(schedule, CLEAN, None, position, **further), SwitchLevel(None, None, None, call.clock)
-    state = timesteps[position]
-    switch = (timesteps[position - 1] + state) / 2
+    sampler = sampler_of(pipeline, arguments)
+    levels, switch = levels_of_sampler(config, sampler, call.clock)
+    check_sampler(sampler, levels.position, config.sample_eta)
+    return levels, switch
+
+
+def levels_of_sampler(
+    config: GraftConfig, sampler: Sampler, clock: tuple[float, float] = (1.0, 0.0)
+) -> tuple[TunedLevels, SwitchLevel]:
+    """
+    As [`tuned_levels`], of a [`Sampler`] and without checking its states.
+
+    `tuned_fraction` is a share of the sampler's steps; a step may make several denoiser calls. The switch lies midway
+    between the last tuned and the first reference timestep, because pipelines round timesteps.
+    """
+    schedule = NoiseSchedule.from_scheduler(sampler.scheduler)
+    timesteps, starts = sampler.timesteps, sampler.step_starts()
+    tuned_steps = max(1, round(config.tuned_fraction * len(starts)))
+    position = [*starts, len(timesteps)][tuned_steps]
+    state = timesteps[position] if tuned_steps < len(starts) else None
+    tuned = sorted({t for t in timesteps[:position] if state is None or t > state}, reverse=True)
+    starts_late = len(timesteps) < len(sampler.scheduler.timesteps)
+    further = {
+        "grid": tuned if config.timestep_sampling == "sampler" else None,
+        "first": timesteps[0] if starts_late else None,
+    }
+    if state is None:
+        return TunedLevels(schedule, CLEAN, None, position, **further), SwitchLevel(None, None, None, clock)
+    switch = (tuned[-1] + state) / 2
     alpha, sigma = schedule(state)
     levels = TunedLevels(schedule, (alpha.item(), sigma.item()), switch, position, **further)
     log_snr = schedule.log_snr(switch).item()
-    return levels, SwitchLevel(switch, log_snr, state, call.clock, config.tuned_guidance_scale)
+    return levels, SwitchLevel(switch, log_snr, state, clock, config.tuned_guidance_scale)

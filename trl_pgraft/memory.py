@@ -27,8 +27,9 @@ from peft import PeftConfig
 from .adapters import ADAPTER_NAME, adapter_parameters, add_adapter, default_lora_config, tuner_layers
 from .config import GraftConfig
 from .denoiser_call import DenoiserCall, denoiser_of
-from .probe import first_timestep, learn_denoiser_call
+from .probe import learn_denoiser_call
 from .rollout import sampling_arguments
+from .samplers import sampler_of
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def estimate_memory(
     layers = {id(layer) for layer in tuner_layers(shell, ADAPTER_NAME)}
     adapted = [denoiser.get_submodule(path) for path, module in shell.named_modules() if id(module) in layers]
     with _input_bytes(adapted) as kept:
-        first_timestep(pipeline, arguments)
+        sampler_of(pipeline, arguments)  # makes one step
     passes = 2 if call.is_guided and config.guidance_loss == "combined" else 1
     activations = 0 if config.gradient_checkpointing else sum(kept) // call.branches * config.train_batch_size * passes
     modules = [m for m in pipeline.components.values() if isinstance(m, torch.nn.Module)]

@@ -13,15 +13,21 @@
 # limitations under the License.
 
 
-"""Pictures of samples: a grid of images before and after fine-tuning, labelled by their prompts."""
+"""Pictures: a grid of images before and after fine-tuning, and the curves by which t_I is chosen."""
 
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from .rewards.functions import to_pil
+
+
+if TYPE_CHECKING:
+    from .diagnostics import IntermediateStep
 
 
 def before_after_grid(
@@ -57,11 +63,86 @@ def before_after_grid(
         x, y = margin + (index % columns) * (size + gap), gap + (index // columns) * pair
         for line, image in enumerate(images):
             grid.paste(image.resize((size, size), Image.LANCZOS), (x, y + line * (size + gap)))
-        # Prompts are shown, not interpreted: control characters become spaces, long ones are cut.
-        printable = "".join(c if c.isprintable() else " " for c in labels[index])[:120]
-        below = (x, y + 2 * size + gap + 2)
-        draw.multiline_text(below, textwrap.fill(printable, 24), fill="black", font=ImageFont.load_default(10))
+        _write(draw, (x, y + 2 * size + gap + 2), labels[index])
         for line, title in enumerate(titles if index % columns == 0 else ()):
             middle = y + line * (size + gap) + size // 2 - 6
             draw.text((4, middle), title, fill="black", font=ImageFont.load_default(14))
     return grid
+
+
+def draw_choice(result: "IntermediateStep", path: str | Path) -> None:
+    """
+    Draw the curves of a choice and the proposal to an image file.
+
+    Args:
+        result ([`IntermediateStep`]):
+            From [`choose_intermediate_step`].
+        path (`str` or `Path`):
+            File to write; its suffix is the format.
+    """
+    from matplotlib.figure import Figure
+
+    rows = result.curves
+    x = [row["fraction"] for row in rows]
+
+    def column(name: str) -> list[float]:
+        return [row[name] for row in rows]
+
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    information, gradients, losses = figure.subplots(1, 3)
+    information.plot(x, column("readable"), "o--", color="tab:gray", label="readable (rank correlation)")
+    if result.stochastic:
+        information.plot(x, column("reward_variance"), "o:", color="tab:purple", label="reward variance given $x_I$")
+    information.plot(x, column("information"), "o-", color="tab:blue", label="information")
+    information.plot(x, column("score"), "s-", color="tab:green", label="score")
+    information.set(title="What $x_I$ holds of the reward", ylabel="share")
+    for name, colour, label in (
+        ("refit", "tab:red", "refit: all states"),
+        ("selection", "tab:orange", "selection: accepted less all"),
+    ):
+        style = {"fmt": "o-", "capsize": 3, "color": colour, "label": label}
+        gradients.errorbar(x, column(name), column(f"{name}_error"), **style)
+    gradients.set(title="What a fit must learn", ylabel="squared mean gradient x steps")
+    losses.plot(x, column("difficulty"), "o-", color="tab:brown", label="accepted states")
+    losses.plot(x, column("difficulty_all"), "o--", color="tab:gray", label="all states")
+    losses.set(title="Weighted loss of the reference", ylim=(0, None))
+    for axes in (information, gradients, losses):
+        axes.axhline(0, color="black", linewidth=0.5)
+        axes.axvline(result.fraction, color="tab:green", alpha=0.4, label=f"proposal {result.fraction:g}")
+        axes.set(xlabel="tuned fraction")
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+def image_grid(
+    images: torch.Tensor, captions: Sequence[str], columns: int = 8, size: int = 128, most: int = 64
+) -> Image.Image:
+    """
+    Images row by row, each with its caption.
+
+    Args:
+        images (`torch.Tensor` of shape `(N, 3, H, W)`, uint8):
+            Images.
+        captions (`Sequence[str]`):
+            `N` captions.
+        columns (`int`, *optional*, defaults to `8`):
+            Images in a row.
+        size (`int`, *optional*, defaults to `128`):
+            Edge of a drawn image in pixels.
+        most (`int`, *optional*, defaults to `64`):
+            Images drawn; the rest is left out.
+    """
+    gap, text = 4, 60
+    shown = list(zip(to_pil(images[:most]), captions, strict=False))
+    columns = min(columns, len(shown))
+    grid = Image.new("RGB", (columns * (size + gap) + gap, -(-len(shown) // columns) * (size + text)), "white")
+    draw = ImageDraw.Draw(grid)
+    for index, (image, caption) in enumerate(shown):
+        x, y = gap + (index % columns) * (size + gap), gap + (index // columns) * (size + text)
+        grid.paste(image.resize((size, size), Image.LANCZOS), (x, y))
+        _write(draw, (x, y + size + 2), caption)
+    return grid
+
+
+def _write(draw: ImageDraw.ImageDraw, position: tuple[int, int], text: str) -> None:
+    """Text below a picture. It is shown, not interpreted: control characters become spaces, the end is cut."""
+    printable = "".join(c if c.isprintable() else " " for c in text)[:120]
+    draw.multiline_text(position, textwrap.fill(printable, 24), fill="black", font=ImageFont.load_default(10))

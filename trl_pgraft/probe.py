@@ -31,15 +31,16 @@ from .denoiser_call import (
     DenoiserCall,
     branches_of,
     calls_of_first_step,
-    denoiser_name_of,
     denoiser_of,
     observe_calls,
     observe_steps,
     prediction_of,
+    require_a_call,
     run_until_recorded,
 )
 from .denoiser_format import DenoiserFormat
 from .pipeline_inputs import parameters_of
+from .samplers import run_on_known_data, sampler_of
 
 
 # Of different lengths, because some pipelines pass a mask only where there is padding.
@@ -68,6 +69,7 @@ def learn_denoiser_call(
     """
     kwargs = {**(pipeline_kwargs or {}), "num_inference_steps": _probe_steps(pipeline, pipeline_kwargs or {})}
     format = (denoiser_format or DenoiserFormat).of(denoiser_of(pipeline))
+    run_on_known_data(sampler_of(pipeline, pipeline_kwargs or {}))  # refuses schedulers that the rest would stumble on
     step = _first_step(pipeline, PROBE_PROMPTS[:1], kwargs)
     branches = _count_branches(step, format, pipeline)
     off = {} if branches == 1 else _guidance_off(pipeline, kwargs, format)
@@ -88,17 +90,6 @@ def learn_denoiser_call(
         batch_axes=axes,
         guidance_scale=scale,
     )
-
-
-def sampler_timesteps(pipeline: Any, pipeline_kwargs: dict[str, Any]) -> list[float]:
-    """Training timesteps of the steps that `pipeline` makes with these arguments, as it sets them itself."""
-    _first_step(pipeline, ["a"], pipeline_kwargs)
-    return [float(timestep) for timestep in pipeline.scheduler.timesteps]
-
-
-def first_timestep(pipeline: Any, pipeline_kwargs: dict[str, Any]) -> float:
-    """Training timestep of the first step that is made: not the scheduler's first where an image is started from."""
-    return _first_step(pipeline, ["a"], pipeline_kwargs).timestep
 
 
 @dataclass
@@ -125,11 +116,7 @@ def _first_step(pipeline: Any, prompts: list[str], kwargs: dict[str, Any]) -> _S
             run_until_recorded(pipeline, prompts, kwargs)
     finally:
         handle.remove()
-    if not step.calls:
-        raise ValueError(
-            f"{type(pipeline).__name__} reached `scheduler.step` without calling its "
-            f"`{denoiser_name_of(pipeline)}`: there is no denoiser call to record."
-        )
+    require_a_call(pipeline, step.calls)
     return step
 
 
@@ -277,7 +264,7 @@ def _two_steps(pipeline: Any, kwargs: dict[str, Any], format: DenoiserFormat) ->
         if probe.model_output is None:
             probe.output = prediction_of(format, output, probe.x_t)
 
-    def on_step(timestep: Any, result: Any, model_output: torch.Tensor) -> None:
+    def on_step(timestep: Any, model_output: torch.Tensor, **_: Any) -> None:
         probe.model_output = model_output if probe.model_output is None else probe.model_output
         probe.scheduler_timesteps.append(float(timestep))
         if len(probe.scheduler_timesteps) == 2:

@@ -18,7 +18,7 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,15 +70,12 @@ class Drawn:
             Final images; of a video pipeline `(N, F, 3, H, W)`.
         x_i (`torch.Tensor` of shape `(N, ...)`, float32):
             Recorded states, as the denoiser sees them.
-        timesteps (`list[float]`):
-            The sampler's training timesteps.
         denoiser_calls (`int`):
             Denoiser evaluations, counted per image and branch.
     """
 
     images: torch.Tensor
     x_i: torch.Tensor
-    timesteps: list[float]
     denoiser_calls: int
 
 
@@ -110,6 +107,12 @@ def form_groups(prompts: Iterator[tuple[str, dict[str, Any]]], images: int, grou
 def samples_of(groups: Sequence[Group], *seed_parts: Any) -> list[Sample]:
     """All samples of the groups, seeded by `seed_parts`, group and index."""
     return [Sample(g, i, seed_of(*seed_parts, g.index, i)) for g in groups for i in range(g.size)]
+
+
+def columns_of(samples: Sequence[Sample]) -> dict[str, list[Any]]:
+    """Further columns of the samples' prompts, as lists."""
+    names = dict.fromkeys(name for sample in samples for name in sample.group.columns)
+    return {name: [sample.group.columns.get(name) for sample in samples] for name in names}
 
 
 def sampling_arguments(config: Any, pipeline: Any, pipeline_kwargs: dict[str, Any] | None) -> dict[str, Any]:
@@ -157,11 +160,10 @@ def draw(
     position: int,
     batch_size: int,
     arguments: dict[str, Any],
-    on_batch: Callable[[Sequence[Sample], torch.Tensor], None] | None = None,
     progress: bool = False,
-) -> Drawn:
+) -> Iterator[tuple[Sequence[Sample], Drawn]]:
     """
-    Draw samples with the pipeline as it is, and keep each trajectory's state at `position`.
+    Draw samples with the pipeline as it is, batch by batch, and keep each trajectory's state at `position`.
 
     Args:
         pipeline (`DiffusionPipeline`):
@@ -176,12 +178,12 @@ def draw(
             Images of one pipeline call.
         arguments (`dict`):
             From [`sampling_arguments`].
-        on_batch (`Callable`, *optional*):
-            Called with the samples and images of each finished batch.
         progress (`bool`, *optional*, defaults to `False`):
             Whether to show a progress bar.
+
+    Yields:
+        `tuple[Sequence[Sample], Drawn]`: a batch of the samples, and what was drawn for them.
     """
-    images, states, calls, timesteps = [], [], 0, []
     starts = range(0, len(samples), batch_size)
     for start in tqdm(starts, desc="sampling", leave=False, disable=not progress):
         batch = samples[start : start + batch_size]
@@ -190,12 +192,8 @@ def draw(
             prompts, seeds = [s.group.prompt for s in batch], [s.seed for s in batch]
             output = call_pipeline(pipeline, prompts, seeds, {**arguments, "output_type": "pt"}, inputs)
         _check_trajectory(trajectory, pipeline)
-        images.append(_to_uint8(output.images if hasattr(output, "images") else output.frames))
-        states.append(trajectory.x_i.float().cpu())
-        calls, timesteps = calls + trajectory.denoiser_calls, trajectory.timesteps
-        if on_batch is not None:
-            on_batch(batch, images[-1])
-    return Drawn(torch.cat(images), torch.cat(states), timesteps, calls)
+        images = to_uint8(output.images if hasattr(output, "images") else output.frames)
+        yield batch, Drawn(images, trajectory.x_i.float().cpu(), trajectory.denoiser_calls)
 
 
 def _check_trajectory(trajectory: Trajectory, pipeline: Any) -> None:
@@ -213,7 +211,8 @@ def _check_trajectory(trajectory: Trajectory, pipeline: Any) -> None:
         )
 
 
-def _to_uint8(images: torch.Tensor) -> torch.Tensor:
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """A pipeline's images in [0, 1] as uint8 on the host."""
     if not images.isfinite().all():
         raise ValueError("The pipeline returned images with non-finite values; sample in a higher precision.")
     return (images.float() * 255).round().clamp(0, 255).to(torch.uint8).cpu()

@@ -31,6 +31,7 @@ from .rollout import Drawn, Sample
 
 # Columns of what the pipeline was handed beside a prompt; without it, an input `image` would be taken for a sample.
 INPUT_PREFIX = "input_"
+SAMPLE_COLUMNS = ("prompt", "image", "reward", "accepted", "group", "seed", "x_I", "t_I", "fingerprint")
 
 
 def sampling_fingerprint(pipeline: Any, arguments: dict[str, Any], position: int) -> str:
@@ -52,6 +53,55 @@ def sampling_fingerprint(pipeline: Any, arguments: dict[str, Any], position: int
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
 
+def check_samples(dataset: Any, fingerprint: str, rewards: Sequence[str]) -> datasets.Dataset:
+    """
+    The samples to train on, checked against what is to be trained.
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.DatasetDict` of one split):
+            Samples of one or several rounds.
+        fingerprint (`str`):
+            From [`sampling_fingerprint`].
+        rewards (`Sequence[str]`):
+            Reward functions whose columns are read.
+
+    Raises:
+        `ValueError`: columns are missing, it has no rows or several splits, or it was drawn otherwise.
+    """
+    if isinstance(dataset, dict):
+        if len(dataset) != 1:
+            raise ValueError(f"samples_dataset has the splits {', '.join(dataset)}; give one of them.")
+        (dataset,) = dataset.values()
+    if not isinstance(dataset, datasets.Dataset):
+        raise ValueError(f"samples_dataset is a {type(dataset).__name__}; load it without streaming.")
+    needed = [*SAMPLE_COLUMNS, *(f"reward_{name}" for name in rewards)]
+    missing = [name for name in needed if name not in dataset.column_names]
+    if missing:
+        raise ValueError(
+            f"samples_dataset has no column {', '.join(missing)}; it has {', '.join(dataset.column_names)}. It must "
+            "be what a run with these rewards kept, in samples/ of its output folder or on the Hub."
+        )
+    found = set(dataset["fingerprint"])
+    if not found:
+        raise ValueError("samples_dataset is empty: there is nothing to train on.")
+    if found != {fingerprint}:
+        raise ValueError(
+            "samples_dataset was drawn from another model, scheduler, guidance or tuned_fraction (fingerprint "
+            f"{', '.join(sorted(map(str, found)))}; this configuration has {fingerprint}). Train with the "
+            "configuration that drew it."
+        )
+    return dataset
+
+
+def fingerprint_of(tensors: dict[str, torch.Tensor]) -> str:
+    """Short hash of tensors, bit for bit, and of their names."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def _stable(value: Any) -> str:
     """Text of an argument that is the same in another process: of images and tensors, their content."""
     if isinstance(value, Image.Image):
@@ -61,6 +111,15 @@ def _stable(value: Any) -> str:
     elif isinstance(value, list | tuple):
         return str([_stable(v) for v in value])
     return hashlib.blake2b(value, digest_size=8).hexdigest() if isinstance(value, bytes) else str(value)
+
+
+def example_columns(dataset: Any) -> dict[str, Any]:
+    """Further columns of a dataset's first prompt; of samples, what the pipeline was handed."""
+    if not isinstance(dataset, datasets.Dataset) or not len(dataset):
+        return {}
+    row = dataset[0]
+    stored = {n.removeprefix(INPUT_PREFIX): value for n, value in row.items() if n.startswith(INPUT_PREFIX)}
+    return stored if "x_I" in row else row
 
 
 def to_dataset(

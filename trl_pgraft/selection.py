@@ -79,6 +79,8 @@ class Round:
             Their weighted sum.
         decision ([`Decision`]):
             What is accepted.
+        denoiser_calls (`int`, *optional*, defaults to `0`):
+            What drawing them took, counted per image and branch.
     """
 
     groups: list[Group]
@@ -87,6 +89,7 @@ class Round:
     values: torch.Tensor
     reward: torch.Tensor
     decision: Decision
+    denoiser_calls: int = 0
 
     @classmethod
     def from_dataset(cls, dataset: datasets.Dataset, rewards: Sequence[str]) -> "Round":
@@ -121,6 +124,11 @@ class Round:
             stored["reward"],
             Decision(torch.tensor(table["accepted"].to_numpy())[order], float("nan"), float("nan"), 0),
         )
+
+    def captions(self) -> list[str]:
+        """What is written under each sample's picture: reward, whether it is accepted, and prompt."""
+        rows = zip(self.samples, self.reward.tolist(), self.decision.accepted.tolist(), strict=True)
+        return [f"{reward:.3g}{', accepted' if taken else ''}: {s.group.prompt}" for s, reward, taken in rows]
 
     def metrics(self, rewards: Sequence[str]) -> dict[str, float]:
         """What is logged of a round; names as users of TRL's trainers know them."""
@@ -300,3 +308,26 @@ def combined_rewards(values: torch.Tensor, weights: Sequence[float], groups: Seq
         total = torch.where(silent, 0.0, block * torch.tensor(weights, dtype=block.dtype)).sum(1)
         parts.append(torch.where(silent.all(), torch.nan, total))
     return torch.cat(parts)
+
+
+def accumulated_kl(progress: Any, round_: Round, config: Any) -> float:
+    """
+    KL to the reference that the rounds so far imply, this one included: their sum, or, where the policy drew all of
+    them for one top-k selection without ties, the KL of the composed selections.
+
+    Args:
+        progress ([`~trl_pgraft.checkpoints.Progress`]):
+            Has counted the rounds before, and counts this one.
+        round_ ([`Round`]):
+            This round.
+        config ([`GraftConfig`]):
+            Its acceptance rule, and who draws.
+    """
+    kl, size = round_.decision.implied_kl, round_.groups[0].size
+    if config.sample_from == "reference":
+        return kl
+    k = config.acceptance_kwargs.get("k", max(1, round(size / 4)))
+    progress.kl_rounds, progress.kl_sum = progress.kl_rounds + 1, progress.kl_sum + kl
+    is_top_k = config.acceptance == "top_k" and k < size
+    progress.kl_composes &= is_top_k and abs(kl - implied_kl(size, k)) < 1e-9
+    return implied_kl(size, k, rounds=progress.kl_rounds) if progress.kl_composes else progress.kl_sum

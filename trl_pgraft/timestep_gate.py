@@ -68,6 +68,9 @@ class TimestepGate:
             Training timestep (larger is noisier) above which the adapter is on; `None` keeps it on throughout (GRAFT).
         clock (`tuple[float, float]`, *optional*, defaults to `(1.0, 0.0)`):
             `(scale, offset)` of the denoiser's own clock, see [`DenoiserCall`].
+        pipeline (`DiffusionPipeline`, *optional*):
+            The pipeline that calls the denoiser. Its scheduler tells which calls complete a step begun before (the
+            second call of Heun's method, at the step's end); they run as that step began.
     """
 
     def __init__(
@@ -76,10 +79,13 @@ class TimestepGate:
         adapter_name: str,
         switch_timestep: float | None,
         clock: tuple[float, float] = (1.0, 0.0),
+        pipeline: Any = None,
     ):
         self.adapter_name = adapter_name
         self.switch_timestep = switch_timestep
         self.clock = clock
+        self._pipeline = pipeline
+        self._is_on = False
         self._adapter = AdapterSwitch(denoiser, adapter_name)
         self._timestep_name = argument_names(denoiser)[1]
         self._observer = observe_calls(denoiser, self._on_call)
@@ -112,8 +118,14 @@ class TimestepGate:
                 "TimestepGate: the rows of one denoiser call have different timesteps. The gate serves sampling; call "
                 "`remove()` (or leave its `with` block) before training."
             )
-        scale, offset = self.clock
-        self._adapter.turn(self.is_on_at((float(values[0]) - offset) / scale))
+        if not self._completes_a_step():
+            scale, offset = self.clock
+            self._is_on = self.is_on_at((float(values[0]) - offset) / scale)
+        self._adapter.turn(self._is_on)
+
+    def _completes_a_step(self) -> bool:
+        scheduler = getattr(self._pipeline, "scheduler", None)
+        return not getattr(scheduler, "state_in_first_order", True)
 
     def _restore_after_failure(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
         if output is None:

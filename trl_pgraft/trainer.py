@@ -15,63 +15,51 @@
 
 """The training loop: rounds of drawing, scoring, accepting and fine-tuning, in the interface of TRL's DDPOTrainer."""
 
-import copy
 import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from peft import PeftConfig
-from tqdm.auto import tqdm
 
-from .acceptance import get_acceptance, implied_kl
-from .adapters import (
-    ADAPTER_NAME,
-    AdapterSwitch,
-    adapter_parameters,
-    add_adapter,
-    default_lora_config,
-    merge_difference,
-    remove_adapter,
-    without_adapters,
-)
+from .adapters import ADAPTER_NAME
 from .callbacks import Callbacks
+from .cards import GRID_FILE, facts_of, write_adapter_card
 from .checkpoints import (
     Progress,
+    check_same_run,
     checkpoints_in,
     find_checkpoint,
     load_optimizer,
     load_progress,
     prune_checkpoints,
+    reading,
     save_checkpoint,
 )
 from .config import GraftConfig
-from .denoiser_call import Conditioning, denoiser_of, record_conditioning
+from .ddpo import as_ddpo, hook_data
 from .denoiser_format import DenoiserFormat
-from .engine import make_accelerator, make_optimizer, place_pipeline, tracker_values
-from .fine_tuning import FitReport, GraftLoss, count_microbatches, fit
-from .hub import load_adapter_weights, read_switch, save_pgraft_adapter
-from .levels import tuned_levels
-from .memory import estimate_memory
-from .parameterizations import prediction_type_of
-from .pipeline_checks import check_call, check_peft_config, few_step_warning
-from .pipeline_inputs import as_batch, inputs_of, takes_prompts
-from .probe import learn_denoiser_call
+from .drawing import Batch
+from .engine import make_accelerator
+from .fine_tuning import FitReport
+from .hub import save_pgraft_adapter
+from .pictures import before_after_grid, image_grid
+from .pipeline_inputs import takes_prompts
+from .policy import Policy
 from .prompts import choose_prompt_source
-from .rewards import Scorer, choose_rewards, to_pil
-from .rollout import Drawn, Group, Sample, draw, form_groups, samples_of, sampling_arguments, seed_of
-from .samples import INPUT_PREFIX, sampling_fingerprint, to_dataset
-from .selection import Round, SelectedRows, accept, combined_rewards
-from .timestep_gate import TimestepGate, TunedGuidance
+from .publisher import Publisher
+from .rewards import choose_rewards
+from .rounds import Rounds
+from .samples import check_samples, example_columns
+from .selection import Round, accumulated_kl
+from .trackers import NoTracker, log_image, tracker_arguments, tracker_values
 
 
 @dataclass(frozen=True)
@@ -93,15 +81,6 @@ class Evaluation:
     images: torch.Tensor
 
 
-@dataclass(frozen=True)
-class TrainingSet:
-    """What one round is fitted on: its rows, the states they point to, and the conditioning of their prompts."""
-
-    rows: SelectedRows
-    states: torch.Tensor
-    conditioning: Conditioning
-
-
 class PGraftTrainer:
     """
     Fine-tune a diffusion pipeline on rewards by rejection sampling at an intermediate noise level.
@@ -119,10 +98,11 @@ class PGraftTrainer:
         prompt_function (`Callable`, *optional*):
             Returns `(prompt, metadata)`; called once a group.
         sd_pipeline (`DiffusionPipeline`):
-            The pipeline to tune; required. The reference is this pipeline as it is handed in.
+            The pipeline to tune; required. The reference is this pipeline as it is handed in. Where it says
+            `use_lora=False`, a copy of all weights of its denoiser is trained, and the reference kept beside it.
         image_samples_hook (`Callable`, *optional*):
             `f(image_data, global_step, tracker)`, once a round with a list of batches, each `[images, prompts,
-            metadata, rewards, reward_metadata]`; `tracker` is the first tracker, or `None`.
+            metadata, rewards, reward_metadata]`; `tracker` is the first tracker, or one that does nothing.
         reward_funcs (`str`, `Callable` or list of them, *optional*):
             Rewards in TRL's convention, by function, registered name or `"package.module:function"`.
         reward_weights (`list[float]`, *optional*):
@@ -131,13 +111,14 @@ class PGraftTrainer:
             Prompts in a column `prompt`; further columns go to the rewards, and those that the pipeline's call takes
             for each prompt (`image`, `negative_prompt`, `prompt_2`, `class_labels`, ...) to the pipeline as well.
         samples_dataset (`datasets.Dataset`, *optional*):
-            A round's dataset; it is trained on without drawing.
+            Samples that a run kept, of one or several rounds; they are trained on without drawing.
         peft_config (`PeftConfig`, *optional*):
             The adapter; a LoRA on the attention projections where it is not given.
         pipeline_kwargs (`dict`, *optional*):
             Further arguments of the pipeline call, such as `height`.
         callbacks (`list[TrainerCallback]`, *optional*):
-            transformers callbacks.
+            transformers callbacks, with `config` as their `args`. An epoch is a round, a step an optimizer step; they
+            may ask to save, to evaluate and to stop, which is done at the end of the round.
         denoiser_format (`type`, *optional*):
             Subclass of [`DenoiserFormat`], for a denoiser that takes its latents otherwise than as one tensor.
 
@@ -165,64 +146,36 @@ class PGraftTrainer:
         denoiser_format: type[DenoiserFormat] | None = None,
     ):
         self.config = config
-        self.pipeline = _checked_pipeline(sd_pipeline)
-        self.denoiser = denoiser_of(self.pipeline)
-        self.samples_dataset = samples_dataset
-        self.prompt_source = choose_prompt_source(
-            config.seed, prompt_function, train_dataset, samples_dataset, takes_prompts(self.pipeline)
-        )
-        self.rewards = choose_rewards(reward_function, reward_funcs, reward_weights, required=samples_dataset is None)
-        self.image_samples_hook = image_samples_hook
-        self.acceptance = get_acceptance(config.acceptance)
-        self.callbacks = Callbacks(callbacks or [], config)
         self.output_dir = Path(config.project_kwargs.get("project_dir") or config.output_dir)
+        self.rewards = choose_rewards(reward_function, reward_funcs, reward_weights, required=samples_dataset is None)
+        pipeline = getattr(sd_pipeline, "sd_pipeline", sd_pipeline)
+        has_prompts = not callable(pipeline) or takes_prompts(pipeline)
+        prompt_source = choose_prompt_source(
+            config.seed, prompt_function, train_dataset, samples_dataset, required=has_prompts
+        )
+        self.image_samples_hook = image_samples_hook
+        self.callbacks = Callbacks(callbacks or [], config)
         self.accelerator = make_accelerator(config, self.output_dir)
-        self.images_per_round = (
-            config.sample_batch_size * config.sample_num_batches_per_epoch * self.accelerator.num_processes
+        _check_round(config, self.accelerator.num_processes, samples_dataset)
+        self.sd_pipeline = sd_pipeline
+        example = example_columns(samples_dataset if train_dataset is None else train_dataset)
+        self.policy = Policy(
+            sd_pipeline, config, self.accelerator, peft_config, pipeline_kwargs, denoiser_format, example
         )
-        size, k = config.group_size(self.images_per_round), config.acceptance_kwargs.get("k", 1)
-        if samples_dataset is None and size <= k:
-            raise ValueError(
-                f"sample_batch_size * sample_num_batches_per_epoch * processes = {self.images_per_round}: a round's "
-                f"groups have {size} images, of which k={k} cannot be selected. Draw more images a round."
-            )
-        place_pipeline(self.pipeline, self.accelerator)
-        self.arguments = sampling_arguments(config, self.pipeline, pipeline_kwargs)
-        example = {**self._example_inputs(train_dataset), **self.arguments}
-        self.call = learn_denoiser_call(self.pipeline, example, denoiser_format)
-        check_call(self.call, config, self.pipeline)
-        few_step_warning(self.pipeline, self.call, self.arguments)
-        self.prediction_type = prediction_type_of(self.pipeline.scheduler)
-        self.levels, self.switch = tuned_levels(config, self.pipeline, self.call, example)
-        self.peft_config = peft_config or default_lora_config(self.denoiser, config.lora_rank)
-        check_peft_config(self.pipeline, self.peft_config)
-        self.memory = estimate_memory(self.pipeline, config, self.peft_config, example, self.call)
-        self.accelerator.print(self.memory)
-        self.fingerprint = sampling_fingerprint(self.pipeline, self.arguments, self.levels.position)
+        self.pipeline, self.denoiser = self.policy.pipeline, self.policy.denoiser
+        self.rounds = Rounds(self.policy, self.rewards, prompt_source, config, self.accelerator, self.output_dir)
+        self.samples_dataset = samples_dataset
+        if samples_dataset is not None:
+            names = [reward.name for reward in self.rewards]
+            self.samples_dataset = check_samples(samples_dataset, self.policy.fingerprint, names)
+        self.publisher = Publisher(config, self.output_dir, self.accelerator, draws=samples_dataset is None)
         self.progress = Progress()
-        self.optimizer: torch.optim.Optimizer | None = None
-        if not config.control_adapter:
-            add_adapter(self.denoiser, copy.deepcopy(self.peft_config), ADAPTER_NAME, seed_of(config.seed, "adapter"))
-            self.optimizer = make_optimizer(adapter_parameters(self.denoiser, ADAPTER_NAME), config)
-        if config.gradient_checkpointing:
-            self.denoiser.enable_gradient_checkpointing()
-        self._resume()
+        self.has_begun = False
+        self._resume(config.resume_from or config.resume_from_checkpoint)
         self.accelerator.init_trackers(
-            config.tracker_project_name, config=tracker_values(config.to_dict()), init_kwargs=config.tracker_kwargs
+            config.tracker_project_name, config=tracker_values(config.to_dict()), init_kwargs=tracker_arguments(config)
         )
-
-    def _inputs_of(self, columns: dict[str, Any]) -> dict[str, Any]:
-        """What the pipeline is handed of a prompt's further columns."""
-        return inputs_of(self.pipeline, columns, self.arguments)
-
-    def _example_inputs(self, train_dataset: datasets.Dataset | None) -> dict[str, Any]:
-        """Inputs of one prompt, with which the pipeline is asked how it calls its denoiser."""
-        dataset = train_dataset if self.samples_dataset is None else self.samples_dataset
-        row = dataset[0] if isinstance(dataset, datasets.Dataset) and len(dataset) else {}
-        if self.samples_dataset is not None:
-            stored = [name for name in row if name.startswith(INPUT_PREFIX)]
-            row = {name.removeprefix(INPUT_PREFIX): row[name] for name in stored}
-        return {name: as_batch([value]) for name, value in self._inputs_of(row).items()}
+        self.callbacks.begin(self.accelerator, model=self.denoiser, optimizer=self.policy.optimizer)
 
     # The run.
 
@@ -231,29 +184,63 @@ class PGraftTrainer:
         """Metrics logged so far, those before a resume included."""
         return self.progress.history
 
-    def train(self, epochs: int | None = None) -> list[dict[str, float]]:
+    @property
+    def images_per_round(self) -> int:
+        """Images of a round, over all processes."""
+        return self.rounds.images
+
+    def sampler(self, reference: bool = False) -> AbstractContextManager[Any]:
         """
-        Run rounds until `epochs` (default: `config.num_epochs`) are done, and save the adapter.
+        The pipeline as the policy samples with it, as a context manager.
+
+        Args:
+            reference (`bool`, *optional*, defaults to `False`):
+                As the reference model samples, instead.
+        """
+        return self.policy.sampler(reference)
+
+    def train(
+        self, epochs: int | None = None, resume_from_checkpoint: str | bool | None = None
+    ) -> list[dict[str, float]]:
+        """
+        Run rounds until `epochs` are done, and save the adapter.
+
+        Args:
+            epochs (`int`, *optional*):
+                Rounds of the whole run, those before a resume included; `config.num_epochs` where not given.
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                As the configuration's field of this name.
 
         Returns:
             `list[dict[str, float]]`: the metrics of each round.
         """
-        epochs = epochs or (1 if self.samples_dataset is not None else self.config.num_epochs)
+        if epochs is None:
+            epochs = 1 if self.samples_dataset is not None else self.config.num_epochs
+        if resume_from_checkpoint:
+            self._resume(resume_from_checkpoint)
+            self.callbacks.values["optimizer"] = self.policy.optimizer
+        self.publisher.check(first_round=self.progress.epoch)
+        state = self.callbacks.state
+        state.epoch, state.global_step = self.progress.epoch, self.progress.global_step
+        state.max_steps = self.progress.planned_steps or self._expected_steps() * epochs
+        self._begin()
         self.callbacks.notify("on_train_begin")
         if self.config.eval_prompts and self.progress.epoch == 0:
             self._log_evaluation(epoch=0)
         for epoch in range(self.progress.epoch, epochs):
             self.callbacks.notify("on_epoch_begin")
             self.step(epoch, self.progress.global_step)
-            last = epoch + 1 == epochs
-            if self.config.eval_prompts and (last or (epoch + 1) % self.config.eval_freq == 0):
-                self._log_evaluation(epoch + 1)
-            if last or (epoch + 1) % self.config.save_freq == 0:
-                self.save_checkpoint()
             self.callbacks.notify("on_epoch_end")
-            if self.callbacks.should_stop:
+            last = epoch + 1 == epochs or self.callbacks.should_stop
+            asked_to_evaluate, asked_to_save = self.callbacks.asked("evaluate"), self.callbacks.asked("save")
+            if self.config.eval_prompts and (last or asked_to_evaluate or (epoch + 1) % self.config.eval_freq == 0):
+                self._log_evaluation(epoch + 1)
+            if last or asked_to_save or (epoch + 1) % self.config.save_freq == 0:
+                self.save_checkpoint()
+                self.publisher.push_samples()
+            if last:
                 break
-        if self.has_adapter:
+        if self.policy.has_adapter:
             self.save_model()
         self.callbacks.notify("on_train_end")
         self.accelerator.end_training()
@@ -272,84 +259,71 @@ class PGraftTrainer:
         Returns:
             `int`: optimizer steps after the round.
         """
+        self._begin()
         started = time.perf_counter()
         round_ = self._draw_round(epoch) if self.samples_dataset is None else self._stored_round()
         drawn = time.perf_counter()
         report = self._fine_tune(round_, epoch)
-        self.progress.epoch = epoch + 1
-        self.progress.global_step = global_step + (report.steps if report else 0)
-        self.callbacks.state.epoch, self.callbacks.state.global_step = epoch + 1, self.progress.global_step
+        progress, state = self.progress, self.callbacks.state
+        progress.epoch, progress.global_step = epoch + 1, global_step + (report.steps if report else 0)
+        state.epoch, state.global_step = progress.epoch, progress.global_step
         metrics = round_.metrics([reward.name for reward in self.rewards])
-        metrics |= {**(report.to_metrics() if report else {}), "implied_kl_sum": self._accumulate_kl(round_)}
-        metrics |= {"images": self.progress.images, "denoiser_calls": self.progress.denoiser_calls}
+        metrics |= report.to_metrics() if report else {}
+        metrics |= {"implied_kl_sum": accumulated_kl(progress, round_, self.config), "images": progress.images}
+        metrics |= {"denoiser_calls": progress.denoiser_calls}
         metrics |= {"time/sampling": drawn - started, "time/training": time.perf_counter() - drawn, "epoch": epoch}
         self.log(metrics)
-        return self.progress.global_step
-
-    # Drawing and scoring.
+        return progress.global_step
 
     def _draw_round(self, epoch: int) -> Round:
-        """Draw and score this process's share of the round, exchange what acceptance needs, and keep it all."""
-        config = self.config
-        groups = self._groups(epoch)
-        samples = samples_of(groups, config.seed, epoch)
-        own = self._own_share(len(samples))
-        with self.sampler(reference=config.sample_from == "reference"):
-            drawn, values, batches = self._draw_and_score(samples[own], self.levels.position)
-        states, values = self._gather(drawn.x_i), self._gather(values)
-        reward = combined_rewards(values, [r.weight for r in self.rewards], groups)
-        keys = self._duplicate_keys(samples[own], drawn)
-        seed = (config.seed, epoch, "accept")
-        decision = accept(reward, groups, self.acceptance, config.acceptance_kwargs, seed, keys)
-        round_ = Round(groups, samples, states, values, reward, decision)
-        self._keep(round_, drawn, own, epoch)
-        if self.image_samples_hook is not None:
-            tracker = self.accelerator.trackers[0] if self.accelerator.trackers else None
-            self.image_samples_hook(batches, self.progress.global_step, tracker)
-        self.progress.images += len(samples)
-        self.progress.denoiser_calls += int(self._gather(torch.tensor([drawn.denoiser_calls])).sum())
+        round_, batches = self.rounds.draw(epoch)
+        self._show(round_, batches)
+        self.progress.images += len(round_.samples)
+        self.progress.denoiser_calls += round_.denoiser_calls
         return round_
 
-    def _groups(self, epoch: int) -> list[Group]:
-        size = self.config.group_size(self.images_per_round)
-        # With this seed, prompt functions that use global random state repeat themselves when a run is resumed.
-        set_seed(seed_of(self.config.seed, "prompts", epoch) % 2**32)
-        groups: list[Any] = [None]
-        if self.accelerator.is_main_process:
-            source = self.prompt_source(epoch, -(-self.images_per_round // size))
-            groups = [form_groups(source, self.images_per_round, size)]
-        return broadcast_object_list(groups)[0]
+    def _stored_round(self) -> Round:
+        return Round.from_dataset(self.samples_dataset, [reward.name for reward in self.rewards])
 
-    def _own_share(self, count: int) -> slice:
-        share = -(-count // self.accelerator.num_processes)
-        return slice(share * self.accelerator.process_index, share * (self.accelerator.process_index + 1))
+    def _show(self, round_: Round, batches: Sequence[Batch]) -> None:
+        """Hand this process's samples to DDPO's hook, and the main process's to the trackers as a picture."""
+        trackers, step = self.accelerator.trackers, self.progress.global_step
+        if trackers and self.accelerator.is_main_process:
+            images = torch.cat([batch.drawn.images for batch in batches])
+            grid = image_grid(images, round_.captions()[: len(images)], round_.groups[0].size)
+            log_image(trackers, "samples", grid, step)
+        if self.image_samples_hook is not None:
+            tracker = trackers[0] if trackers else NoTracker()
+            self.image_samples_hook([hook_data(batch, self.rewards) for batch in batches], step, tracker)
 
-    def _draw_and_score(self, samples: list[Sample], position: int) -> tuple[Drawn, torch.Tensor, list[list[Any]]]:
-        """Images, states and rewards of some samples, and the batches as DDPO's hook takes them."""
-        workers = self.config.max_workers if self.config.async_reward_computation else 0
-        scorer = Scorer(self.rewards, self.config.reward_retries, workers)
-        batches: list[list[Any]] = []
+    def _fine_tune(self, round_: Round, epoch: int) -> FitReport | None:
+        data = self.policy.training_set(round_, epoch)
+        if not data.rows:
+            self.accelerator.print(f"Round {epoch}: nothing was accepted, so nothing is trained.")
+            return None
+        state, progress, steps = self.callbacks.state, self.progress, self.policy.steps_for(len(data.rows))
+        progress.planned_steps = progress.planned_steps or steps * self.config.num_epochs
+        state.max_steps = progress.planned_steps
 
-        def add(batch: Sequence[Sample], images: torch.Tensor) -> None:
-            prompts, columns = [s.group.prompt for s in batch], _columns(batch)
-            scorer.add(images, prompts, columns)
-            metadata = columns.get("metadata", [s.group.columns for s in batch])
-            batches.append([images.float() / 255, tuple(prompts), tuple(metadata)])
+        def on_event(event: str) -> None:
+            state.global_step += event == "on_step_end"
+            self.callbacks.notify(event)
 
-        drawn = draw(
-            self.pipeline,
-            self.call,
-            samples,
-            position,
-            self.config.sample_batch_size,
-            self.arguments,
-            on_batch=add,
-            progress=self.accelerator.is_local_main_process,
-        )
-        results = scorer.results()
-        for batch, result in zip(batches, results, strict=True):
-            batch += self._as_ddpo(*result)
-        return drawn, torch.cat([values for values, _ in results]), batches
+        return self.policy.fine_tune(data, epoch, self._learning_rate(), on_event)
+
+    def _learning_rate(self) -> Callable[[int], float]:
+        """Learning rate of a round's n-th optimizer step, on diffusers' schedule over the whole run."""
+        config, start = self.config, self.progress.global_step
+        unit = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        plan = {"num_warmup_steps": config.warmup_steps, "num_training_steps": self.progress.planned_steps}
+        factor = get_scheduler(config.lr_scheduler_type, unit, **plan).lr_lambdas[0]
+        return lambda step: config.train_learning_rate * factor(start + step)
+
+    def _expected_steps(self) -> int:
+        """Optimizer steps of a round in which `k` of each group is accepted, a quarter where nothing says more."""
+        size = self.rounds.group_size
+        k = self.config.acceptance_kwargs.get("k", max(1, round(size / 4)))
+        return self.policy.steps_for(self.rounds.images // size * k)
 
     def compute_rewards(self, prompt_image_pairs: Sequence[Sequence[Any]], is_async: bool = False) -> Iterator[tuple]:
         """
@@ -364,170 +338,11 @@ class PGraftTrainer:
         Returns:
             `Iterator[tuple]`: the batches' rewards, each of shape `(B,)` with NaN where left out, then their infos.
         """
-        scorer = Scorer(self.rewards, self.config.reward_retries, self.config.max_workers if is_async else 0)
+        scorer = self.rounds.make_scorer(is_async)
         for images, prompts, metadata in prompt_image_pairs:
             images = images if images.dtype == torch.uint8 else (images * 255).round().to(torch.uint8)
             scorer.add(images, list(prompts), {"metadata": list(metadata)})
-        return zip(*(self._as_ddpo(*result) for result in scorer.results()), strict=True)
-
-    def _as_ddpo(self, values: torch.Tensor, infos: list[Any]) -> tuple[torch.Tensor, Any]:
-        """A batch's values and infos as DDPO knows them: one reward a sample, and the info of the only function."""
-        weights = torch.tensor([reward.weight for reward in self.rewards], dtype=torch.float64)
-        return values @ weights, infos[0] if len(infos) == 1 else infos
-
-    def _duplicate_keys(self, samples: list[Sample], drawn: Drawn) -> list[Any] | None:
-        """Keys that tell equal samples, gathered over the processes."""
-        if self.config.deduplicate_by is None:
-            return None
-        images = to_pil(drawn.images)
-        return gather_object(
-            [self.config.deduplicate_by(image, s.group.prompt) for image, s in zip(images, samples, strict=True)]
-        )
-
-    def _keep(self, round_: Round, drawn: Drawn, own: slice, epoch: int) -> None:
-        """Write this process's shard of the round as parquet, under the output folder."""
-        named = {f"reward_{r.name}": round_.values[own, i].tolist() for i, r in enumerate(self.rewards)}
-        rewards = {"reward": round_.reward[own].tolist(), **named}
-        accepted = round_.decision.accepted[own].tolist()
-        inputs = [self._inputs_of(sample.group.columns) for sample in round_.samples[own]]
-        dataset = to_dataset(
-            round_.samples[own], drawn, rewards, accepted, self.switch.state_timestep, self.fingerprint, inputs
-        )
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        folder = self.output_dir / "samples" / f"round_{epoch:04d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        dataset.to_parquet(folder / f"samples-{rank:05d}-of-{world:05d}.parquet")
-
-    def _stored_round(self) -> Round:
-        found = set(self.samples_dataset["fingerprint"])
-        if found != {self.fingerprint}:
-            raise ValueError(
-                f"samples_dataset was drawn from another model, scheduler, guidance or tuned_fraction (fingerprint "
-                f"{', '.join(sorted(found))}; this configuration has {self.fingerprint}). Train with the "
-                "configuration that drew it."
-            )
-        return Round.from_dataset(self.samples_dataset, [reward.name for reward in self.rewards])
-
-    def _gather(self, values: torch.Tensor) -> torch.Tensor:
-        """Values of all processes, in their order, on the host."""
-        return self.accelerator.gather(values.to(self.accelerator.device)).cpu()
-
-    # Fine-tuning.
-
-    @property
-    def has_adapter(self) -> bool:
-        """Whether there is a policy apart from the reference: with a control adapter, after the first round."""
-        return ADAPTER_NAME in getattr(self.denoiser, "peft_config", {})
-
-    @property
-    def tuned_guidance_scale(self) -> float:
-        """Guidance scale of the tuned steps; 1.0 where the pipeline does not combine two branches."""
-        if not self.call.is_guided:
-            return 1.0
-        scale = self.config.tuned_guidance_scale
-        return (self.call.guidance_scale or math.nan) if scale is None else scale
-
-    @contextmanager
-    def sampler(self, reference: bool = False) -> Iterator[Any]:
-        """The pipeline as the policy samples with it, gate and guidance included, or as the reference does."""
-        with ExitStack() as stack:
-            if self.has_adapter:
-                stack.enter_context(
-                    without_adapters(self.denoiser, [ADAPTER_NAME])
-                    if reference
-                    else TimestepGate(self.denoiser, ADAPTER_NAME, self.switch.switch_timestep, self.call.clock)
-                )
-            if self.config.tuned_guidance_scale is not None and not reference:
-                scales = (self.call.guidance_scale, self.tuned_guidance_scale)
-                stack.enter_context(TunedGuidance(self.denoiser, self.call, *scales, self.switch.switch_timestep))
-            yield self.pipeline
-
-    def _fine_tune(self, round_: Round, epoch: int) -> FitReport | None:
-        """Fit the adapter to the accepted states of a round; with a control, keep what the selection alone taught."""
-        config = self.config
-        rows = SelectedRows(round_, config.train_num_inner_epochs, (config.seed, epoch), self._inputs_of)
-        if len(rows) == 0:
-            self.accelerator.print(f"Round {epoch}: nothing was accepted, so nothing is trained.")
-            return None
-        conditioning = record_conditioning(self.pipeline, self.call, rows.prompts, self.arguments, rows.inputs)
-        data = TrainingSet(rows, round_.states, conditioning)
-        if not config.control_adapter:
-            return self._fit(ADAPTER_NAME, self.optimizer, data)
-        accepted, control = "pgraft_accepted", "pgraft_control"
-        report = self._fit_new(accepted, data, epoch)
-        self._fit_new(control, data, epoch, control=True)
-        scale = 1 / self.tuned_guidance_scale if config.guidance_loss == "conditional" else 1.0
-        merge_difference(self.denoiser, ADAPTER_NAME, accepted, control, scale, config.max_merged_rank)
-        return report
-
-    def _fit_new(self, name: str, data: TrainingSet, epoch: int, control: bool = False) -> FitReport:
-        """Fit a fresh adapter on top of the policy, and take it out of the forward pass again."""
-        add_adapter(self.denoiser, copy.deepcopy(self.peft_config), name, seed_of(self.config.seed, "adapter", epoch))
-        report = self._fit(name, make_optimizer(adapter_parameters(self.denoiser, name), self.config), data, control)
-        AdapterSwitch(self.denoiser, name).turn(False)
-        return report
-
-    def _fit(self, name: str, optimizer: torch.optim.Optimizer, data: TrainingSet, control: bool = False) -> FitReport:
-        """Fit adapter `name` to the accepted states, or to as many unselected ones."""
-        config, parameters = self.config, adapter_parameters(self.denoiser, name)
-        total = count_microbatches(len(data.rows), config, self.accelerator.num_processes)
-        steps = -(-total // config.train_gradient_accumulation_steps)
-        self.progress.planned_steps = self.progress.planned_steps or steps * config.num_epochs
-        average = EMAModel(parameters, decay=config.ema_decay) if config.ema_decay else None
-        hidden = not self.accelerator.is_local_main_process
-        with tqdm(total=total, desc=f"training {name}", leave=False, disable=hidden) as bar:
-            report = fit(
-                self.accelerator,
-                self._loss(name, data.conditioning),
-                data.states,
-                data.rows.passes(control),
-                optimizer,
-                config,
-                self._learning_rate_schedule(),
-                on_microbatch=bar.update,
-                on_step=(lambda: average.step(parameters)) if average else None,
-            )
-        if average is not None:
-            average.copy_to(parameters)
-        return report
-
-    def _loss(self, name: str, conditioning: Conditioning) -> GraftLoss:
-        adapters = [n for n in dict.fromkeys([ADAPTER_NAME, name]) if n in self.denoiser.peft_config]
-        return GraftLoss(
-            self.denoiser,
-            self.call,
-            conditioning,
-            self.levels,
-            self.prediction_type,
-            self.config.guidance_loss,
-            self.tuned_guidance_scale,
-            self.config.caption_dropout,
-            adapters,
-        )
-
-    def _learning_rate_schedule(self) -> Callable[[int], float]:
-        """Learning rate of a round's n-th optimizer step, on diffusers' schedule over the whole run."""
-        config, start = self.config, self.progress.global_step
-        unit = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-        plan = {"num_warmup_steps": config.warmup_steps, "num_training_steps": self.progress.planned_steps}
-        factor = get_scheduler(config.lr_scheduler_type, unit, **plan).lr_lambdas[0]
-        return lambda step: config.train_learning_rate * factor(start + step)
-
-    def _accumulate_kl(self, round_: Round) -> float:
-        """KL to the reference that the rounds so far imply: composed for top-k, where the policy drew them."""
-        progress, kl = self.progress, round_.decision.implied_kl
-        if self.config.sample_from == "reference":
-            progress.kl_rounds, progress.kl_sum = 1, kl
-            return kl
-        progress.kl_rounds += 1
-        size = round_.groups[0].size
-        k = self.config.acceptance_kwargs.get("k", max(1, round(size / 4)))
-        one_round = implied_kl(size, k)
-        if self.config.acceptance == "top_k" and abs(kl - one_round) < 1e-9:
-            progress.kl_sum = implied_kl(size, k, rounds=progress.kl_rounds)
-        else:
-            progress.kl_sum += kl
-        return progress.kl_sum
+        return zip(*(as_ddpo(*result, self.rewards) for result in scorer.results()), strict=True)
 
     # Evaluation, logging, saving.
 
@@ -548,44 +363,110 @@ class PGraftTrainer:
         prompts = list(prompts if prompts is not None else self.config.eval_prompts or [])
         if not prompts:
             raise ValueError("evaluate: no prompts given, and config.eval_prompts is empty.")
-        rows = [{name: values[i] for name, values in (columns or {}).items()} for i in range(len(prompts))]
-        groups = [Group(i, prompt, 1, row) for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))]
-        samples = samples_of(groups, self.config.seed, "evaluation")
-        own = samples[self._own_share(len(samples))]
-        with self.sampler(reference):
-            # A process without a share draws one too, because nothing has no shape.
-            drawn, values, _ = self._draw_and_score(own or samples[:1], self.levels.position)
-        values = torch.tensor(gather_object(values[: len(own)].tolist()), dtype=torch.float64)
-        reward = combined_rewards(values, [r.weight for r in self.rewards], groups)
-        return Evaluation(reward, values, drawn.images[: len(own)])
+        return Evaluation(*self.rounds.draw_evaluation(prompts, reference, columns))
 
     def _log_evaluation(self, epoch: int) -> None:
         result = self.evaluate()
         means = result.values.nanmean(0).tolist()
         metrics = {f"eval/rewards/{r.name}/mean": mean for r, mean in zip(self.rewards, means, strict=True)}
-        self.log({**metrics, "eval/reward": result.reward.nanmean().item(), "epoch": epoch})
+        metrics |= {"eval/reward": result.reward.nanmean().item(), "epoch": epoch}
+        self.log(metrics)
+        self.callbacks.notify("on_evaluate", metrics=metrics)
 
     def log(self, metrics: dict[str, float]) -> None:
         """Send metrics to the trackers and callbacks, and append them to `history` and to `metrics.jsonl`."""
         self.history.append(metrics)
+        self.callbacks.state.log_history.append({**metrics, "step": self.progress.global_step})
         self.accelerator.log(metrics, step=self.progress.global_step)
         self.callbacks.notify("on_log", logs=metrics)
         if self.accelerator.is_main_process:
             with open(self.output_dir / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(metrics) + "\n")
+                file.write(_as_json(metrics))
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """
-        Save the adapter with its switch level, in PEFT's and in diffusers' format.
+        Save the adapter with its switch level, in PEFT's and in diffusers' format; with `config.push_to_hub`, push it.
 
         Args:
             output_dir (`str` or `Path`, *optional*):
                 Folder; `adapter` inside the output folder where not given.
         """
-        if not self.has_adapter:
+        self._save_adapter(output_dir or self.adapter_dir)
+        if self.config.push_to_hub:
+            self.publisher.attempt(lambda: self.push_to_hub(commit_message="Save adapter"))
+
+    def _save_adapter(self, folder: str | Path) -> None:
+        if not self.policy.has_adapter:
             raise ValueError("save_model: with control_adapter=True there is no adapter before the first round.")
         if self.accelerator.is_main_process:
-            save_pgraft_adapter(self.pipeline, output_dir or self.output_dir / "adapter", self.switch)
+            save_pgraft_adapter(self.pipeline, folder, self.policy.switch)
+
+    @property
+    def adapter_dir(self) -> Path:
+        """Folder of the adapter and its card, inside the output folder."""
+        return self.output_dir / "adapter"
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | Sequence[str] | None = None,
+    ) -> None:
+        """
+        Write a model card with images of base and tuned model into [`~PGraftTrainer.adapter_dir`].
+
+        Args:
+            model_name (`str`, *optional*):
+                Heading; the repository's name where not given.
+            dataset_name (`str`, *optional*):
+                Dataset repository to name; `config.hub_dataset_id` where not given.
+            tags (`str` or `Sequence[str]`, *optional*):
+                Further tags.
+        """
+        if not self.accelerator.is_main_process:
+            return
+        tags = [tags] if isinstance(tags, str) else tags or []
+        facts = facts_of(self, dataset_name or self.publisher.dataset_id, tags)
+        self.adapter_dir.mkdir(parents=True, exist_ok=True)
+        if facts.prompts:
+            before, after = (self.rounds.draw_pictures(facts.prompts, reference) for reference in (True, False))
+            before_after_grid(before, after, facts.prompts).save(self.adapter_dir / GRID_FILE)
+        write_adapter_card(self.adapter_dir, self.publisher.model_id, facts, model_name)
+
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Save the adapter, write its card and push both to `config.hub_model_id`.
+
+        Args:
+            commit_message (`str`, *optional*, defaults to `"End of training"`):
+                Message of the commit.
+            blocking (`bool`, *optional*, defaults to `True`):
+                Wait for the push; a future is returned otherwise.
+            token (`str`, *optional*):
+                Token; `config.hub_token` where not given.
+            revision (`str`, *optional*):
+                Branch.
+            **kwargs:
+                Arguments of [`~PGraftTrainer.create_model_card`].
+
+        Returns:
+            `str`, `Future` or `None`: the repository, on the main process.
+
+        Raises:
+            [`PushError`]: the Hub did not take it; the message has the command that pushes it later.
+        """
+        self._save_adapter(self.adapter_dir)
+        self.publisher.complete_name()
+        self.create_model_card(**kwargs)
+        if self.accelerator.is_main_process:
+            return self.publisher.push_adapter(self.adapter_dir, commit_message, blocking, token, revision)
 
     def save_pretrained(self, output_dir: str | Path) -> None:
         """Save the adapter to `output_dir`, as [`~PGraftTrainer.save_model`]."""
@@ -594,47 +475,62 @@ class PGraftTrainer:
     def save_checkpoint(self) -> None:
         """Write a checkpoint of the last round, and remove the oldest beyond `num_checkpoint_limit`."""
         if self.accelerator.is_main_process:
-            folder = self.output_dir / "checkpoints"
-            adapter = ADAPTER_NAME if self.has_adapter else None
-            save_checkpoint(folder, self.pipeline, self.switch, adapter, self.optimizer, self.progress)
-            prune_checkpoints(folder, self.config.num_checkpoint_limit)
+            folder, policy = self.output_dir / "checkpoints", self.policy
+            adapter = ADAPTER_NAME if policy.has_adapter else None
+            save_checkpoint(
+                folder, self.pipeline, policy.switch, adapter, policy.optimizer, self.progress, self._run()
+            )
+            # `total_limit` is accelerate's name, with which DDPO's scripts set it.
+            prune_checkpoints(folder, self.config.project_kwargs.get("total_limit", self.config.num_checkpoint_limit))
         self.accelerator.wait_for_everyone()
+        self.rounds.forget_unfinished()
+        self.callbacks.notify("on_save")
 
-    def _resume(self) -> None:
-        source = self.config.resume_from or self.config.resume_from_checkpoint
+    def _run(self) -> dict[str, Any]:
+        """What the run's result depends on."""
+        values = self.config.shaping(self.accelerator.num_processes)
+        rewards = {reward.name: reward.weight for reward in self.rewards}
+        return {**values, "rewards": rewards, "model, scheduler and sampling arguments": self.policy.fingerprint}
+
+    def _begin(self) -> None:
+        """Before the first round: a run that does not go on from another forgets what that has left."""
+        if self.has_begun:
+            return
+        self.has_begun = True
+        if not self.is_resumed:
+            self.rounds.forget_unfinished()
+        if self.accelerator.is_main_process:
+            (self.output_dir / "metrics.jsonl").write_text("".join(map(_as_json, self.history)))
+
+    def _resume(self, source: str | bool | None) -> None:
+        self.is_resumed = bool(source)
         if source is True:
             folder = self.output_dir / "checkpoints"
             source = folder if checkpoints_in(folder) else None
         if not source:
             return
         checkpoint = find_checkpoint(source)
-        self.progress = load_progress(checkpoint)
-        if (checkpoint / "adapter_config.json").is_file():
-            stored = read_switch(checkpoint).switch_timestep
-            if stored != self.switch.switch_timestep:
-                raise ValueError(
-                    f"resume_from: the adapter of {checkpoint} switches at timestep {stored}, this configuration at "
-                    f"{self.switch.switch_timestep}. Resume with the tuned_fraction, the sample_num_steps and the "
-                    "scheduler that it was trained with."
-                )
-            if self.has_adapter:
-                remove_adapter(self.denoiser, ADAPTER_NAME)
-            load_adapter_weights(self.denoiser, checkpoint, ADAPTER_NAME)
-        if self.optimizer is not None:
-            # The optimizer must hold the parameters that were loaded, not those they replaced.
-            self.optimizer = make_optimizer(adapter_parameters(self.denoiser, ADAPTER_NAME), self.config)
-            load_optimizer(checkpoint, self.optimizer)
+        with reading(checkpoint):
+            check_same_run(checkpoint, self._run())
+            self.progress = load_progress(checkpoint)
+            if (checkpoint / "adapter_config.json").is_file():
+                self.policy.load_adapter(checkpoint)
+            if self.policy.optimizer is not None:
+                load_optimizer(checkpoint, self.policy.optimizer)
 
 
-def _checked_pipeline(sd_pipeline: Any) -> Any:
-    if sd_pipeline is None:
-        raise ValueError("sd_pipeline is required: the diffusers pipeline to fine-tune.")
-    if getattr(sd_pipeline, "use_lora", True) is False:
-        raise ValueError("sd_pipeline: use_lora=False (full fine-tuning) is not supported; tune an adapter.")
-    return getattr(sd_pipeline, "sd_pipeline", sd_pipeline)
+def _check_round(config: GraftConfig, processes: int, samples_dataset: Any) -> None:
+    """A round must have more images of a prompt than are selected of them."""
+    images = config.sample_batch_size * config.sample_num_batches_per_epoch * processes
+    size, k = config.group_size(images), config.acceptance_kwargs.get("k", 1)
+    if samples_dataset is None and size <= k:
+        raise ValueError(
+            f"sample_batch_size * sample_num_batches_per_epoch * processes = {images}: a round's groups have {size} "
+            f"images, of which k={k} cannot be selected. Draw more images a round."
+        )
 
 
-def _columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
-    """Further columns of the samples' prompts, as lists."""
-    names = dict.fromkeys(name for sample in samples for name in sample.group.columns)
-    return {name: [sample.group.columns.get(name) for sample in samples] for name in names}
+def _as_json(metrics: dict[str, float]) -> str:
+    """A line of JSON, which has no numbers that are not finite: they become null."""
+    finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    return json.dumps(finite) + "\n"

@@ -64,10 +64,12 @@ def rollout(trainer, repeats: int) -> tuple[float, float]:
     prompts = load_prompts("train")[:BATCH]
     samples = samples_of([Group(i, prompt, 1, {}) for i, prompt in enumerate(prompts)], 0)
     seeds = [sample.seed for sample in samples]
-    arguments = {**trainer.arguments, "output_type": "pt"}
+    arguments = {**trainer.policy.arguments, "output_type": "pt"}
 
     def ours() -> None:
-        draw(trainer.pipeline, trainer.call, samples, trainer.levels.position, BATCH, trainer.arguments)
+        policy = trainer.policy
+        # Drawn as it is iterated over.
+        list(draw(policy.pipeline, policy.call, samples, policy.levels.position, BATCH, policy.arguments))
 
     return alternate(ours, lambda: call_pipeline(trainer.pipeline, prompts, seeds, arguments), repeats)
 
@@ -76,13 +78,13 @@ def training(trainer, repeats: int) -> tuple[float, float]:
     """`fit` against a loop that does only what LoRA training must."""
     prompts = load_prompts("train")[:BATCH]
     states = torch.randn(BATCH, *_latent_shape(trainer))
-    conditioning = record_conditioning(trainer.pipeline, trainer.call, prompts, trainer.arguments)
+    conditioning = record_conditioning(trainer.pipeline, trainer.policy.call, prompts, trainer.policy.arguments)
     rows = Rows(torch.arange(BATCH), torch.arange(BATCH), list(range(BATCH)))
-    loss = trainer._loss(ADAPTER_NAME, conditioning)
+    loss = trainer.policy.loss(ADAPTER_NAME, conditioning)
 
     def ours() -> None:
         passes = iter([rows] * STEPS)
-        fit(trainer.accelerator, loss, states, passes, trainer.optimizer, trainer.config, lambda _: 1e-4)
+        fit(trainer.accelerator, loss, states, passes, trainer.policy.optimizer, trainer.config, lambda _: 1e-4)
 
     return alternate(ours, _hand_written(trainer, states, conditioning), repeats)
 

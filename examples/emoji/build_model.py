@@ -26,7 +26,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,7 @@ from examples.emoji.scenes import (
     FOLDER,
     NOUNS,
     OPENINGS,
+    STYLES,
     Layout,
     Renderer,
     Spec,
@@ -112,14 +113,14 @@ def captioned_scenes(
     return layout(specs, rng), [caption(spec, OPENINGS[rng.integers(len(OPENINGS))]) for spec in said]
 
 
-def mixed_scenes(size: int, rng: np.random.Generator) -> Layout:
-    """Scenes of one to five objects, half of them of any nouns and half of one noun, in mixed styles."""
+def mixed_scenes(size: int, rng: np.random.Generator, styles: Sequence[str] = STYLES) -> Layout:
+    """Scenes of one to five objects, half of them of any nouns and half of one noun, in a mix of `styles`."""
     specs = []
     for _ in range(size):
         count, noun = rng.integers(1, 6), NOUNS[rng.integers(len(NOUNS))]
         nouns = [noun] * count if rng.random() < 0.5 else [NOUNS[i] for i in rng.integers(len(NOUNS), size=count)]
         specs.append(Spec(tuple((name, 1) for name in nouns)))
-    return layout(specs, rng, mix_styles=True)
+    return layout(specs, rng, mix_styles=True, styles=styles)
 
 
 class Scenes:

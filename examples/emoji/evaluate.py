@@ -37,13 +37,14 @@ def read_prompts(split: str) -> list[dict]:
     return [json.loads(line) for line in (FOLDER / "prompts" / f"{split}.jsonl").read_text().splitlines()]
 
 
-def sample(pipeline, prompts: list[str], steps: int, guidance: float, seeds: list[int], batch: int) -> torch.Tensor:
+def sample(pipeline, prompts: list[str], steps: int, guidance: float, seeds: list[int], batch: int,
+           **options) -> torch.Tensor:  # fmt: skip
     """Images (len(prompts), 3, 64, 64) in [0, 1], each from the noise of its own seed."""
+    options |= {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt"}
     images = []
     for start in range(0, len(prompts), batch):
         part = slice(start, start + batch)
         generator = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
-        options = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt"}
         images.append(pipeline(prompts[part], generator=generator, **options).images.float().cpu())
     return torch.cat(images)
 

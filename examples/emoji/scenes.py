@@ -14,6 +14,7 @@
 """Emoji scenes: what a caption asks for (`Spec`), where the objects stand (`Layout`), and the pixels (`Renderer`)."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +45,8 @@ CODE_POINTS = {
     "balloon": "1f388",
 }
 NOUNS = tuple(CODE_POINTS)
-STYLES = ("noto", "twemoji")
+STYLES = ("noto", "twemoji")  # what captions name
+ALL_STYLES = (*STYLES, "fluent", "emojione")  # what sprites there are
 BACKGROUNDS = {
     "white": (250, 250, 250),
     "gray": (150, 150, 150),
@@ -75,7 +77,7 @@ class Spec:
         objects (`tuple[tuple[str, int], ...]`): nouns with how many of each.
         relation (`str`, *optional*): where the first object stands from the second, one of `RELATIONS`.
         background (`str`, *optional*): one of `BACKGROUNDS`; any when `None`.
-        style (`str`, *optional*): one of `STYLES`; any when `None`.
+        style (`str`, *optional*): one of `ALL_STYLES`, though captions name those of `STYLES` only; any when `None`.
     """
 
     objects: tuple[tuple[str, int], ...]
@@ -147,8 +149,8 @@ def vocabulary() -> list[str]:
 # Random specs --------------------------------------------------------------------------------------------------------
 
 
-def random_spec(rng: np.random.Generator, category: str) -> Spec:
-    """Draw a `Spec` of one category; the style is named in two of five."""
+def random_spec(rng: np.random.Generator, category: str, styles: Sequence[str] = STYLES) -> Spec:
+    """Draw a `Spec` of one category; the style, one of `styles`, is named in two of five."""
     nouns = [NOUNS[i] for i in rng.choice(len(NOUNS), 2, replace=False)]
     count = int(rng.integers(2, 5)) if "count" in category else 1
     pair = category in ("two_objects", "relation")
@@ -156,7 +158,7 @@ def random_spec(rng: np.random.Generator, category: str) -> Spec:
         objects=tuple((noun, 1) for noun in nouns) if pair else ((nouns[0], count),),
         relation=RELATIONS[rng.integers(4)] if category == "relation" else None,
         background=list(BACKGROUNDS)[rng.integers(6)] if "background" in category else None,
-        style=STYLES[rng.integers(2)] if rng.random() < 0.4 else None,
+        style=styles[rng.integers(len(styles))] if rng.random() < 0.4 else None,
     )
 
 
@@ -193,7 +195,7 @@ class Layout:
 
     Args:
         noun (`np.ndarray`): (B, K) index into `NOUNS`, -1 for no object.
-        style (`np.ndarray`): (B, K) index into `STYLES`.
+        style (`np.ndarray`): (B, K) index into `ALL_STYLES`.
         side, left, top (`np.ndarray`): (B, K) side length and corner of each object's square.
         background (`np.ndarray`): (B,) index into `BACKGROUNDS`.
     """
@@ -237,7 +239,9 @@ def _stands(present, relation, side, left, top) -> np.ndarray:
     return good & ((relation < 0) | (along > DOMINANCE * across))
 
 
-def layout(specs: list[Spec], rng: np.random.Generator, mix_styles: bool = False) -> Layout:
+def layout(
+    specs: list[Spec], rng: np.random.Generator, mix_styles: bool = False, styles: Sequence[str] = STYLES
+) -> Layout:
     """
     Place the objects of each spec at random, without overlap (rejection sampling).
 
@@ -245,16 +249,19 @@ def layout(specs: list[Spec], rng: np.random.Generator, mix_styles: bool = False
         specs (`list[Spec]`): what the scenes show, at most `MAX_OBJECTS` objects each.
         rng (`np.random.Generator`): source of randomness.
         mix_styles (`bool`, *optional*, defaults to `False`): whether objects of one scene may differ in style.
+        styles (`Sequence[str]`, *optional*, defaults to `STYLES`): the styles, of `ALL_STYLES`, to draw from where a
+            spec names none.
     """
     size, names, index = len(specs), list(BACKGROUNDS), {noun: i for i, noun in enumerate(NOUNS)}
     noun = np.full((size, MAX_OBJECTS), -1)
     for row, spec in enumerate(specs):
         nouns = spec.nouns
         noun[row, : len(nouns)] = [index[name] for name in nouns]
-    style = rng.integers(2, size=(size, MAX_OBJECTS if mix_styles else 1)).repeat(1 if mix_styles else MAX_OBJECTS, 1)
+    drawn = rng.integers(len(styles), size=(size, MAX_OBJECTS if mix_styles else 1))
+    style = np.array([ALL_STYLES.index(name) for name in styles])[drawn].repeat(1 if mix_styles else MAX_OBJECTS, 1)
     for row, spec in enumerate(specs):
         if spec.style:
-            style[row] = STYLES.index(spec.style)
+            style[row] = ALL_STYLES.index(spec.style)
     background = np.array([names.index(spec.background or names[rng.integers(len(names))]) for spec in specs])
     relation = np.array([RELATIONS.index(spec.relation) if spec.relation else -1 for spec in specs])
     return Layout(noun, style, *_place(noun >= 0, relation, rng), background)
@@ -283,7 +290,7 @@ class Renderer:
     """
 
     def __init__(self, device: str | torch.device = "cpu", folder: Path = FOLDER / "sprites"):
-        sprites = torch.stack([_read_sprite(folder / style / f"{noun}.png") for style in STYLES for noun in NOUNS])
+        sprites = torch.stack([_read_sprite(folder / style / f"{noun}.png") for style in ALL_STYLES for noun in NOUNS])
         table = torch.zeros(LARGEST - SMALLEST + 1, len(sprites), 4, LARGEST, LARGEST)
         for side in range(SMALLEST, LARGEST + 1):
             small = torch.nn.functional.interpolate(sprites, (side, side), mode="bilinear", antialias=True)
@@ -308,7 +315,7 @@ class Renderer:
         grid = torch.arange(CANVAS, device=noun.device)
         y, x = grid[None, :, None] - top[:, None, None], grid[None, None, :] - left[:, None, None]
         inside = (y >= 0) & (x >= 0) & (y < LARGEST) & (x < LARGEST) & (noun >= 0)[:, None, None]
-        sprite = (side.clamp(SMALLEST) - SMALLEST) * len(STYLES) * len(NOUNS) + style * len(NOUNS) + noun.clamp(0)
+        sprite = (side.clamp(SMALLEST) - SMALLEST) * len(ALL_STYLES) * len(NOUNS) + style * len(NOUNS) + noun.clamp(0)
         flat = (sprite[:, None, None] * LARGEST + y.clamp(0, LARGEST - 1)) * LARGEST + x.clamp(0, LARGEST - 1)
         return self.table[flat] * inside[..., None]
 

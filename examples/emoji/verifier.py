@@ -134,7 +134,10 @@ class Verifier(nn.Module):
             images (`list[PIL.Image.Image]` or `torch.Tensor`): images, or (B, 3, 64, 64) in [0, 1].
             prompts (`list[str | Spec]`): one caption, or its `Spec`, per image.
         """
-        return [float(_is_right(*case)) for case in self._cases(images, prompts)]
+        return [
+            float(is_right([d for d in detections if d.confidence >= THRESHOLD], _color_name(distances), spec))
+            for detections, distances, spec in self._cases(images, prompts)
+        ]
 
     def soft_score(self, images, prompts: list[str | Spec]) -> list[float]:
         """
@@ -144,19 +147,31 @@ class Verifier(nn.Module):
         return [_softly_right(*case) for case in self._cases(images, prompts)]
 
     def _cases(self, images, prompts):
-        images = self._tensor(images)
-        if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} images for {len(prompts)} prompts: pass one prompt per image")
-        specs = [parse_prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        images, specs = self._tensor(images), read_specs(images, prompts)
         return zip(self.detect(images), self.background_distances(images), specs, strict=True)
 
     def _tensor(self, images) -> torch.Tensor:
-        if not isinstance(images, torch.Tensor):
-            arrays = [np.asarray(image.convert("RGB"), dtype=np.float32) / 255 for image in images]
-            images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
-        if images.shape[1:] != (3, CANVAS, CANVAS):
-            raise ValueError(f"images must be 3 x {CANVAS} x {CANVAS}, got {tuple(images.shape[1:])}")
-        return images.to(self.colors.device, torch.float32)
+        return image_tensor(images).to(self.colors.device)
+
+
+# Inputs --------------------------------------------------------------------------------------------------------------
+
+
+def image_tensor(images) -> torch.Tensor:
+    """Images, or (B, 3, 64, 64) in [0, 1], as float32 (B, 3, 64, 64). Raises `ValueError` on another size."""
+    if not isinstance(images, torch.Tensor):
+        arrays = [np.asarray(image.convert("RGB"), dtype=np.float32) / 255 for image in images]
+        images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+    if images.shape[1:] != (3, CANVAS, CANVAS):
+        raise ValueError(f"images must be 3 x {CANVAS} x {CANVAS}, got {tuple(images.shape[1:])}")
+    return images.float()
+
+
+def read_specs(images, prompts: list[str | Spec]) -> list[Spec]:
+    """What each prompt asks for. Raises `ValueError` unless there is one prompt per image."""
+    if len(images) != len(prompts):
+        raise ValueError(f"{len(images)} images for {len(prompts)} prompts: pass one prompt per image")
+    return [parse_prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
 # Rules ---------------------------------------------------------------------------------------------------------------
@@ -169,16 +184,27 @@ def _margin(relation: str, first: Detection, second: Detection) -> float:
     return along - abs(across)
 
 
-def _is_right(detections: list[Detection], distances: dict[str, float], spec: Spec) -> bool:
-    sure = [detection for detection in detections if detection.confidence >= THRESHOLD]
-    if Counter(detection.noun for detection in sure) != Counter(spec.nouns):
+def is_right(objects: list[Detection], background: str | None, spec: Spec) -> bool:
+    """
+    Whether a scene is exactly what is asked for.
+
+    Args:
+        objects (`list[Detection]`): the objects that are there.
+        background (`str`, *optional*): the background's colour, one of `BACKGROUNDS`; `None` for any other.
+        spec ([`Spec`]): what is asked for.
+    """
+    if Counter(detection.noun for detection in objects) != Counter(spec.nouns):
         return False
     if spec.relation:
-        first, second = (next(d for d in sure if d.noun == noun) for noun, _ in spec.objects)
+        first, second = (next(d for d in objects if d.noun == noun) for noun, _ in spec.objects)
         if _margin(spec.relation, first, second) <= 0:
             return False
+    return spec.background in (None, background)
+
+
+def _color_name(distances: dict[str, float]) -> str | None:
     closest = min(distances, key=distances.get)
-    return spec.background is None or (closest == spec.background and distances[closest] < COLOR_TOLERANCE)
+    return closest if distances[closest] < COLOR_TOLERANCE else None
 
 
 def _softly_right(detections: list[Detection], distances: dict[str, float], spec: Spec) -> float:

@@ -26,10 +26,11 @@ from .functions import (
     trl_reward,
 )
 from .jpeg import jpeg_compressibility
-from .scoring import RewardError, Scorer, score
+from .scoring import Patience, RewardError, Scorer, score
 
 
 __all__ = [
+    "Patience",
     "Reward",
     "RewardError",
     "Scorer",

@@ -1,0 +1,178 @@
+# Copyright 2026 The trl_pgraft authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+
+"""
+Compare P-GRAFT with GRAFT, TRL's DDPO and the untuned model on the embedded emoji model.
+
+    python -m examples.benchmarks.compare --plan examples/benchmarks/plans/final.yaml --output outputs/compare \\
+        --old-trl trl-0.23.1 --jobs 8 --gpus 1
+    python -m examples.benchmarks.compare --plan examples/benchmarks/plans/final.yaml --output outputs/compare --report
+
+The first command runs every method with every seed, each in a process of its own, and leaves out what is there
+already; `--old-trl` is a folder with trl 0.23.1 (`pip install --no-deps --target trl-0.23.1 trl==0.23.1`), the last
+release that has DDPO. Both write `evaluations.parquet` (one row a prompt and evaluation), `table.md` and the figures.
+"""
+
+import argparse
+import json
+import os
+import queue
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+
+def runs_of(plan: dict[str, Any]) -> list[dict[str, Any]]:
+    """
+    The runs of a plan: `evaluation`, `seeds`, and `methods` (name to `trainer` and its fields; `seeds` of its own).
+
+    Fields named `like` take over those of another method.
+    """
+    runs = []
+    for name in plan["methods"]:
+        fields = resolve(plan["methods"], name)
+        trainer, seeds = fields.pop("trainer"), fields.pop("seeds", plan["seeds"])
+        seeds = [0] if trainer == "base" else seeds
+        common = {"method": name, "trainer": trainer, "fields": fields, "evaluation": plan["evaluation"]}
+        runs += [{**common, "seed": seed} for seed in seeds]
+    # Long runs first, so that none is left alone at the end; the untuned model is needed by all others.
+    return sorted(runs, key=lambda run: (run["trainer"] != "base", run["trainer"] != "ddpo"))
+
+
+def resolve(methods: dict[str, dict], name: str) -> dict[str, Any]:
+    """A method's fields, with those of the method that it is `like`."""
+    fields = dict(methods[name] or {})
+    parent = fields.pop("like", None)
+    return {**resolve(methods, parent), **fields} if parent else fields
+
+
+def folder_of(output: Path, run: dict[str, Any]) -> Path:
+    """Where a run's files are."""
+    return output / "runs" / f"{run['method']}-{run['seed']}".replace(" ", "_").replace("/", "_")
+
+
+def start(run: dict[str, Any], output: Path, gpu: int, old_trl: Path | None, base: Path | None) -> bool:
+    """Do one run in a process of its own; whether it finished."""
+    folder = folder_of(output, run)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text(json.dumps(run, indent=1))
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu), "PYTHONUNBUFFERED": "1"}
+    if run["trainer"] == "ddpo":
+        paths = [str(old_trl), os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    command = [sys.executable, "-m", "examples.benchmarks.one_run", str(folder)]
+    with open(folder / "log.txt", "w") as log:
+        command += ["--base", str(base)] if base else []
+        code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
+    lines = (folder / "log.txt").read_text().splitlines()
+    last = [line for line in lines if line.startswith(run["method"])][-1:]
+    print(f"[{time.strftime('%H:%M:%S')}] {(last or [run['method']])[0]}", flush=True)
+    if code:
+        print("\n".join([f"failed: {folder / 'log.txt'}", *lines[-12:]]), flush=True)
+    return code == 0
+
+
+def run_all(plan: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Run what is not there yet, `jobs` at a time, spread over the GPUs."""
+    output = arguments.output
+    todo = [run for run in runs_of(plan) if not (folder_of(output, run) / "evaluations.parquet").exists()]
+    if arguments.old_trl is None and any(run["trainer"] == "ddpo" for run in todo):
+        raise SystemExit("--old-trl: the plan has runs of DDPO, which need a folder with trl 0.23.1.")
+    free: queue.Queue[int] = queue.Queue()
+    for job in range(arguments.jobs):
+        free.put(job % max(arguments.gpus, 1))
+
+    def work(run: dict[str, Any], base: Path | None) -> bool:
+        gpu = free.get()
+        try:
+            return start(run, output, gpu, arguments.old_trl, base)
+        finally:
+            free.put(gpu)
+
+    first = [run for run in runs_of(plan) if run["trainer"] == "base"][0]
+    if first in todo and not work(first, None):
+        raise SystemExit("the untuned model could not be evaluated")
+    base = folder_of(output, first) / "features.safetensors"
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        done = list(pool.map(lambda run: work(run, base), [run for run in todo if run != first]))
+    if not all(done):
+        print(f"{done.count(False)} runs failed; start again to try them once more.")
+
+
+def collect(plan: dict[str, Any], output: Path) -> pd.DataFrame:
+    """All evaluations of the plan's finished runs."""
+    files = [folder_of(output, run) / "evaluations.parquet" for run in runs_of(plan)]
+    return pd.concat([pd.read_parquet(file) for file in files if file.exists()], ignore_index=True)
+
+
+def report(plan: dict[str, Any], output: Path) -> None:
+    """Write `evaluations.parquet`, `table.md` and the figures of the runs that are there."""
+    # Not needed by the workers, and slow to import.
+    from examples.benchmarks import figures
+
+    evaluations = collect(plan, output)
+    evaluations.to_parquet(output / "evaluations.parquet")
+    there, base = set(evaluations.method), "base"
+    methods = [name for name in plan["methods"] if name in there]
+    fields = {name: resolve(plan["methods"], name) for name in methods}
+    fractions = {name: fields[name]["tuned_fraction"] for name in plan.get("fractions", []) if name in there}
+    parts = [figures.table(evaluations, methods, base), figures.best_of_n_line(evaluations, base)]
+    parts += [figures.equal_seconds(evaluations, methods, base), figures.categories(evaluations, methods)]
+    parts += [speed_line(figures, evaluations, *pair) for pair in plan.get("speed", []) if set(pair) <= there]
+    (output / "table.md").write_text("\n\n".join(parts) + "\n")
+    for over in ("images", "seconds"):
+        figures.draw_curves(evaluations, methods, base, over, output / f"score_over_{over}.png")
+    figures.draw_categories(evaluations, methods, output / "categories.png")
+    if fractions:
+        figures.draw_fractions(evaluations, fractions, base, output / "tuned_fraction.png")
+    print("\n\n".join(parts))
+
+
+def speed_line(figures: Any, evaluations: pd.DataFrame, ours: str, theirs: str) -> str:
+    """How long one method takes to the other's final score."""
+    points = figures.curves(evaluations)[lambda points: points.method == theirs]
+    last = points[points.images == points.images.max()]
+    needed = figures.seconds_to_reach(evaluations, ours, last.score.mean())
+    return (
+        f"{theirs} ends at {last.score.mean():.3f} after {last.seconds.mean():.0f} s; {ours} is there after "
+        f"{needed:.0f} s: {needed / last.seconds.mean():.2f} of it."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--old-trl", type=Path, help="folder with trl 0.23.1")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--report", action="store_true", help="run nothing; write the table and the figures")
+    arguments = parser.parse_args()
+    plan = yaml.safe_load(arguments.plan.read_text())
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    if not arguments.report:
+        run_all(plan, arguments)
+    report(plan, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+# Copyright 2026 The trl_pgraft authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Templates of the model card and of the dataset card, in Jinja, and the citation that both have."""
+
+CITATION = """\
+@misc{anil2025finetuning,
+    title         = {Fine-Tuning Diffusion Models via Intermediate Distribution Shaping},
+    author        = {Gautham Govind Anil and Shaan Ul Haque and Nithish Kannen and Dheeraj Nagaraj and
+                     Sanjay Shakkottai and Karthikeyan Shanmugam},
+    year          = {2025},
+    eprint        = {2510.02692},
+    archivePrefix = {arXiv},
+    primaryClass  = {cs.LG}
+}"""
+
+ADAPTER_TEMPLATE = """\
+---
+{{ card_data }}
+---
+
+# {{ title }}
+
+A LoRA of {{ base }}, fine-tuned on rewards with {{ method }} in trl_pgraft: groups of images were drawn, the best of
+each group accepted, and the adapter fitted to the noisy states that they came from.
+{% if grid %}
+![Base model above, tuned model below, same prompts and seeds]({{ grid }})
+{% endif %}
+## Use
+
+```python
+{{ snippet }}
+```
+
+{{ switch }} Other loaders, `pipeline.load_lora_weights("{{ repo_id }}")` and PEFT among them, run it at all noise
+levels.
+{% if metrics %}
+## Results
+
+Mean rewards on {{ metrics_source }}, base model -> tuned model:
+
+{% for line in metrics %}- {{ line }}
+{% endfor %}{% endif %}{% if rewards or settings or prompts %}
+## Training
+{% if rewards %}
+Rewards:
+
+{% for line in rewards %}- {{ line }}
+{% endfor %}{% endif %}{% if settings %}
+Settings:
+
+{% for line in settings %}- {{ line }}
+{% endfor %}{% endif %}{% if prompts %}
+Some of the prompts:
+
+{% for line in prompts %}- {{ line }}
+{% endfor %}{% endif %}{% endif %}
+## Citation
+
+```bibtex
+{{ citation }}
+```
+"""
+
+SAMPLES_TEMPLATE = """\
+---
+{{ card_data }}
+---
+
+# {{ title }}
+
+Images that a diffusion model drew while it was fine-tuned with trl_pgraft, their rewards, and which of them were
+accepted. Each round of the run is a folder of parquet files and adds to the ones before.
+
+| column | what it holds |
+| --- | --- |
+| `prompt`, `image` | the prompt and the final image |
+| `reward` | weighted sum of the rewards, NaN where a sample was left out |
+| `reward_<name>` | value of each reward function |
+| `accepted` | whether the sample was trained on |
+| `group` | samples of a round with the same number were compared with each other |
+| `seed` | seed of all the sample's noise |
+| `x_I`, `t_I` | the state on the way to the image as the denoiser saw it, and its timestep (none: the final latents) |
+| `fingerprint` | hash of model, scheduler and sampling arguments |
+
+```python
+from datasets import load_dataset
+from trl_pgraft import GraftConfig, PGraftTrainer
+
+# With the pipeline and the configuration that drew the samples; another one is refused by the fingerprint.
+samples = load_dataset("{{ repo_id }}", split="train")
+PGraftTrainer(GraftConfig(...), sd_pipeline=pipeline, samples_dataset=samples).train()
+```
+
+## Citation
+
+```bibtex
+{{ citation }}
+```
+"""

@@ -1,0 +1,263 @@
+# Copyright 2026 The trl_pgraft authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Model and dataset cards: what was trained on what, how to use it, and what it scored."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from .card_templates import ADAPTER_TEMPLATE, CITATION, SAMPLES_TEMPLATE
+from .timestep_gate import SwitchLevel
+
+
+CARD_FILE = "README.md"
+GRID_FILE = "before_after.png"
+SHOWN_PROMPTS = 8
+SETTINGS = (
+    "num_epochs",
+    "samples_per_prompt",
+    "acceptance",
+    "acceptance_kwargs",
+    "tuned_fraction",
+    "sample_from",
+    "sample_num_steps",
+    "sample_guidance_scale",
+    "guidance_loss",
+    "control_adapter",
+    "train_learning_rate",
+    "train_num_inner_epochs",
+    "seed",
+)
+TAGS = ("trl", "pgraft", "diffusers", "lora", "text-to-image")
+ROUND_FILES = "round_*/*.parquet"
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """
+    What a model card tells of an adapter.
+
+    Args:
+        switch ([`SwitchLevel`]):
+            Where the adapter hands over.
+        base_model (`str`, *optional*):
+            The base model's repository, where it has one.
+        prompts (`Sequence[str]`, *optional*):
+            Some of the prompts.
+        rewards (`dict[str, float]`, *optional*):
+            Reward functions and their weights.
+        metrics (`dict[str, tuple[float or None, float]]`, *optional*):
+            Mean rewards of base model and tuned model.
+        metrics_source (`str`, *optional*, defaults to `"held-out prompts"`):
+            What they are means over.
+        settings (`dict`, *optional*):
+            Fields of the configuration.
+        arguments (`dict`, *optional*):
+            Arguments of the pipeline call in the snippet.
+        tags (`Sequence[str]`, *optional*):
+            Tags beside the usual ones.
+        dataset (`str`, *optional*):
+            Repository of the samples or of the prompts.
+    """
+
+    switch: SwitchLevel
+    base_model: str | None = None
+    prompts: Sequence[str] = ()
+    rewards: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, tuple[float | None, float]] = field(default_factory=dict)
+    metrics_source: str = "held-out prompts"
+    settings: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    tags: Sequence[str] = ()
+    dataset: str | None = None
+
+
+def write_adapter_card(folder: str | Path, repo_id: str, facts: AdapterFacts, title: str | None = None) -> None:
+    """
+    Write the model card of an adapter folder; the grid of images is shown where the folder has one.
+
+    Args:
+        folder (`str` or `Path`):
+            Folder of the adapter.
+        repo_id (`str`):
+            Repository that the card's code loads.
+        facts ([`AdapterFacts`]):
+            What the card tells.
+        title (`str`, *optional*):
+            Heading; the repository's name where not given.
+    """
+    title, base = plain(title or repo_id.split("/")[-1]), facts.base_model
+    card = ModelCard.from_template(
+        _adapter_metadata(title, facts),
+        template_str=ADAPTER_TEMPLATE,
+        title=title,
+        repo_id=repo_id,
+        base=f"[{base}](https://huggingface.co/{base})" if base else "a local model",
+        method="GRAFT" if facts.switch.switch_timestep is None else "P-GRAFT",
+        grid=GRID_FILE if (Path(folder) / GRID_FILE).is_file() else None,
+        snippet=_snippet(repo_id, facts),
+        switch=_switch_sentence(facts.switch),
+        metrics=[f"{as_code(name)}: {_change(*values)}" for name, values in facts.metrics.items()],
+        metrics_source=facts.metrics_source,
+        rewards=[f"{as_code(name)}, weight {weight:g}" for name, weight in facts.rewards.items()],
+        settings=[f"`{name}`: {as_code(str(value))}" for name, value in facts.settings.items()],
+        prompts=[as_code(prompt) for prompt in facts.prompts],
+        citation=CITATION,
+    )
+    card.save(Path(folder) / CARD_FILE)
+
+
+def write_samples_card(folder: str | Path, repo_id: str) -> None:
+    """Write the dataset card of a folder of rounds, with the configuration that the Hub's viewer reads."""
+    data = DatasetCardData(
+        pretty_name=f"Samples of {repo_id.split('/')[-1]}",
+        tags=["trl", "pgraft"],
+        task_categories=["text-to-image"],
+        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": ROUND_FILES}]}],
+    )
+    card = DatasetCard.from_template(
+        data, template_str=SAMPLES_TEMPLATE, title=data.pretty_name, repo_id=repo_id, citation=CITATION
+    )
+    card.save(Path(folder) / CARD_FILE)
+
+
+def plain(text: str, limit: int = 200) -> str:
+    """`text` on one line: what cannot be printed becomes a space, and what is beyond `limit` characters is cut."""
+    printable = "".join(c if c.isprintable() else " " for c in text[: 8 * limit])
+    line = " ".join(printable.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def as_code(text: str) -> str:
+    """`text` as a span of Markdown in which nothing is markup, whatever it holds."""
+    line = plain(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    pad = " " if not line or line.startswith("`") or line.endswith("`") else ""
+    return f"{fence}{pad}{line}{pad}{fence}"
+
+
+def facts_of(trainer: Any, dataset: str | None, tags: Sequence[str]) -> AdapterFacts:
+    """What a [`PGraftTrainer`] knows about the adapter that it trains."""
+    config, rewards = trainer.config, {reward.name: reward.weight for reward in trainer.rewards}
+    source, metrics = metrics_of(trainer.history, list(rewards))
+    settings = config.to_dict()
+    shown = ("num_inference_steps", "guidance_scale", "height", "width")
+    return AdapterFacts(
+        switch=trainer.policy.switch,
+        base_model=repository_of(trainer.pipeline),
+        prompts=some_prompts(config.eval_prompts, trainer.samples_dataset, trainer.output_dir / "samples"),
+        rewards=rewards,
+        metrics=metrics,
+        metrics_source=source,
+        settings={name: settings[name] for name in SETTINGS if settings[name] not in (None, {})},
+        arguments={n: value for n, value in trainer.policy.arguments.items() if n in shown and value is not None},
+        tags=tags,
+        dataset=dataset,
+    )
+
+
+def some_prompts(
+    eval_prompts: Sequence[str] | None, samples: Any, folder: Path, count: int = SHOWN_PROMPTS
+) -> list[str]:
+    """Different prompts to show: held-out ones, or those of the samples trained on, or of the newest round kept."""
+    prompts: Sequence[str] = eval_prompts or (samples["prompt"] if samples is not None else [])
+    files = sorted(folder.glob(ROUND_FILES))
+    if not prompts and files:
+        prompts = pq.read_table(files[-1], columns=["prompt"])["prompt"].to_pylist()
+    return list(dict.fromkeys(prompts))[:count]
+
+
+def repository_of(pipeline: Any) -> str | None:
+    """The Hub repository that a pipeline was loaded from; `None` for a local one, whose path is nobody's business."""
+    name = getattr(pipeline, "name_or_path", None)
+    if not name or Path(name).exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def metrics_of(history: Sequence[dict[str, float]], rewards: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """Mean rewards before and after, by name, from a run's metrics, and what they are means over."""
+    evaluations = [record for record in history if "eval/reward" in record]
+    prefix, source = ("eval/", "held-out prompts") if evaluations else ("", "the samples of the first and last round")
+    records = evaluations or [record for record in history if "reward" in record]
+    if not records:
+        return source, {}
+    names = {"reward": f"{prefix}reward", **{name: f"{prefix}rewards/{name}/mean" for name in rewards}}
+    first, last = records[0] if len(records) > 1 else {}, records[-1]
+    values = {name: (_finite(first.get(key)), _finite(last.get(key))) for name, key in names.items()}
+    return source, {name: pair for name, pair in values.items() if pair[1] is not None}
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _adapter_metadata(title: str, facts: AdapterFacts) -> ModelCardData:
+    results = [
+        EvalResult("text-to-image", "prompts", facts.metrics_source, "reward", value, metric_name=plain(name))
+        for name, (_, value) in facts.metrics.items()
+    ]
+    return ModelCardData(
+        base_model=facts.base_model,
+        base_model_relation="adapter" if facts.base_model else None,
+        datasets=facts.dataset,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=list(dict.fromkeys([*TAGS, *facts.tags])),
+        model_name=title,
+        eval_results=results or None,
+    )
+
+
+def _snippet(repo_id: str, facts: AdapterFacts) -> str:
+    prompt = plain(facts.prompts[0] if facts.prompts else "a photo of a cat")
+    # ascii() quotes for Python; a run of backticks would end the block of code.
+    quoted = ascii(prompt).replace("`", "\\x60")
+    arguments = "".join(f", {name}={value}" for name, value in facts.arguments.items())
+    base = facts.base_model or "path/to/the/base/model"
+    return f"""\
+from diffusers import DiffusionPipeline
+from trl_pgraft import load_pgraft_adapter
+
+pipeline = DiffusionPipeline.from_pretrained("{base}")
+gate = load_pgraft_adapter(pipeline, "{repo_id}")  # at work until gate.remove()
+image = pipeline({quoted}{arguments}).images[0]
+image.save("image.png")"""
+
+
+def _switch_sentence(switch: SwitchLevel) -> str:
+    if switch.switch_timestep is None:
+        return "The adapter runs at all noise levels."
+    guidance = switch.tuned_guidance_scale
+    return (
+        f"The adapter runs above training timestep {switch.switch_timestep:g} (log-SNR {switch.switch_log_snr:.2f}) "
+        "and the base model below; `load_pgraft_adapter` switches it there, whatever the number of steps."
+        + (f" It was trained for guidance {guidance:g} there: sample inside `TunedGuidance`." if guidance else "")
+    )
+
+
+def _change(before: float | None, after: float) -> str:
+    return f"{after:.4g}" if before is None else f"{before:.4g} -> {after:.4g}"

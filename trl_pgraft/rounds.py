@@ -1,0 +1,193 @@
+# Copyright 2026 The trl_pgraft authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""Rounds: drawn and scored by all processes together, accepted group by group, and kept on disk."""
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
+
+from .acceptance import get_acceptance
+from .config import GraftConfig
+from .drawing import Batch, draw_and_score, in_order
+from .policy import Policy
+from .rewards import Patience, Reward, Scorer, to_pil
+from .rollout import Drawn, Group, Sample, draw, form_groups, samples_of, seed_of
+from .samples import to_dataset
+from .selection import Round, accept, combined_rewards
+from .unfinished import UnfinishedRound
+
+
+class Rounds:
+    """
+    Draws the rounds of a run, each process its share.
+
+    Args:
+        policy ([`Policy`]):
+            What draws.
+        rewards (`Sequence[Reward]`):
+            `F` rewards.
+        prompt_source (`Callable` or `None`):
+            `prompt_source(epoch, groups)` gives prompts with their columns; `None` where rounds are not drawn.
+        config ([`GraftConfig`]):
+            How.
+        accelerator (`Accelerator`):
+            The processes.
+        output_dir (`Path`):
+            Folder of the run: rounds are written to `samples` in it, and what no checkpoint has yet to `unfinished`.
+
+    Raises:
+        `ValueError`: a round has too few images for a selection.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        rewards: Sequence[Reward],
+        prompt_source: Callable | None,
+        config: GraftConfig,
+        accelerator: Accelerator,
+        output_dir: Path,
+    ):
+        self.policy, self.rewards, self.prompt_source = policy, rewards, prompt_source
+        self.config, self.accelerator = config, accelerator
+        self.folder, self.unfinished = output_dir / "samples", output_dir / "unfinished"
+        self.acceptance = get_acceptance(config.acceptance)
+        self.images = config.sample_batch_size * config.sample_num_batches_per_epoch * accelerator.num_processes
+        self.group_size = config.group_size(self.images)
+
+    def groups(self, epoch: int) -> list[Group]:
+        """Prompts of a round and the samples to be drawn for each, the same on all processes."""
+        # With this seed, prompt functions that use global random state repeat themselves when a run is resumed.
+        set_seed(seed_of(self.config.seed, "prompts", epoch) % 2**32)
+        groups: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            source = self.prompt_source(epoch, -(-self.images // self.group_size))
+            groups = [form_groups(source, self.images, self.group_size)]
+        return broadcast_object_list(groups)[0]
+
+    def draw(self, epoch: int) -> tuple[Round, list[Batch]]:
+        """
+        Draw and score a round, and write it to disk.
+
+        Returns:
+            `tuple[Round, list[Batch]]`: the round of all processes, and this process's batches.
+        """
+        config = self.config
+        groups = self.groups(epoch)
+        samples = samples_of(groups, config.seed, epoch)
+        own = samples[self._own_share(len(samples))]
+        unfinished = UnfinishedRound(
+            self.unfinished / f"round_{epoch:04d}", self.policy.drawn_by(), [reward.name for reward in self.rewards]
+        )
+        with self.policy.sampler(reference=config.sample_from == "reference"):
+            batches = self.draw_and_score(own, unfinished)
+        drawn, values = in_order(own, batches)
+        states, values = self._gather(drawn.x_i), self._gather(values)
+        reward = self.combine(values, groups)
+        seed = (config.seed, epoch, "accept")
+        keys = self._duplicate_keys(own, drawn)
+        decision = accept(reward, groups, self.acceptance, config.acceptance_kwargs, seed, keys)
+        calls = int(self._gather(torch.tensor([drawn.denoiser_calls])).sum())
+        round_ = Round(groups, samples, states, values, reward, decision, calls)
+        self._keep(round_, drawn, epoch)
+        return round_, batches
+
+    def draw_evaluation(
+        self, prompts: Sequence[str], reference: bool, columns: dict[str, list] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        One image of each prompt, with seeds that depend on its place alone; `columns` are the prompts' further ones.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: weighted rewards `(P,)` and values `(P, F)` of all
+            processes, and the uint8 images of this one.
+        """
+        rows = [{name: values[i] for name, values in (columns or {}).items()} for i in range(len(prompts))]
+        groups = [Group(i, prompt, 1, row) for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))]
+        samples = samples_of(groups, self.config.seed, "evaluation")
+        own = samples[self._own_share(len(samples))]
+        with self.policy.sampler(reference):
+            # A process without a share draws one too, because nothing has no shape.
+            drawn, values = in_order(own or samples[:1], self.draw_and_score(own or samples[:1]))
+        values = torch.tensor(gather_object(values[: len(own)].tolist()), dtype=torch.float64)
+        return self.combine(values, groups), values, drawn.images[: len(own)]
+
+    def draw_pictures(self, prompts: Sequence[str], reference: bool) -> torch.Tensor:
+        """The images of an evaluation, unscored and drawn by this process alone: uint8, `(P, 3, H, W)`."""
+        samples = samples_of([Group(i, p, 1, {}) for i, p in enumerate(prompts)], self.config.seed, "evaluation")
+        with self.policy.sampler(reference):
+            return torch.cat([drawn.images for _, drawn in self._draw(samples)])
+
+    def draw_and_score(self, samples: Sequence[Sample], unfinished: UnfinishedRound | None = None) -> list[Batch]:
+        """Batches of images, states and rewards of some samples; with `unfinished`, on disk as they come."""
+        scorer = self.make_scorer(self.config.async_reward_computation)
+        return draw_and_score(samples, self._draw, scorer, unfinished)
+
+    def _draw(self, samples: Sequence[Sample]) -> Iterator[tuple[Sequence[Sample], Drawn]]:
+        policy, size = self.policy, self.config.sample_batch_size
+        progress = self.accelerator.is_local_main_process
+        return draw(policy.pipeline, policy.call, samples, policy.levels.position, size, policy.arguments, progress)
+
+    def make_scorer(self, in_threads: bool = False) -> Scorer:
+        """A scorer of this run's rewards, with threads where asked."""
+        config = self.config
+        patience = Patience(config.reward_retries, config.reward_retry_wait, config.reward_timeout)
+        return Scorer(self.rewards, patience, config.max_workers if in_threads else 0)
+
+    def combine(self, values: torch.Tensor, groups: Sequence[Group]) -> torch.Tensor:
+        """Weighted sum `(N,)` of the rewards' values `(N, F)`, NaN where a sample is left out."""
+        return combined_rewards(values, [reward.weight for reward in self.rewards], groups)
+
+    def forget_unfinished(self) -> None:
+        """Remove what no checkpoint has, because one has it now or because the run starts anew."""
+        if self.accelerator.is_local_main_process:
+            shutil.rmtree(self.unfinished, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def _own_share(self, count: int) -> slice:
+        share = -(-count // self.accelerator.num_processes)
+        return slice(share * self.accelerator.process_index, share * (self.accelerator.process_index + 1))
+
+    def _duplicate_keys(self, samples: Sequence[Sample], drawn: Drawn) -> list[Any] | None:
+        """Keys that tell equal samples, gathered over the processes."""
+        key = self.config.deduplicate_by
+        if key is None:
+            return None
+        images = to_pil(drawn.images)
+        return gather_object([key(image, s.group.prompt) for image, s in zip(images, samples, strict=True)])
+
+    def _keep(self, round_: Round, drawn: Drawn, epoch: int) -> None:
+        """Write this process's shard of the round as parquet."""
+        own, policy = self._own_share(len(round_.samples)), self.policy
+        named = {f"reward_{r.name}": round_.values[own, i].tolist() for i, r in enumerate(self.rewards)}
+        rewards = {"reward": round_.reward[own].tolist(), **named}
+        accepted = round_.decision.accepted[own].tolist()
+        samples, t_i = round_.samples[own], policy.switch.state_timestep
+        inputs = [policy.inputs_of(sample.group.columns) for sample in samples]
+        dataset = to_dataset(samples, drawn, rewards, accepted, t_i, policy.fingerprint, inputs)
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        folder = self.folder / f"round_{epoch:04d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        dataset.to_parquet(folder / f"samples-{rank:05d}-of-{world:05d}.parquet")
+
+    def _gather(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of all processes, in their order, on the host."""
+        return self.accelerator.gather(values.to(self.accelerator.device)).cpu()

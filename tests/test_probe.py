@@ -71,6 +71,19 @@ def test_an_uncommon_clock_is_fitted():
     assert scale == pytest.approx(0.3, rel=1e-5) and offset == pytest.approx(7, abs=1e-3)
 
 
+@pytest.mark.parametrize("scale, expected", [(1.0, 3.0), (0.7, None)])
+def test_guidance_of_any_scale_is_measured(scale, expected):
+    """Neither the argument's value nor one more: known from the prediction alone; rescaled, it is no such guidance."""
+    pipeline = ToyPipeline(sign=1)
+    guided = pipeline._guided
+    pipeline._guided = lambda x, t, c, w: guided(x, t, c, w if w == 1.0 else 1 + w) * (1.0 if w == 1.0 else scale)
+    found = learn_denoiser_call(pipeline, {"guidance_scale": 2.0}).guidance_scale
+    assert found == expected
+    pipeline._guided = lambda x, t, c, w: guided(x, t, c, w if w == 1.0 else 2.5 * w) * (1.0 if w == 1.0 else scale)
+    found = learn_denoiser_call(pipeline, {"guidance_scale": 2.0}).guidance_scale
+    assert found == (pytest.approx(5.0, rel=1e-4) if expected else None)
+
+
 def test_asking_leaves_no_trace(sd):
     torch.manual_seed(3)
     expected = torch.rand(3)
@@ -105,7 +118,7 @@ def test_a_pipeline_that_changes_the_prediction_is_refused():
 @pytest.mark.parametrize(
     "unguided, message",
     [
-        (lambda guided, x, t, condition: guided(x, t, condition, 2.0), "plus or minus"),
+        (lambda guided, x, t, condition: guided(x, t, condition, 2.0), "setting guidance_scale to 1.0 leaves both"),
         (lambda guided, x, t, condition: guided(x, t, condition + 5, 1.0), "no branch .*sample_guidance_scale=1.0"),
     ],
     ids=["still guided", "conditioned otherwise"],

@@ -22,12 +22,17 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UNet2DModel,
 )
 from peft import LoraConfig
 from torch import nn
@@ -83,10 +88,10 @@ def tiny_vae(latent_channels: int = 4, shift_factor: float | None = None) -> Aut
     ).eval()
 
 
-def tiny_unet(cross_attention_dim: int = 16, **options) -> UNet2DConditionModel:
+def tiny_unet(cross_attention_dim: int = 16, in_channels: int = 4, **options) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=8,
-        in_channels=4,
+        in_channels=in_channels,
         out_channels=4,
         block_out_channels=(8, 16),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -117,6 +122,52 @@ def tiny_sd(scheduler=None, seed: int = 0) -> StableDiffusionPipeline:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_sd2(seed: int = 0, zero_snr: bool = False) -> StableDiffusionPipeline:
+    """Stable Diffusion 2 as its 768 model: v-prediction; with `zero_snr` the last timestep is pure noise."""
+    return tiny_sd(
+        DDIMScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1,
+            set_alpha_to_one=False, prediction_type="v_prediction", rescale_betas_zero_snr=zero_snr,
+            timestep_spacing="trailing" if zero_snr else "leading",
+        ),
+        seed,
+    )  # fmt: skip
+
+
+def tiny_image_to_image(seed: int = 0) -> StableDiffusionImg2ImgPipeline:
+    """Stable Diffusion that starts from an image."""
+    parts = tiny_sd(seed=seed).components
+    pipeline = StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_inpainting(seed: int = 0, in_channels: int = 9) -> StableDiffusionInpaintPipeline:
+    """Stable Diffusion that fills a mask: its UNet takes mask and masked image as further channels."""
+    torch.manual_seed(seed)
+    parts = {**tiny_sd(seed=seed).components, "unet": tiny_unet(in_channels=in_channels)}
+    # A trained VAE's encodings hardly vary; those of random weights would, with the generator of each call.
+    parts["vae"].quant_conv.weight.data[4:] = 0
+    parts["vae"].quant_conv.bias.data[4:] = -30
+    pipeline = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_ddpm(seed: int = 0, learned_variance: bool = False) -> DDPMPipeline:
+    """DDPM on 8 x 8 images, in pixels and without conditioning; a learned variance goes to the scheduler as well."""
+    torch.manual_seed(seed)
+    variance = {"out_channels": 6, "variance_type": "learned_range"} if learned_variance else {"out_channels": 3}
+    unet = UNet2DModel(
+        sample_size=8, block_out_channels=(8, 8), down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"), layers_per_block=1, attention_head_dim=4, norm_num_groups=4,
+        out_channels=variance.pop("out_channels"),
+    )  # fmt: skip
+    pipeline = DDPMPipeline(unet=unet.eval(), scheduler=DDPMScheduler(clip_sample=False, **variance))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -27,8 +27,10 @@ from .acceptance import (
 )
 from .config import GraftConfig
 from .ddpo import DefaultDDPOStableDiffusionPipeline
+from .denoiser_format import DenoiserFormat
 from .diagnostics import choose_intermediate_step
 from .hub import load_pgraft_adapter, save_pgraft_adapter
+from .memory import MemoryEstimate, estimate_memory
 from .parameterizations import renoise
 from .publishing import push_adapter_to_hub, push_samples_to_hub
 from .rewards import get_reward, list_rewards, register_reward
@@ -38,7 +40,9 @@ from .trainer import PGraftTrainer
 
 __all__ = [
     "DefaultDDPOStableDiffusionPipeline",
+    "DenoiserFormat",
     "GraftConfig",
+    "MemoryEstimate",
     "PGraftTrainer",
     "SwitchLevel",
     "TimestepGate",
@@ -50,6 +54,7 @@ __all__ = [
     "accept_top_k",
     "choose_intermediate_step",
     "deduplicate",
+    "estimate_memory",
     "get_reward",
     "implied_kl",
     "list_rewards",

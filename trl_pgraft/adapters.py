@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from peft import LNTuningConfig, LoraConfig, PeftConfig
+from peft import LNTuningConfig, LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -52,8 +52,9 @@ def add_adapter(denoiser: torch.nn.Module, peft_config: PeftConfig, name: str, s
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             # And of layers whose numbers of features it cannot tell, which a copy of the layer does not need.
             warnings.filterwarnings("ignore", message="Unsupported layer type")
-            denoiser.add_adapter(peft_config, adapter_name=name)
-    denoiser.set_adapter([*active, name])
+            _inject(denoiser, peft_config, name)
+    for layer in tuner_layers(denoiser):
+        layer.set_adapter([*active, name])
     make_trainable(denoiser, name)
 
 
@@ -64,6 +65,24 @@ def make_trainable(denoiser: torch.nn.Module, name: str) -> None:
     for parameter in adapter_parameters(denoiser, name):
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         parameter.requires_grad_(True)
+
+
+def _inject(denoiser: torch.nn.Module, peft_config: PeftConfig, name: str) -> None:
+    # Some diffusers models (UNet2DModel, DiT, PixArt, HunyuanDiT) have no `add_adapter`.
+    if hasattr(denoiser, "add_adapter"):
+        denoiser.add_adapter(peft_config, adapter_name=name)
+    else:
+        inject_adapter_in_model(peft_config, denoiser, name)
+
+
+def remove_adapter(denoiser: torch.nn.Module, name: str) -> None:
+    """Delete adapter `name` from the denoiser."""
+    if hasattr(denoiser, "delete_adapters"):
+        denoiser.delete_adapters(name)
+        return
+    for layer in tuner_layers(denoiser, name):
+        layer.delete_adapter(name)
+    denoiser.peft_config.pop(name)
 
 
 def default_lora_config(denoiser: torch.nn.Module, rank: int) -> LoraConfig:
@@ -213,7 +232,7 @@ def merge_difference(
     for name in (policy, accepted, control):
         if name in denoiser.peft_config:
             AdapterSwitch(denoiser, name).turn(False)
-            denoiser.delete_adapters(name)
+            remove_adapter(denoiser, name)
     new_config = LoraConfig(r=rank, lora_alpha=rank, target_modules=config.target_modules)
     add_adapter(denoiser, new_config, policy)
     for path, (a, b) in merged.items():

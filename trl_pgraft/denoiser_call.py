@@ -29,6 +29,10 @@ from typing import Any
 
 import torch
 
+from .batch_axes import put_on, take_rows
+from .denoiser_format import DenoiserFormat
+from .pipeline_inputs import prompt_arguments
+
 
 class CallRecorded(Exception):
     """Leaves a pipeline once its denoiser call has been seen."""
@@ -40,10 +44,8 @@ class DenoiserCall:
     How one pipeline calls its denoiser, as [`learn_denoiser_call`] found it.
 
     Args:
-        latents_name (`str`):
-            Argument that takes the noisy latents: the first of the denoiser's `forward`.
-        timestep_name (`str`):
-            Argument that takes the timestep.
+        format ([`DenoiserFormat`]):
+            Where latents, timestep and prediction are.
         timestep_dtype (`torch.dtype`):
             Precision the pipeline's own timesteps come in.
         clock (`tuple[float, float]`):
@@ -59,10 +61,12 @@ class DenoiserCall:
         batch_axes (`dict`):
             Per conditioning argument, the axis that grows with the number of prompts, or `None`; nested like the
             arguments themselves.
+        guidance_scale (`float` or `None`, *optional*, defaults to `1.0`):
+            w of the pipeline's guidance `u + w (c - u)` as measured, which need not be its argument; `None` where it
+            combines the branches otherwise.
     """
 
-    latents_name: str
-    timestep_name: str
+    format: DenoiserFormat
     timestep_dtype: torch.dtype
     clock: tuple[float, float]
     sign: int
@@ -70,6 +74,17 @@ class DenoiserCall:
     branches: int
     conditional_branch: int
     batch_axes: dict[str, Any]
+    guidance_scale: float | None = 1.0
+
+    @property
+    def latents_name(self) -> str:
+        """Argument that takes the noisy latents."""
+        return self.format.latents_name
+
+    @property
+    def timestep_name(self) -> str:
+        """Argument that takes the timestep."""
+        return self.format.timestep_name
 
     @property
     def is_guided(self) -> bool:
@@ -101,14 +116,8 @@ class Conditioning:
 
     def rows(self, indices: Sequence[int], device: torch.device | str, unconditional: bool = False) -> dict[str, Any]:
         """Denoiser arguments of the prompts at `indices`, on `device`."""
-        index = torch.as_tensor(indices)
-
-        def pick(value: Any, axis: int | None) -> Any:
-            if not isinstance(value, torch.Tensor):
-                return value
-            return (value if axis is None else value.index_select(axis, index)).to(device)
-
-        return map_tensors(pick, self.unconditional if unconditional else self.conditional, self.batch_axes)
+        branch = self.unconditional if unconditional else self.conditional
+        return put_on(take_rows(branch, self.batch_axes, torch.as_tensor(indices).tolist()), device)
 
 
 def denoiser_name_of(pipeline: Any) -> str:
@@ -154,12 +163,16 @@ def replay(
     clock = scale * timesteps.double() + offset
     # A clock that the pipeline keeps in integers is still real-valued between its own steps.
     dtype = call.timestep_dtype if call.timestep_dtype.is_floating_point else torch.float32
-    arguments = {call.latents_name: x_t, call.timestep_name: clock.to(x_t.device, dtype), **conditioning}
-    return call.sign * prediction_of(denoiser(**arguments), x_t)
+    arguments = call.format.arguments(x_t, clock.to(x_t.device, dtype), conditioning)
+    return call.sign * prediction_of(call.format, denoiser(**arguments), x_t)
 
 
 def record_conditioning(
-    pipeline: Any, call: DenoiserCall, prompts: Sequence[str], pipeline_kwargs: dict[str, Any] | None = None
+    pipeline: Any,
+    call: DenoiserCall,
+    prompts: Sequence[str],
+    pipeline_kwargs: dict[str, Any] | None = None,
+    inputs: Sequence[dict[str, Any]] | None = None,
 ) -> Conditioning:
     """
     Record the denoiser's conditioning for `prompts` without sampling: the pipeline is left at its denoiser's door.
@@ -169,21 +182,33 @@ def record_conditioning(
             `P` prompts; row `i` of the result belongs to prompt `i`.
         pipeline_kwargs (`dict`, *optional*):
             Arguments of the sampling call.
+        inputs (`Sequence[dict]`, *optional*):
+            `P` dicts of each prompt's own inputs of the pipeline.
     """
-    denoiser = denoiser_of(pipeline)
+    calls = calls_of_first_step(pipeline, call.calls_per_step, prompts, pipeline_kwargs or {}, inputs)
+    parts = [put_on(part, "cpu") for part in branches_of(calls, call.format, call.batch_axes, len(prompts))]
+    unconditional = parts[1 - call.conditional_branch] if call.is_guided else None
+    return Conditioning(parts[call.conditional_branch], unconditional, call.batch_axes)
+
+
+def calls_of_first_step(
+    pipeline: Any,
+    count: int,
+    prompts: Sequence[str],
+    kwargs: dict[str, Any],
+    inputs: Sequence[dict[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
+    """Named arguments of the first `count` denoiser calls; the last of them is not computed."""
     calls: list[dict[str, Any]] = []
 
     def stop_at_last(arguments: dict[str, Any]) -> None:
         calls.append(arguments)
-        if len(calls) == call.calls_per_step:
+        if len(calls) == count:
             raise CallRecorded
 
-    with observe_calls(denoiser, stop_at_last):
-        run_until_recorded(pipeline, list(prompts), pipeline_kwargs or {})
-    parts = branches_of(calls, denoiser, call.batch_axes, len(prompts))
-    on_host = [map_tensors(lambda value, _: _to_host(value), part, call.batch_axes) for part in parts]
-    unconditional = on_host[1 - call.conditional_branch] if call.is_guided else None
-    return Conditioning(on_host[call.conditional_branch], unconditional, call.batch_axes)
+    with observe_calls(denoiser_of(pipeline), stop_at_last):
+        run_until_recorded(pipeline, list(prompts), kwargs, inputs)
+    return calls
 
 
 class Trajectory:
@@ -198,6 +223,8 @@ class Trajectory:
             The scheduler's training timesteps, in the order of the steps.
         denoiser_calls (`int`):
             Denoiser evaluations, counted per image and branch.
+        steps_without (`int`):
+            Steps before the recorded position in which the denoiser was not called.
     """
 
     def __init__(self, position: int):
@@ -205,6 +232,7 @@ class Trajectory:
         self.x_i: torch.Tensor | None = None
         self.timesteps: list[float] = []
         self.denoiser_calls = 0
+        self.steps_without = 0
 
 
 @contextmanager
@@ -218,20 +246,27 @@ def record_trajectory(pipeline: Any, call: DenoiserCall, position: int, batch_si
     """
     trajectory = Trajectory(position)
     first = call.conditional_branch * batch_size if call.calls_per_step == 1 else 0
+    last_result, calls_before = None, 0
 
     def on_denoiser(arguments: dict[str, Any]) -> None:
-        latents = arguments[call.latents_name]
+        latents = call.format.latents(arguments)
         trajectory.denoiser_calls += latents.shape[0]
         if len(trajectory.timesteps) == position and trajectory.x_i is None:
             trajectory.x_i = latents[first : first + batch_size].clone()
 
     def on_step(timestep: Any, result: Any, **_: Any) -> None:
+        nonlocal last_result, calls_before
+        if len(trajectory.timesteps) < position:
+            trajectory.steps_without += trajectory.denoiser_calls == calls_before
+        calls_before = trajectory.denoiser_calls
         trajectory.timesteps.append(float(timestep))
-        if len(trajectory.timesteps) == position == len(pipeline.scheduler.timesteps):
-            trajectory.x_i = (result[0] if isinstance(result, tuple) else result.prev_sample).clone()
+        last_result = result[0] if isinstance(result, tuple) else result.prev_sample
 
     with observe_calls(denoiser_of(pipeline), on_denoiser), observe_steps(pipeline.scheduler, on_step):
         yield trajectory
+    # Some pipelines start late in the schedule (strength), so the end is known only once it is reached.
+    if trajectory.x_i is None and len(trajectory.timesteps) == position and last_result is not None:
+        trajectory.x_i = last_result[:batch_size].clone()
 
 
 @contextmanager
@@ -274,13 +309,16 @@ def observe_steps(scheduler: Any, observer: Callable[..., None]) -> Iterator[Non
             scheduler.step = shadowed
 
 
-def run_until_recorded(pipeline: Any, prompts: list[str], kwargs: dict[str, Any]) -> None:
+def run_until_recorded(
+    pipeline: Any, prompts: list[str], kwargs: dict[str, Any], inputs: Sequence[dict[str, Any]] | None = None
+) -> None:
     """Call the pipeline until an observer raises [`CallRecorded`], and put its components back where they were."""
     # A generator of its own, so that asking leaves the caller's random state alone.
     generator = torch.Generator().manual_seed(0)
+    arguments = prompt_arguments(pipeline, prompts, {**kwargs, "output_type": "latent"}, inputs)
     try:
         with torch.no_grad():
-            pipeline(generator=generator, **prompt_arguments(prompts, {**kwargs, "output_type": "latent"}))
+            pipeline(generator=generator, **arguments)
     except CallRecorded:
         pipeline.maybe_free_model_hooks()
 
@@ -294,56 +332,19 @@ def require_a_call(pipeline: Any, calls: Sequence[Any]) -> None:
         )
 
 
-def prompt_arguments(prompts: Sequence[str], arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a pipeline call for `prompts`: beside a list of prompts it wants a list of negative prompts."""
-    negative = arguments.get("negative_prompt")
-    repeated = {"negative_prompt": [negative] * len(prompts)} if isinstance(negative, str) else {}
-    return {**arguments, **repeated, "prompt": list(prompts)}
-
-
-def argument_names(denoiser: torch.nn.Module) -> tuple[str, str]:
-    """Names of the denoiser's arguments for the noisy latents and for the timestep."""
-    names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
-    timestep = next((name for name in names if name in ("timestep", "timesteps", "t")), None)
-    if timestep is None:
-        raise ValueError(f"{type(denoiser).__name__}.forward has no argument `timestep`; it takes {', '.join(names)}.")
-    return names[0], timestep
-
-
-def conditioning_of(arguments: dict[str, Any], denoiser: torch.nn.Module) -> dict[str, Any]:
-    """A denoiser call's arguments without latents and timestep."""
-    own = argument_names(denoiser)
-    return {name: value for name, value in arguments.items() if name not in own}
-
-
 def branches_of(
-    calls: list[dict[str, Any]], denoiser: torch.nn.Module, batch_axes: dict[str, Any], prompts: int
+    calls: list[dict[str, Any]], format: DenoiserFormat, batch_axes: dict[str, Any], prompts: int
 ) -> list[dict[str, Any]]:
     """Conditioning of each branch of one step, with `prompts` rows each, whether called together or in turn."""
-    latents_name, _ = argument_names(denoiser)
     parts = []
     for arguments in calls:
-        for branch in range(arguments[latents_name].shape[0] // prompts):
-
-            def cut(value: Any, axis: int | None, start: int = branch * prompts) -> Any:
-                return value if axis is None else value.narrow(axis, start, prompts)
-
-            parts.append(map_tensors(cut, conditioning_of(arguments, denoiser), batch_axes))
+        conditioning = format.conditioning(arguments)
+        for start in range(0, len(format.latents(arguments)), prompts):
+            parts.append(take_rows(conditioning, batch_axes, range(start, start + prompts)))
     return parts
 
 
-def prediction_of(output: Any, x_t: torch.Tensor) -> torch.Tensor:
-    """The denoiser's tensor; of a learned variance only the prediction's channels."""
-    prediction = output[0] if isinstance(output, tuple) else output.sample
+def prediction_of(format: DenoiserFormat, output: Any, x_t: torch.Tensor) -> torch.Tensor:
+    """The denoiser's prediction; of a learned variance only the prediction's channels."""
+    prediction = format.prediction(output)
     return prediction[:, : x_t.shape[1]] if prediction.shape[1] > x_t.shape[1] else prediction
-
-
-def _to_host(value: Any) -> Any:
-    return value.detach().cpu() if isinstance(value, torch.Tensor) else value
-
-
-def map_tensors(function: Callable[[Any, Any], Any], tree: Any, other: Any) -> Any:
-    """Apply `function` leaf by leaf to two trees of dicts that have the same keys."""
-    if isinstance(tree, dict):
-        return {name: map_tensors(function, value, other[name]) for name, value in tree.items()}
-    return function(tree, other)

@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from .adapters import without_adapters
+from .adapters import tuner_layers, without_adapters
+from .batch_axes import choose_rows, same_shapes
 from .denoiser_call import Conditioning, DenoiserCall, replay
 from .levels import TunedLevels
 from .losses import corrected_target, guided, weighted_mse
@@ -150,9 +151,32 @@ class GraftLoss:
             with torch.no_grad(), without_adapters(self.denoiser, self.adapters):
                 u = replay(self.denoiser, self.call, x_t, timesteps, unconditional)
             target = corrected_target(target, u.to(target.dtype), self.guidance_scale)
-        else:
-            conditional = _where(dropped, unconditional, conditional, self.conditioning.batch_axes)
+        elif dropped.any():
+            return self._caption_dropped(model, x_t, timesteps, prompts, dropped), target, weight
         return replay(model, self.call, x_t, timesteps, conditional), target, weight
+
+    def _caption_dropped(
+        self,
+        model: Callable[..., Any],
+        x_t: torch.Tensor,
+        timesteps: torch.Tensor,
+        prompts: torch.Tensor,
+        dropped: torch.Tensor,
+    ) -> torch.Tensor:
+        """Prediction with the unconditional input in the dropped rows."""
+        branches = [self.conditioning.rows(prompts, x_t.device, unconditional) for unconditional in (False, True)]
+        if same_shapes(*branches):
+            mixed = choose_rows(dropped, branches[1], branches[0], self.conditioning.batch_axes)
+            return replay(model, self.call, x_t, timesteps, mixed)
+        # Prompts and negative prompts of different lengths make no common batch.
+        parts = [(mask.nonzero().flatten(), is_dropped) for mask, is_dropped in ((~dropped, False), (dropped, True))]
+        predictions = []
+        for rows, is_dropped in parts:
+            if len(rows):
+                own = self.conditioning.rows(prompts[rows], x_t.device, is_dropped)
+                predictions.append(replay(model, self.call, x_t[rows.to(x_t.device)], timesteps[rows], own))
+        order = torch.cat([rows for rows, _ in parts]).argsort()
+        return torch.cat(predictions)[order.to(x_t.device)]
 
 
 @dataclass
@@ -218,7 +242,11 @@ def fit(
     """
     denoiser, report = loss.denoiser, FitReport()
     was_training = denoiser.training
-    model, stepper = accelerator.prepare(denoiser.train(), optimizer)
+    denoiser.eval()
+    # Only the adapters' own dropout is wanted: a denoiser in training mode may drop its class labels, unseeded.
+    for layer in tuner_layers(denoiser):
+        layer.train()
+    model, stepper = accelerator.prepare(denoiser, optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     microbatches = list(_microbatches(passes, config, accelerator))
     skipped_in_a_row, is_boundary = 0, True
@@ -309,13 +337,3 @@ def _stop_if(skipped_in_a_row: int) -> None:
             f"The last {skipped_in_a_row} optimizer steps had non-finite gradients and were skipped. Lower "
             "train_learning_rate or train in a higher mixed_precision."
         )
-
-
-def _where(mask: torch.Tensor, chosen: Any, other: Any, axes: Any) -> Any:
-    """Rows of `chosen` where `mask`, of `other` elsewhere, in every tensor that has a batch axis."""
-    if isinstance(chosen, dict):
-        return {name: _where(mask, chosen[name], other[name], axes[name]) for name in chosen}
-    if axes is None:
-        return other
-    shape = [-1 if axis == axes else 1 for axis in range(other.ndim)]
-    return torch.where(mask.to(other.device).reshape(shape), chosen, other)

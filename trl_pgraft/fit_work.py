@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .adapters import AdapterSwitch, adapter_parameters, add_adapter
+from .adapters import AdapterSwitch, adapter_parameters, add_adapter, remove_adapter
 from .denoiser_call import record_conditioning
 from .fine_tuning import GraftLoss
 from .pilot import Pilot
@@ -55,15 +55,16 @@ def pilot_adapter(trainer: "PGraftTrainer") -> Iterator[list[torch.nn.Parameter]
         denoiser.train(was_training)
         # Deleting an adapter that is on would turn another one on in its place.
         AdapterSwitch(denoiser, PILOT_ADAPTER).turn(False)
-        denoiser.delete_adapters(PILOT_ADAPTER)
+        remove_adapter(denoiser, PILOT_ADAPTER)
         for parameter in trainable:
             parameter.requires_grad_(True)
 
 
 def pilot_loss(trainer: "PGraftTrainer", pilot: Pilot) -> GraftLoss:
     """The trainer's loss on the pilot's prompts, without dropped captions."""
-    prompts = [group.prompt for group in pilot.groups]
-    conditioning = record_conditioning(trainer.pipeline, trainer.policy.call, prompts, trainer.policy.arguments)
+    policy, prompts = trainer.policy, [group.prompt for group in pilot.groups]
+    inputs = [policy.inputs_of(group.columns) for group in pilot.groups]
+    conditioning = record_conditioning(trainer.pipeline, policy.call, prompts, policy.arguments, inputs)
     return replace(trainer.policy.loss(PILOT_ADAPTER, conditioning), caption_dropout=0.0)
 
 

@@ -27,7 +27,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_mod
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from .adapters import ADAPTER_NAME, adapter_parameters, add_adapter
+from .adapters import ADAPTER_NAME, adapter_parameters, add_adapter, remove_adapter
 from .denoiser_call import denoiser_name_of, denoiser_of
 from .timestep_gate import SwitchLevel, TimestepGate
 
@@ -142,7 +142,7 @@ def load_adapter_weights(denoiser: torch.nn.Module, folder: str | Path, name: st
     own = get_peft_model_state_dict(denoiser, adapter_name=name)
     amiss = [key for key in own.keys() | state.keys() if _shape(own, key) != _shape(state, key)]
     if amiss:
-        denoiser.delete_adapters(name)
+        remove_adapter(denoiser, name)
         raise ValueError(
             f"{folder}: {len(amiss)} weights do not fit {type(denoiser).__name__}, e.g. {min(amiss)}. Was the adapter "
             "trained for another model?"

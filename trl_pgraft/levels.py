@@ -43,6 +43,8 @@ class TunedLevels:
             Denoiser calls of a trajectory that come before x_I: the number of tuned steps where a step is one call.
         grid (`list[float]` or `None`):
             Timesteps to draw from; `None`: all of the tuned range.
+        first (`float` or `None`):
+            Noisiest tuned timestep, where the sampler starts from an image; `None`: pure noise.
     """
 
     schedule: NoiseSchedule
@@ -50,6 +52,7 @@ class TunedLevels:
     switch_timestep: float | None
     position: int
     grid: list[float] | None = None
+    first: float | None = None
 
     @property
     def lowest(self) -> float:
@@ -60,7 +63,9 @@ class TunedLevels:
 
     @property
     def highest(self) -> float:
-        """Upper end of the training clock."""
+        """Upper end of the tuned range."""
+        if self.first is not None:
+            return self.first
         return self.schedule.num_train_timesteps - (0 if self.schedule.is_flow else 1)
 
     def draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
@@ -120,11 +125,15 @@ def levels_of_sampler(
     position = [*starts, len(timesteps)][tuned_steps]
     state = timesteps[position] if tuned_steps < len(starts) else None
     tuned = sorted({t for t in timesteps[:position] if state is None or t > state}, reverse=True)
-    grid = tuned if config.timestep_sampling == "sampler" else None
+    starts_late = len(timesteps) < len(sampler.scheduler.timesteps)
+    further = {
+        "grid": tuned if config.timestep_sampling == "sampler" else None,
+        "first": timesteps[0] if starts_late else None,
+    }
     if state is None:
-        return TunedLevels(schedule, CLEAN, None, position, grid), SwitchLevel(None, None, None, clock)
+        return TunedLevels(schedule, CLEAN, None, position, **further), SwitchLevel(None, None, None, clock)
     switch = (tuned[-1] + state) / 2
     alpha, sigma = schedule(state)
-    levels = TunedLevels(schedule, (alpha.item(), sigma.item()), switch, position, grid)
+    levels = TunedLevels(schedule, (alpha.item(), sigma.item()), switch, position, **further)
     log_snr = schedule.log_snr(switch).item()
     return levels, SwitchLevel(switch, log_snr, state, clock, config.tuned_guidance_scale)

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .denoiser_call import observe_steps, prompt_arguments, record_trajectory
+from .denoiser_call import observe_steps, record_trajectory
 from .drawing import in_order
 from .parameterizations import predicted_original
+from .pipeline_inputs import prompt_arguments
 from .rollout import Group, Sample, columns_of, samples_of, seed_of, to_uint8
 from .selection import accept, combined_rewards
 
@@ -128,9 +129,7 @@ def is_stochastic(trainer: "PGraftTrainer", pilot: Pilot, position: int) -> bool
 def _reseed(pilot: Pilot, position: int, number: int) -> StepEnd:
     """The pilot's noise up to x_I and other noise after it, so that the scheduler's own state is right as well."""
 
-    def reseed(
-        step: int, rows: slice, generators: Sequence[torch.Generator], latents: torch.Tensor
-    ) -> torch.Tensor:
+    def reseed(step: int, rows: slice, generators: Sequence[torch.Generator], latents: torch.Tensor) -> torch.Tensor:
         if step + 1 == position:
             for generator, sample in zip(generators, pilot.samples[rows], strict=True):
                 generator.manual_seed(seed_of(sample.seed, "completion", position, number))
@@ -153,7 +152,9 @@ def _finish(
             return {"latents": on_step_end(step, rows, generators, tensors["latents"])}
 
         own = {"output_type": "pt", "callback_on_step_end": callback, "generator": generators, **changed}
-        arguments = prompt_arguments([sample.group.prompt for sample in batch], {**trainer.policy.arguments, **own})
+        inputs = [trainer.policy.inputs_of(sample.group.columns) for sample in batch]
+        prompts = [sample.group.prompt for sample in batch]
+        arguments = prompt_arguments(trainer.pipeline, prompts, {**trainer.policy.arguments, **own}, inputs)
         yield rows, to_uint8(trainer.pipeline(**arguments).images)
 
 

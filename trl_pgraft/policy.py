@@ -13,10 +13,10 @@
 # limitations under the License.
 
 
-
 """The policy: the denoiser with the adapter that is trained, how it samples, and how it is fitted to a round."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -37,15 +37,20 @@ from .adapters import (
     full_copy_config,
     make_trainable,
     merge_difference,
+    remove_adapter,
     without_adapters,
 )
 from .config import GraftConfig
 from .denoiser_call import Conditioning, denoiser_of, record_conditioning
+from .denoiser_format import DenoiserFormat
 from .engine import make_optimizer, place_pipeline
 from .fine_tuning import FitReport, GraftLoss, count_microbatches, fit
 from .hub import load_adapter_weights
 from .levels import tuned_levels
+from .memory import estimate_memory
 from .parameterizations import prediction_type_of
+from .pipeline_checks import check_call, check_peft_config, few_step_warning
+from .pipeline_inputs import as_batch, inputs_of
 from .probe import learn_denoiser_call
 from .rollout import sampling_arguments, seed_of
 from .samples import fingerprint_of, sampling_fingerprint
@@ -59,7 +64,7 @@ class TrainingSet:
 
     rows: SelectedRows
     states: torch.Tensor
-    conditioning: Conditioning
+    conditioning: Conditioning | None
 
 
 class Policy:
@@ -77,6 +82,10 @@ class Policy:
             The adapter; a LoRA on the attention projections where it is not given.
         pipeline_kwargs (`dict`, *optional*):
             Further arguments of the pipeline call.
+        denoiser_format (`type`, *optional*):
+            Subclass of [`DenoiserFormat`], for a denoiser that the default does not serve.
+        example (`dict`, *optional*):
+            Further columns of one prompt, with which the pipeline is asked how it calls its denoiser.
 
     Raises:
         `ValueError`: the pipeline and the adapter do not fit together.
@@ -89,6 +98,8 @@ class Policy:
         accelerator: Accelerator,
         peft_config: PeftConfig | None = None,
         pipeline_kwargs: dict[str, Any] | None = None,
+        denoiser_format: type[DenoiserFormat] | None = None,
+        example: dict[str, Any] | None = None,
     ):
         self.config, self.accelerator = config, accelerator
         self.pipeline = _checked_pipeline(sd_pipeline)
@@ -97,17 +108,27 @@ class Policy:
         self.peft_config = self._choose_adapter(peft_config)
         place_pipeline(self.pipeline, accelerator)
         self.arguments = sampling_arguments(config, self.pipeline, pipeline_kwargs)
-        self.call = learn_denoiser_call(self.pipeline, self.arguments)
+        own = {name: as_batch([value]) for name, value in self.inputs_of(example or {}).items()}
+        asked_with = {**own, **self.arguments}
+        self.call = learn_denoiser_call(self.pipeline, asked_with, denoiser_format)
+        check_call(self.call, config, self.pipeline)
+        few_step_warning(self.pipeline, self.call, self.arguments)
         self.prediction_type = prediction_type_of(self.pipeline.scheduler)
-        self.levels, self.switch = tuned_levels(config, self.pipeline, self.call, self.arguments)
+        self.levels, self.switch = tuned_levels(config, self.pipeline, self.call, asked_with)
         _hand_over(self.switch, sd_pipeline)
         self.fingerprint = sampling_fingerprint(self.pipeline, self.arguments, self.levels.position)
+        self.memory = estimate_memory(self.pipeline, config, self.peft_config, asked_with, self.call)
+        accelerator.print(self.memory)
         self.optimizer: torch.optim.Optimizer | None = None
         if not config.control_adapter:
             self._make_adapter()
             self.optimizer = make_optimizer(adapter_parameters(self.denoiser, ADAPTER_NAME), config)
         if config.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
+
+    def inputs_of(self, columns: dict[str, Any]) -> dict[str, Any]:
+        """What the pipeline is handed of a prompt's further columns."""
+        return inputs_of(self.pipeline, columns, self.arguments)
 
     @property
     def has_adapter(self) -> bool:
@@ -130,6 +151,7 @@ class Policy:
                 "peft_config: control_adapter=True subtracts one LoRA from another; "
                 f"{type(peft_config).__name__} makes none. Give a LoraConfig, or set control_adapter=False."
             )
+        check_peft_config(self.pipeline, peft_config)
         return peft_config
 
     def _make_adapter(self) -> None:
@@ -142,7 +164,7 @@ class Policy:
     def load_adapter(self, folder: Any) -> None:
         """Put the adapter of a folder in the place of the one that is there, for further training."""
         if self.has_adapter:
-            self.denoiser.delete_adapters(ADAPTER_NAME)
+            remove_adapter(self.denoiser, ADAPTER_NAME)
         load_adapter_weights(self.denoiser, folder, ADAPTER_NAME)
         if self.optimizer is not None:
             # The optimizer must hold the parameters that were loaded, not those they replaced.
@@ -163,7 +185,7 @@ class Policy:
         if not self.call.is_guided:
             return 1.0
         scale = self.config.tuned_guidance_scale
-        return self.arguments["guidance_scale"] if scale is None else scale
+        return (self.call.guidance_scale or math.nan) if scale is None else scale
 
     @contextmanager
     def sampler(self, reference: bool = False) -> Iterator[Any]:
@@ -177,7 +199,7 @@ class Policy:
                 off = without_adapters(self.denoiser, [ADAPTER_NAME])
                 stack.enter_context(off if reference else TimestepGate(self.denoiser, *where))
             if self.config.tuned_guidance_scale is not None and not reference:
-                scales = (self.arguments["guidance_scale"], self.tuned_guidance_scale)
+                scales = (self.call.guidance_scale, self.tuned_guidance_scale)
                 stack.enter_context(TunedGuidance(self.denoiser, self.call, *scales, self.switch.switch_timestep))
             yield self.pipeline
 
@@ -185,8 +207,10 @@ class Policy:
 
     def training_set(self, round_: Round, epoch: int) -> TrainingSet:
         """What a round is fitted on; without rows where nothing was accepted."""
-        rows = SelectedRows(round_, self.config.train_num_inner_epochs, (self.config.seed, epoch))
-        conditioning = record_conditioning(self.pipeline, self.call, rows.prompts, self.arguments) if rows else None
+        rows = SelectedRows(round_, self.config.train_num_inner_epochs, (self.config.seed, epoch), self.inputs_of)
+        if not rows:
+            return TrainingSet(rows, round_.states, None)
+        conditioning = record_conditioning(self.pipeline, self.call, rows.prompts, self.arguments, rows.inputs)
         return TrainingSet(rows, round_.states, conditioning)
 
     def steps_for(self, rows: int) -> int:

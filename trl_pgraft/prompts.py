@@ -42,10 +42,14 @@ def prompts_from_function(prompt_function: Callable[[], tuple[str, Any]]) -> Pro
     return source
 
 
-def prompts_from_dataset(train_dataset: datasets.Dataset, seed: int) -> PromptSource:
-    """Source that goes through the `prompt` column in a seeded order, anew for each pass over the dataset."""
+def prompts_from_dataset(train_dataset: datasets.Dataset, seed: int, required: bool = True) -> PromptSource:
+    """
+    Source that goes through the `prompt` column in a seeded order, anew for each pass over the dataset.
+
+    The column may be missing where prompts are not `required`; they are empty then.
+    """
     columns = list(train_dataset.column_names)
-    if "prompt" not in columns:
+    if "prompt" not in columns and required:
         raise ValueError(f"train_dataset has no column `prompt`; it has {', '.join(columns)}.")
     if len(train_dataset) == 0:
         raise ValueError("train_dataset is empty: there is no prompt to draw images for.")
@@ -55,7 +59,7 @@ def prompts_from_dataset(train_dataset: datasets.Dataset, seed: int) -> PromptSo
             pass_, index = divmod(position, len(train_dataset))
             generator = torch.Generator().manual_seed(seed_of(seed, "prompts", pass_))
             row = dict(train_dataset[torch.randperm(len(train_dataset), generator=generator)[index].item()])
-            yield row.pop("prompt"), row
+            yield row.pop("prompt", ""), row
 
     return source
 
@@ -65,9 +69,12 @@ def choose_prompt_source(
     prompt_function: Callable[[], tuple[str, Any]] | None,
     train_dataset: datasets.Dataset | None,
     samples_dataset: datasets.Dataset | None,
+    required: bool = True,
 ) -> PromptSource | None:
     """
     The one source of prompts that was given; `None` for `samples_dataset`, whose samples are drawn already.
+
+    A dataset needs a column `prompt` unless `required` is `False`: the pipeline takes none.
 
     Raises:
         `ValueError`: none or more than one was given.
@@ -85,4 +92,4 @@ def choose_prompt_source(
         )
     if prompt_function is not None:
         return prompts_from_function(prompt_function)
-    return prompts_from_dataset(train_dataset, seed) if train_dataset is not None else None
+    return prompts_from_dataset(train_dataset, seed, required) if train_dataset is not None else None

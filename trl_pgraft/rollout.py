@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from .denoiser_call import DenoiserCall, denoiser_name_of, prompt_arguments, record_trajectory
+from .denoiser_call import DenoiserCall, Trajectory, denoiser_name_of, record_trajectory
+from .pipeline_inputs import inputs_of, parameters_of, prompt_arguments
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Drawn:
 
     Args:
         images (`torch.Tensor` of shape `(N, 3, H, W)`, uint8):
-            Final images.
+            Final images; of a video pipeline `(N, F, 3, H, W)`.
         x_i (`torch.Tensor` of shape `(N, ...)`, float32):
             Recorded states, as the denoiser sees them.
         denoiser_calls (`int`):
@@ -116,21 +117,39 @@ def columns_of(samples: Sequence[Sample]) -> dict[str, list[Any]]:
 
 def sampling_arguments(config: Any, pipeline: Any, pipeline_kwargs: dict[str, Any] | None) -> dict[str, Any]:
     """Keyword arguments of the pipeline call that `config` asks for, among those that the pipeline takes."""
+    given, taken = pipeline_kwargs or {}, parameters_of(pipeline)
     wanted = {
         "num_inference_steps": config.sample_num_steps,
-        "guidance_scale": config.sample_guidance_scale,
+        _guidance_argument(taken): config.sample_guidance_scale,
         "eta": config.sample_eta,
         "negative_prompt": config.negative_prompts or None,
     }
-    taken = inspect.signature(pipeline.__call__).parameters
-    arguments = {name: value for name, value in wanted.items() if name in taken and value is not None}
-    return {**arguments, **(pipeline_kwargs or {})}
+    arguments = {name: value for name, value in wanted.items() if name in taken and value is not None} | given
+    negative = {"negative_prompt", "negative_prompt_embeds"}
+    if arguments.get("true_cfg_scale", 1.0) > 1.0 and not negative & arguments.keys():
+        # With this scale pipelines guide only where they are handed a negative prompt.
+        arguments["negative_prompt"] = ""
+    return arguments
 
 
-def call_pipeline(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], arguments: dict[str, Any]) -> Any:
+def _guidance_argument(parameters: dict[str, inspect.Parameter]) -> str:
+    """The scale of classifier-free guidance: `true_cfg_scale` where `guidance_scale` is off by default."""
+    distilled = parameters.get("guidance_scale")
+    if "true_cfg_scale" in parameters and (distilled is None or distilled.default is None):
+        return "true_cfg_scale"
+    return "guidance_scale"
+
+
+def call_pipeline(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    arguments: dict[str, Any],
+    inputs: Sequence[dict[str, Any]] | None = None,
+) -> Any:
     """Call the pipeline with one generator a sample, so that a sample does not depend on its batch."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return pipeline(generator=generators, **prompt_arguments(prompts, arguments))
+    return pipeline(generator=generators, **prompt_arguments(pipeline, prompts, arguments, inputs))
 
 
 @torch.no_grad()
@@ -169,16 +188,27 @@ def draw(
     for start in tqdm(starts, desc="sampling", leave=False, disable=not progress):
         batch = samples[start : start + batch_size]
         with record_trajectory(pipeline, call, position, len(batch)) as trajectory:
-            output = call_pipeline(
-                pipeline, [s.group.prompt for s in batch], [s.seed for s in batch], {**arguments, "output_type": "pt"}
-            )
-        if trajectory.x_i is None:
-            raise ValueError(
-                f"{type(pipeline).__name__} made {len(trajectory.timesteps)} steps and none at position {position}, "
-                f"where its state was to be recorded. Does its `{denoiser_name_of(pipeline)}` run at every step?"
-            )
-        images, state = to_uint8(output.images), trajectory.x_i.float().cpu()
-        yield batch, Drawn(images, state, trajectory.denoiser_calls)
+            inputs = [inputs_of(pipeline, s.group.columns, arguments) for s in batch]
+            prompts, seeds = [s.group.prompt for s in batch], [s.seed for s in batch]
+            output = call_pipeline(pipeline, prompts, seeds, {**arguments, "output_type": "pt"}, inputs)
+        _check_trajectory(trajectory, pipeline)
+        images = to_uint8(output.images if hasattr(output, "images") else output.frames)
+        yield batch, Drawn(images, trajectory.x_i.float().cpu(), trajectory.denoiser_calls)
+
+
+def _check_trajectory(trajectory: Trajectory, pipeline: Any) -> None:
+    name = denoiser_name_of(pipeline)
+    if trajectory.x_i is None:
+        raise ValueError(
+            f"{type(pipeline).__name__} made {len(trajectory.timesteps)} steps and none at position "
+            f"{trajectory.position}, where its state was to be recorded. Does its `{name}` run at every step?"
+        )
+    if trajectory.steps_without:
+        raise ValueError(
+            f"{type(pipeline).__name__} made {trajectory.steps_without} of the first {trajectory.position} steps "
+            f"without its `{name}`, which is what is tuned. Where another model takes over at low noise, choose a "
+            "tuned_fraction that ends before it does."
+        )
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:

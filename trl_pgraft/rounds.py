@@ -13,7 +13,6 @@
 # limitations under the License.
 
 
-
 """Rounds: drawn and scored by all processes together, accepted group by group, and kept on disk."""
 
 import shutil
@@ -112,16 +111,17 @@ class Rounds:
         return round_, batches
 
     def draw_evaluation(
-        self, prompts: Sequence[str], reference: bool
+        self, prompts: Sequence[str], reference: bool, columns: dict[str, list] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
-        One image of each prompt, with seeds that depend on its place alone.
+        One image of each prompt, with seeds that depend on its place alone; `columns` are the prompts' further ones.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: weighted rewards `(P,)` and values `(P, F)` of all
             processes, and the uint8 images of this one.
         """
-        groups = [Group(i, prompt, 1, {}) for i, prompt in enumerate(prompts)]
+        rows = [{name: values[i] for name, values in (columns or {}).items()} for i in range(len(prompts))]
+        groups = [Group(i, prompt, 1, row) for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))]
         samples = samples_of(groups, self.config.seed, "evaluation")
         own = samples[self._own_share(len(samples))]
         with self.policy.sampler(reference):
@@ -180,9 +180,9 @@ class Rounds:
         named = {f"reward_{r.name}": round_.values[own, i].tolist() for i, r in enumerate(self.rewards)}
         rewards = {"reward": round_.reward[own].tolist(), **named}
         accepted = round_.decision.accepted[own].tolist()
-        dataset = to_dataset(
-            round_.samples[own], drawn, rewards, accepted, policy.switch.state_timestep, policy.fingerprint
-        )
+        samples, t_i = round_.samples[own], policy.switch.state_timestep
+        inputs = [policy.inputs_of(sample.group.columns) for sample in samples]
+        dataset = to_dataset(samples, drawn, rewards, accepted, t_i, policy.fingerprint, inputs)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         folder = self.folder / f"round_{epoch:04d}"
         folder.mkdir(parents=True, exist_ok=True)

@@ -22,12 +22,15 @@ from typing import Any
 
 import datasets
 import torch
+from PIL import Image
 
 from .denoiser_call import denoiser_of
 from .rewards.functions import to_pil
 from .rollout import Drawn, Sample
 
 
+# Columns of what the pipeline was handed beside a prompt; without it, an input `image` would be taken for a sample.
+INPUT_PREFIX = "input_"
 SAMPLE_COLUMNS = ("prompt", "image", "reward", "accepted", "group", "seed", "x_I", "t_I", "fingerprint")
 
 
@@ -43,7 +46,7 @@ def sampling_fingerprint(pipeline: Any, arguments: dict[str, Any], position: int
     parts = [
         type(pipeline).__name__,
         {k: str(v) for k, v in sorted(pipeline.scheduler.config.items()) if not k.startswith("_")},
-        {k: str(v) for k, v in sorted(arguments.items())},
+        {k: _stable(v) for k, v in sorted(arguments.items())},
         f"{weights:.3e}",
         position,
     ]
@@ -99,6 +102,26 @@ def fingerprint_of(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _stable(value: Any) -> str:
+    """Text of an argument that is the same in another process: of images and tensors, their content."""
+    if isinstance(value, Image.Image):
+        value = value.tobytes()
+    elif isinstance(value, torch.Tensor):
+        value = value.detach().cpu().float().numpy().tobytes()
+    elif isinstance(value, list | tuple):
+        return str([_stable(v) for v in value])
+    return hashlib.blake2b(value, digest_size=8).hexdigest() if isinstance(value, bytes) else str(value)
+
+
+def example_columns(dataset: Any) -> dict[str, Any]:
+    """Further columns of a dataset's first prompt; of samples, what the pipeline was handed."""
+    if not isinstance(dataset, datasets.Dataset) or not len(dataset):
+        return {}
+    row = dataset[0]
+    stored = {n.removeprefix(INPUT_PREFIX): value for n, value in row.items() if n.startswith(INPUT_PREFIX)}
+    return stored if "x_I" in row else row
+
+
 def to_dataset(
     samples: Sequence[Sample],
     drawn: Drawn,
@@ -106,6 +129,7 @@ def to_dataset(
     accepted: Sequence[bool],
     state_timestep: float | None,
     fingerprint: str,
+    inputs: Sequence[dict[str, Any]] | None = None,
 ) -> datasets.Dataset:
     """
     A round as a dataset: prompt, image, one column per reward, accepted, group, seed, x_I, t_I.
@@ -123,6 +147,8 @@ def to_dataset(
             t_I; `None` for final latents.
         fingerprint (`str`):
             From [`sampling_fingerprint`].
+        inputs (`Sequence[dict]`, *optional*):
+            What the pipeline was handed for each sample beside its prompt; columns `input_<name>`.
     """
     x_i = drawn.x_i
     columns = {
@@ -140,7 +166,7 @@ def to_dataset(
     features = datasets.Features(
         {
             "prompt": datasets.Value("string"),
-            "image": datasets.Image(),
+            "image": datasets.Image() if drawn.images.ndim == 4 else datasets.List(datasets.Image()),
             **{name: datasets.Value("float64") for name in rewards},
             "accepted": datasets.Value("bool"),
             "group": datasets.Value("int64"),
@@ -150,4 +176,11 @@ def to_dataset(
             "fingerprint": datasets.Value("string"),
         }
     )
-    return datasets.Dataset.from_dict(columns, features=features)
+    dataset = datasets.Dataset.from_dict(columns, features=features)
+    names = dict.fromkeys(name for row in inputs or [] for name in row)
+    own = {INPUT_PREFIX + name: [_storable(row.get(name)) for row in inputs] for name in names}
+    return datasets.concatenate_datasets([dataset, datasets.Dataset.from_dict(own)], axis=1) if own else dataset
+
+
+def _storable(value: Any) -> Any:
+    return value.tolist() if isinstance(value, torch.Tensor) else value

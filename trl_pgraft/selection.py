@@ -33,6 +33,7 @@ from .acceptance import (
 )
 from .fine_tuning import Rows
 from .rollout import Group, Sample, seed_of
+from .samples import INPUT_PREFIX
 
 
 RANK_RULES = (accept_top_k, accept_best_of_n, accept_preference)
@@ -94,24 +95,33 @@ class Round:
     def from_dataset(cls, dataset: datasets.Dataset, rewards: Sequence[str]) -> "Round":
         """The round stored in a dataset of samples; `rewards` names the functions whose columns are read."""
         # By way of pandas, because the numpy format makes rewards float32.
-        table = dataset.remove_columns(["image", "x_I"]).to_pandas()
+        inputs = [name for name in dataset.column_names if name.startswith(INPUT_PREFIX)]
+        table = dataset.remove_columns(["image", "x_I", *inputs]).to_pandas()
         states = torch.as_tensor(dataset.select_columns("x_I").with_format("numpy")[:]["x_I"])
         # The prompt tells groups of several rounds in one dataset apart, whose numbers start anew.
         members: dict[tuple[int, str], list[int]] = {}
         for row, key in enumerate(zip(table["group"], table["prompt"], strict=True)):
             members.setdefault(key, []).append(row)
-        groups = [Group(i, prompt, len(rows), {}) for i, ((_, prompt), rows) in enumerate(members.items())]
+        stored = dataset.select_columns(inputs) if inputs else [{}] * len(dataset)
+        columns = [
+            {name.removeprefix(INPUT_PREFIX): value for name, value in stored[rows[0]].items()}
+            for rows in members.values()
+        ]
+        groups = [
+            Group(i, prompt, len(rows), own)
+            for i, (((_, prompt), rows), own) in enumerate(zip(members.items(), columns, strict=True))
+        ]
         order = [row for rows in members.values() for row in rows]
         seeds = iter(order)
         samples = [Sample(g, i, int(table["seed"][next(seeds)])) for g in groups for i in range(g.size)]
-        columns = {name: torch.tensor(table[name].to_numpy())[order] for name in table if name.startswith("reward")}
-        values = [columns[f"reward_{name}"] for name in rewards]
+        stored = {name: torch.tensor(table[name].to_numpy())[order] for name in table if name.startswith("reward")}
+        values = [stored[f"reward_{name}"] for name in rewards]
         return cls(
             groups,
             samples,
             states[order],
             torch.stack(values, dim=1) if values else torch.empty(len(order), 0),
-            columns["reward"],
+            stored["reward"],
             Decision(torch.tensor(table["accepted"].to_numpy())[order], float("nan"), float("nan"), 0),
         )
 
@@ -157,18 +167,31 @@ class SelectedRows:
             Passes over the accepted samples.
         seed_parts (`Iterable`):
             Seed of the order and of each row.
+        inputs_of (`Callable`, *optional*):
+            Which of a group's columns the pipeline is handed; none where not given.
     """
 
-    def __init__(self, round_: Round, passes: int, seed_parts: Iterable[Any]):
+    def __init__(
+        self,
+        round_: Round,
+        passes: int,
+        seed_parts: Iterable[Any],
+        inputs_of: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    ):
         self.accepted = round_.decision.accepted.nonzero().flatten()
         self.number_of_passes = passes
         self._seed_parts = list(seed_parts)
         self._groups = torch.tensor([sample.group.index for sample in round_.samples])
         self._scored = ~round_.reward.isnan()
-        texts = [round_.samples[i].group.prompt for i in self.accepted.tolist()]
-        self.prompts = list(dict.fromkeys(texts))
-        positions = {text: position for position, text in enumerate(self.prompts)}
-        self._prompt_rows = torch.tensor([positions[text] for text in texts], dtype=torch.long)
+        groups = [round_.samples[i].group for i in self.accepted.tolist()]
+        # Groups with inputs of their own are told apart; the others share the conditioning of equal prompts.
+        own = [inputs_of(group.columns) if inputs_of else {} for group in groups]
+        keys = [(group.prompt, group.index if inputs else None) for group, inputs in zip(groups, own, strict=True)]
+        distinct = dict(zip(keys, own, strict=True))
+        self.prompts = [prompt for prompt, _ in distinct]
+        self.inputs = list(distinct.values())
+        positions = {key: position for position, key in enumerate(distinct)}
+        self._prompt_rows = torch.tensor([positions[key] for key in keys], dtype=torch.long)
 
     def __len__(self) -> int:
         return len(self.accepted)

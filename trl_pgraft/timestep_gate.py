@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from .adapters import AdapterSwitch
-from .denoiser_call import DenoiserCall, argument_names, observe_calls
+from .denoiser_call import DenoiserCall, observe_calls
+from .denoiser_format import argument_names
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ class TunedGuidance:
         self._rescaler.remove()
 
     def _on_call(self, arguments: dict[str, Any]) -> None:
-        timestep = float(torch.as_tensor(arguments[self.call.timestep_name]).flatten()[0])
+        timestep = float(self.call.format.timestep(arguments).flatten()[0])
         switch = self.switch_timestep
         self._is_tuned = switch is None or self.call.training_timestep(timestep) > switch
 

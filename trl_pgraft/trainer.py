@@ -45,17 +45,19 @@ from .checkpoints import (
 )
 from .config import GraftConfig
 from .ddpo import as_ddpo, hook_data
+from .denoiser_format import DenoiserFormat
 from .drawing import Batch
 from .engine import make_accelerator
 from .fine_tuning import FitReport
 from .hub import save_pgraft_adapter
 from .pictures import before_after_grid, image_grid
+from .pipeline_inputs import takes_prompts
 from .policy import Policy
 from .prompts import choose_prompt_source
 from .publisher import Publisher
 from .rewards import choose_rewards
 from .rounds import Rounds
-from .samples import check_samples
+from .samples import check_samples, example_columns
 from .selection import Round, accumulated_kl
 from .trackers import NoTracker, log_image, tracker_arguments, tracker_values
 
@@ -106,7 +108,8 @@ class PGraftTrainer:
         reward_weights (`list[float]`, *optional*):
             Weights of `reward_funcs` in their sum.
         train_dataset (`datasets.Dataset`, *optional*):
-            Prompts in a column `prompt`; further columns go to the rewards.
+            Prompts in a column `prompt`; further columns go to the rewards, and those that the pipeline's call takes
+            for each prompt (`image`, `negative_prompt`, `prompt_2`, `class_labels`, ...) to the pipeline as well.
         samples_dataset (`datasets.Dataset`, *optional*):
             Samples that a run kept, of one or several rounds; they are trained on without drawing.
         peft_config (`PeftConfig`, *optional*):
@@ -116,6 +119,8 @@ class PGraftTrainer:
         callbacks (`list[TrainerCallback]`, *optional*):
             transformers callbacks, with `config` as their `args`. An epoch is a round, a step an optimizer step; they
             may ask to save, to evaluate and to stop, which is done at the end of the round.
+        denoiser_format (`type`, *optional*):
+            Subclass of [`DenoiserFormat`], for a denoiser that takes its latents otherwise than as one tensor.
 
     Raises:
         `ValueError`: arguments that do not fit together, before anything is drawn.
@@ -138,23 +143,27 @@ class PGraftTrainer:
         peft_config: PeftConfig | None = None,
         pipeline_kwargs: dict[str, Any] | None = None,
         callbacks: Sequence[Any] | None = None,
+        denoiser_format: type[DenoiserFormat] | None = None,
     ):
         self.config = config
         self.output_dir = Path(config.project_kwargs.get("project_dir") or config.output_dir)
-        self.rewards = choose_rewards(
-            reward_function, reward_funcs, reward_weights, required=samples_dataset is None
+        self.rewards = choose_rewards(reward_function, reward_funcs, reward_weights, required=samples_dataset is None)
+        pipeline = getattr(sd_pipeline, "sd_pipeline", sd_pipeline)
+        has_prompts = not callable(pipeline) or takes_prompts(pipeline)
+        prompt_source = choose_prompt_source(
+            config.seed, prompt_function, train_dataset, samples_dataset, required=has_prompts
         )
-        prompt_source = choose_prompt_source(config.seed, prompt_function, train_dataset, samples_dataset)
         self.image_samples_hook = image_samples_hook
         self.callbacks = Callbacks(callbacks or [], config)
         self.accelerator = make_accelerator(config, self.output_dir)
         _check_round(config, self.accelerator.num_processes, samples_dataset)
         self.sd_pipeline = sd_pipeline
-        self.policy = Policy(sd_pipeline, config, self.accelerator, peft_config, pipeline_kwargs)
-        self.pipeline, self.denoiser = self.policy.pipeline, self.policy.denoiser
-        self.rounds = Rounds(
-            self.policy, self.rewards, prompt_source, config, self.accelerator, self.output_dir
+        example = example_columns(samples_dataset if train_dataset is None else train_dataset)
+        self.policy = Policy(
+            sd_pipeline, config, self.accelerator, peft_config, pipeline_kwargs, denoiser_format, example
         )
+        self.pipeline, self.denoiser = self.policy.pipeline, self.policy.denoiser
+        self.rounds = Rounds(self.policy, self.rewards, prompt_source, config, self.accelerator, self.output_dir)
         self.samples_dataset = samples_dataset
         if samples_dataset is not None:
             names = [reward.name for reward in self.rewards]
@@ -337,7 +346,9 @@ class PGraftTrainer:
 
     # Evaluation, logging, saving.
 
-    def evaluate(self, prompts: Sequence[str] | None = None, reference: bool = False) -> Evaluation:
+    def evaluate(
+        self, prompts: Sequence[str] | None = None, reference: bool = False, columns: dict[str, list] | None = None
+    ) -> Evaluation:
         """
         Draw one image of each prompt with seeds that depend on its place alone, and score it.
 
@@ -346,11 +357,13 @@ class PGraftTrainer:
                 Prompts; `config.eval_prompts` where not given.
             reference (`bool`, *optional*, defaults to `False`):
                 Draw with the reference model in place of the policy.
+            columns (`dict[str, list]`, *optional*):
+                Further columns of the prompts, as those of `train_dataset`.
         """
         prompts = list(prompts if prompts is not None else self.config.eval_prompts or [])
         if not prompts:
             raise ValueError("evaluate: no prompts given, and config.eval_prompts is empty.")
-        return Evaluation(*self.rounds.draw_evaluation(prompts, reference))
+        return Evaluation(*self.rounds.draw_evaluation(prompts, reference, columns))
 
     def _log_evaluation(self, epoch: int) -> None:
         result = self.evaluate()

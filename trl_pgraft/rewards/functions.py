@@ -170,8 +170,12 @@ def choose_rewards(
     return rewards
 
 
-def to_pil(images: torch.Tensor) -> list[Image.Image]:
-    """PIL images of a uint8 tensor of shape `(B, 3, H, W)`."""
+def to_pil(images: torch.Tensor) -> list[Any]:
+    """PIL images of a uint8 tensor of shape `(B, 3, H, W)`; of videos `(B, F, 3, H, W)` a list of frames each."""
+    if images.ndim == 5:
+        return [to_pil(video) for video in images]
+    if images.shape[1] == 1:
+        images = images.expand(-1, 3, -1, -1)
     return [Image.fromarray(array) for array in images.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
 
 

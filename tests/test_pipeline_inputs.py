@@ -1,0 +1,219 @@
+# Copyright 2026 The trl_pgraft authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+from test_pipelines import BLACK, CASES, PROMPTS, WHITE, Case, brightness, make_trainer
+from tiny_pipelines import tiny_ddpm, tiny_flux, tiny_image_to_image, tiny_sd, tiny_sdxl
+from tiny_transformers import tiny_dit, tiny_qwen_image
+
+from trl_pgraft import GraftConfig, PGraftTrainer
+from trl_pgraft.denoiser_call import record_conditioning
+from trl_pgraft.pipeline_inputs import as_batch, input_names, inputs_of, prompt_arguments
+from trl_pgraft.probe import learn_denoiser_call
+from trl_pgraft.rollout import call_pipeline, sampling_arguments
+from trl_pgraft.samples import sampling_fingerprint
+
+
+GUIDED = {"num_inference_steps": 3, "guidance_scale": 3.0}
+
+
+def sample(pipeline, arguments, inputs=None, prompts=PROMPTS):
+    return call_pipeline(pipeline, prompts, [1, 2], {**arguments, "output_type": "pt"}, inputs).images
+
+
+def embeddings_of(pipeline, prompts):
+    prompt, negative = pipeline.encode_prompt(prompts, "cpu", 1, True)
+    return prompt.detach(), negative.detach()
+
+
+def test_inputs_are_told_by_name():
+    names = input_names(tiny_sdxl())
+    assert {"prompt_2", "negative_prompt", "negative_prompt_2", "prompt_embeds", "pooled_prompt_embeds"} <= names
+    assert names.isdisjoint({"prompt", "num_images_per_prompt", "height", "guidance_scale", "ip_adapter_image"})
+    assert {"image", "mask_image", "masked_image_latents"} <= input_names(CASES["inpainting"].make())
+    assert input_names(tiny_dit()) == {"class_labels"} and input_names(tiny_ddpm()) == set()
+
+
+def test_columns_that_are_no_inputs_stay_with_the_rewards(sd):
+    columns = {"prompt_embeds": 1, "height": 8, "label": "x", "negative_prompt": None}
+    assert inputs_of(sd, columns, {}) == {"prompt_embeds": 1}
+    assert inputs_of(sd, columns, {"prompt_embeds": 2}) == {}, "what pipeline_kwargs set, no column sets"
+
+
+def test_a_pipeline_without_prompts_is_asked_for_a_number_of_images():
+    assert prompt_arguments(tiny_ddpm(), ["", ""], {"num_inference_steps": 3}) == {
+        "num_inference_steps": 3,
+        "batch_size": 2,
+    }
+    assert prompt_arguments(tiny_dit(), ["", ""], {}, [{"class_labels": 4}, {"class_labels": 2}]) == {
+        "class_labels": [4, 2]
+    }
+
+
+def test_inputs_of_the_call_are_repeated_for_each_prompt(sd):
+    embeds = torch.arange(6.0).reshape(1, 2, 3)
+    call = prompt_arguments(sd, PROMPTS, {"negative_prompt": "ugly", "prompt_embeds": embeds, "height": 8})
+    assert call["negative_prompt"] == ["ugly", "ugly"] and call["height"] == 8 and "prompt" not in call
+    assert torch.equal(call["prompt_embeds"], torch.cat([embeds, embeds]))
+    image_to_image = tiny_image_to_image()
+    assert prompt_arguments(image_to_image, PROMPTS, {"image": BLACK})["image"] == [BLACK, BLACK]
+    assert prompt_arguments(image_to_image, PROMPTS, {"image": [BLACK]})["image"] == [BLACK, BLACK]
+    assert prompt_arguments(image_to_image, PROMPTS, {"image": [BLACK, WHITE]})["image"] == [BLACK, WHITE]
+
+
+def test_an_input_that_some_prompts_lack_is_named(sd):
+    with pytest.raises(ValueError, match="Some prompts of a batch have no negative_prompt"):
+        prompt_arguments(sd, PROMPTS, {}, [{"negative_prompt": "ugly"}, {}])
+
+
+def test_an_input_that_the_pipeline_needs_is_named(tmp_path):
+    with pytest.raises(ValueError, match="DiTPipeline needs class_labels for each image: give it as a column"):
+        make_trainer(Case(tiny_dit, columns={"other": [0, 0]}), tmp_path)
+    trainer = make_trainer(Case(tiny_dit, {"class_labels": [3]}, {"other": [0, 0]}), tmp_path)
+    assert torch.isfinite(trainer.evaluate(["", ""]).reward).all(), "one for all, from pipeline_kwargs"
+    with pytest.raises(ValueError, match="in `evaluate`, of `columns`"):
+        make_trainer(CASES["DiT"], tmp_path).evaluate(["", ""])
+
+
+def test_rows_of_a_dataset_become_tensors():
+    rows = [[[1.0, 2.0]], [[3.0, 4.0]]]
+    assert torch.equal(as_batch(rows), torch.tensor(rows)) and as_batch(["a", "b"]) == ["a", "b"]
+    assert as_batch([3, 7]) == [3, 7] and as_batch([BLACK, WHITE]) == [BLACK, WHITE]
+
+
+def test_each_prompt_has_its_own_negative_prompt(sd):
+    inputs = [{"negative_prompt": "ugly"}, {"negative_prompt": "a dog"}]
+    together = sample(sd, GUIDED, inputs)
+    for row, own in enumerate(inputs):
+        alone = sample(sd, {**GUIDED, **own})[row]
+        torch.testing.assert_close(together[row], alone, rtol=0, atol=1e-5)
+    call = learn_denoiser_call(sd, GUIDED)
+    unconditional = record_conditioning(sd, call, PROMPTS, GUIDED, inputs).unconditional["encoder_hidden_states"]
+    _, expected = sd.encode_prompt(PROMPTS, "cpu", 1, True, negative_prompt=["ugly", "a dog"])
+    torch.testing.assert_close(unconditional, expected.detach())
+
+
+def test_prompt_embeddings_stand_for_prompts(sd):
+    embeds, negative = embeddings_of(sd, PROMPTS)
+    inputs = [{"prompt_embeds": e, "negative_prompt_embeds": n} for e, n in zip(embeds, negative, strict=True)]
+    torch.testing.assert_close(sample(sd, GUIDED, inputs), sample(sd, GUIDED), rtol=0, atol=1e-5)
+    shared = {**GUIDED, "prompt_embeds": embeds[:1], "negative_prompt_embeds": negative[:1]}
+    expected = sample(sd, GUIDED, prompts=[PROMPTS[0]] * 2)
+    torch.testing.assert_close(sample(sd, shared), expected, rtol=0, atol=1e-5)
+
+
+def test_embeddings_come_in_the_pipelines_precision():
+    """As rows of a dataset they are float32; Flux hands them to its transformer as they are."""
+    pipeline = tiny_flux().to(dtype=torch.bfloat16)
+    with torch.no_grad():
+        embeds, pooled, _ = pipeline.encode_prompt(PROMPTS, PROMPTS, "cpu")
+    inputs = [
+        {"prompt_embeds": e.float().tolist(), "pooled_prompt_embeds": p.float().tolist()}
+        for e, p in zip(embeds, pooled, strict=True)
+    ]
+    torch.testing.assert_close(sample(pipeline, GUIDED, inputs), sample(pipeline, GUIDED), rtol=0, atol=1e-5)
+
+
+def test_a_second_prompt_reaches_its_text_encoder():
+    for pipeline in (tiny_sdxl(), tiny_flux()):
+        call = learn_denoiser_call(pipeline, GUIDED)
+        inputs = [{"prompt_2": "a house"}, {"prompt_2": "a tree"}]
+        own = record_conditioning(pipeline, call, ["a cat", "a cat"], GUIDED, inputs).conditional
+        same = record_conditioning(pipeline, call, ["a cat", "a cat"], GUIDED).conditional
+        rows = own["encoder_hidden_states"]
+        assert not torch.allclose(rows[0], rows[1], atol=1e-4)
+        assert not torch.allclose(rows, same["encoder_hidden_states"], atol=1e-4)
+
+
+@pytest.mark.parametrize("negative", ["a", "a longer prompt", "of words"])
+def test_a_negative_prompt_may_be_the_one_that_is_asked_with(sd, negative):
+    assert learn_denoiser_call(sd, {**GUIDED, "negative_prompt": negative}).conditional_branch == 1
+
+
+def test_guidance_between_equal_branches_is_refused(sd):
+    embeds, _ = embeddings_of(sd, ["a cat"])
+    with pytest.raises(ValueError, match="both branches of its guided call are the same"):
+        learn_denoiser_call(sd, {**GUIDED, "prompt_embeds": embeds, "negative_prompt_embeds": embeds})
+
+
+def test_guidance_goes_where_the_pipeline_has_it():
+    config = GraftConfig(sample_guidance_scale=3.0)
+    qwen = sampling_arguments(config, tiny_qwen_image(), None)
+    assert qwen["true_cfg_scale"] == 3.0 and "guidance_scale" not in qwen and qwen["negative_prompt"] == ""
+    flux = sampling_arguments(config, tiny_flux(), None)
+    assert flux["guidance_scale"] == 3.0 and "true_cfg_scale" not in flux and "negative_prompt" not in flux
+    both = sampling_arguments(config, tiny_flux(), {"true_cfg_scale": 2.0})
+    assert both["true_cfg_scale"] == 2.0 and both["guidance_scale"] == 3.0 and both["negative_prompt"] == ""
+
+
+@pytest.mark.parametrize("name", ["image to image", "DiT", "SD 1.5"])
+def test_a_stored_round_is_trained_on_with_its_inputs(name, tmp_path):
+    """What was stored and read again is fitted with the conditioning that it was drawn with, to the same adapter."""
+    case = CASES[name]
+    drawn = make_trainer(case, tmp_path / "drawn", sample_num_batches_per_epoch=4)
+    drawn.train()
+    files = [str(path) for path in (tmp_path / "drawn" / "samples").rglob("*.parquet")]
+    dataset = datasets.Dataset.from_parquet(files)
+    for column, values in case.columns.items():
+        kept = {row["group"]: _content(row[f"input_{column}"]) for row in dataset}
+        assert len(kept) == 4 and set(kept.values()) == {_content(value) for value in values}
+    stored = PGraftTrainer(
+        GraftConfig(**{**drawn.config.__dict__, "output_dir": str(tmp_path / "stored")}),
+        brightness,
+        sd_pipeline=case.make(),
+        samples_dataset=dataset,
+        pipeline_kwargs=case.kwargs,
+    )
+    (metrics,) = stored.train()
+    assert metrics["loss"] == pytest.approx(drawn.history[0]["loss"], rel=1e-4)
+
+
+def _content(value):
+    return value.tobytes() if isinstance(value, Image.Image) else value
+
+
+def test_fingerprints_know_images_by_their_content():
+    pipeline = tiny_image_to_image()
+    black, same, white = (
+        sampling_fingerprint(pipeline, {"image": image}, 2) for image in (BLACK, BLACK.copy(), WHITE)
+    )
+    assert black == same != white
+
+
+def test_prompts_may_be_missing_only_where_the_pipeline_takes_none(tmp_path):
+    labels = datasets.Dataset.from_dict({"class_labels": [3, 7]})
+    options = {"reward_function": brightness, "train_dataset": labels}
+    with pytest.raises(ValueError, match="no column `prompt`"):
+        PGraftTrainer(GraftConfig(output_dir=str(tmp_path)), sd_pipeline=tiny_sd(), **options)
+
+
+def test_evaluation_takes_columns(tmp_path):
+    trainer = make_trainer(CASES["DiT"], tmp_path)
+    one, other = (trainer.evaluate(["", ""], columns={"class_labels": labels}) for labels in ([3, 3], [3, 7]))
+    assert torch.equal(one.images[0], other.images[0]) and not torch.equal(one.images[1], other.images[1])
+
+
+def test_steps_that_an_image_skips_are_not_tuned(tmp_path):
+    """Of four steps the noisiest is not made at strength 0.75: two of the three others are tuned, up to its first."""
+    trainer = make_trainer(CASES["image to image"], tmp_path, tuned_fraction=0.6)
+    assert trainer.policy.levels.position == 2
+    trainer.train()
+    steps = trainer.pipeline.scheduler.timesteps.tolist()
+    assert len(steps) == 4 and trainer.policy.levels.highest == steps[1]
+    assert trainer.policy.switch.state_timestep == steps[3]
+    drawn = trainer.policy.levels.draw(100, torch.Generator().manual_seed(0))
+    assert drawn.max() <= steps[1] and drawn.min() > trainer.policy.switch.switch_timestep

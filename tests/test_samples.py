@@ -41,17 +41,17 @@ def random_round(shape=(4, 8, 8), prompts=("a cat", "a dog"), group_size=4, seed
     return samples, drawn, rewards
 
 
-def as_dataset(samples, drawn, rewards, state_timestep=301.0):
+def as_dataset(samples, drawn, rewards, state_timestep=301.0, epoch=0):
     accepted = [i % 4 == 0 for i in range(len(samples))]
     columns = {"reward": 2 * rewards, "reward_red": rewards}
-    return to_dataset(samples, drawn, columns, accepted, state_timestep, "f00d")
+    return to_dataset(samples, drawn, columns, accepted, epoch, state_timestep, "f00d")
 
 
 def test_a_round_has_its_columns():
     samples, drawn, rewards = random_round()
     dataset = as_dataset(samples, drawn, rewards)
     assert dataset.column_names == [
-        "prompt", "image", "reward", "reward_red", "accepted", "group", "seed", "x_I", "t_I", "fingerprint"
+        "prompt", "image", "reward", "reward_red", "accepted", "round", "group", "seed", "x_I", "t_I", "fingerprint",
     ]  # fmt: skip
     row = dataset[5]
     assert (row["prompt"], row["group"], row["seed"], row["t_I"]) == ("a dog", 1, samples[5].seed, 301.0)
@@ -97,10 +97,11 @@ def test_a_shuffled_dataset_keeps_states_with_their_prompts():
 
 
 def test_rounds_put_together_keep_their_groups_apart():
-    """Group numbers start anew in each round; control rows must not come from another prompt."""
-    rounds = [as_dataset(*random_round(prompts=p, seed=i)) for i, p in enumerate([("a", "b"), ("c", "d")])]
+    """Group numbers start anew in each round; control rows must not come from another group."""
+    pairs = enumerate([("a", "b"), ("a", "c")])
+    rounds = [as_dataset(*random_round(prompts=p, seed=i), epoch=i) for i, p in pairs]
     together = Round.from_dataset(datasets.concatenate_datasets(rounds), ["red"])
-    assert [(g.index, g.prompt, g.size) for g in together.groups] == [(i, p, 4) for i, p in enumerate("abcd")]
+    assert [(g.index, g.prompt, g.size) for g in together.groups] == [(i, p, 4) for i, p in enumerate("abac")]
     rows = next(SelectedRows(together, 1, (0,)).passes(control=True))
     prompts = SelectedRows(together, 1, (0,)).prompts
     for state, prompt in zip(rows.states.tolist(), rows.prompts.tolist(), strict=True):

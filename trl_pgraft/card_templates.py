@@ -89,6 +89,7 @@ accepted. Each round of the run is a folder of parquet files and adds to the one
 | `reward` | weighted sum of the rewards, NaN where a sample was left out |
 | `reward_<name>` | value of each reward function |
 | `accepted` | whether the sample was trained on |
+| `round` | number of the round, from 0 |
 | `group` | samples of a round with the same number were compared with each other |
 | `seed` | seed of all the sample's noise |
 | `x_I`, `t_I` | the state on the way to the image as the denoiser saw it, and its timestep (none: the final latents) |

@@ -182,7 +182,7 @@ class Rounds:
         accepted = round_.decision.accepted[own].tolist()
         samples, t_i = round_.samples[own], policy.switch.state_timestep
         inputs = [policy.inputs_of(sample.group.columns) for sample in samples]
-        dataset = to_dataset(samples, drawn, rewards, accepted, t_i, policy.fingerprint, inputs)
+        dataset = to_dataset(samples, drawn, rewards, accepted, epoch, t_i, policy.fingerprint, inputs)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         folder = self.folder / f"round_{epoch:04d}"
         folder.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,7 @@ from .rollout import Drawn, Sample
 
 # Columns of what the pipeline was handed beside a prompt; without it, an input `image` would be taken for a sample.
 INPUT_PREFIX = "input_"
-SAMPLE_COLUMNS = ("prompt", "image", "reward", "accepted", "group", "seed", "x_I", "t_I", "fingerprint")
+SAMPLE_COLUMNS = ("prompt", "image", "reward", "accepted", "round", "group", "seed", "x_I", "t_I", "fingerprint")
 
 
 def sampling_fingerprint(pipeline: Any, arguments: dict[str, Any], position: int) -> str:
@@ -127,12 +127,13 @@ def to_dataset(
     drawn: Drawn,
     rewards: dict[str, Sequence[float]],
     accepted: Sequence[bool],
+    epoch: int,
     state_timestep: float | None,
     fingerprint: str,
     inputs: Sequence[dict[str, Any]] | None = None,
 ) -> datasets.Dataset:
     """
-    A round as a dataset: prompt, image, one column per reward, accepted, group, seed, x_I, t_I.
+    A round as a dataset: prompt, image, one column per reward, accepted, round, group, seed, x_I, t_I.
 
     Args:
         samples (`Sequence[Sample]`):
@@ -143,6 +144,8 @@ def to_dataset(
             Columns `reward` (the sum) and `reward_<name>`; NaN where left out.
         accepted (`Sequence[bool]`):
             Decisions.
+        epoch (`int`):
+            Number of the round.
         state_timestep (`float` or `None`):
             t_I; `None` for final latents.
         fingerprint (`str`):
@@ -156,6 +159,7 @@ def to_dataset(
         "image": to_pil(drawn.images),
         **{name: [float(v) for v in values] for name, values in rewards.items()},
         "accepted": [bool(a) for a in accepted],
+        "round": [epoch] * len(samples),
         "group": [s.group.index for s in samples],
         "seed": [s.seed for s in samples],
         "x_I": list(x_i.numpy()),
@@ -169,6 +173,7 @@ def to_dataset(
             "image": datasets.Image() if drawn.images.ndim == 4 else datasets.List(datasets.Image()),
             **{name: datasets.Value("float64") for name in rewards},
             "accepted": datasets.Value("bool"),
+            "round": datasets.Value("int64"),
             "group": datasets.Value("int64"),
             "seed": datasets.Value("int64"),
             "x_I": array(shape=tuple(x_i.shape[1:]), dtype="float32"),

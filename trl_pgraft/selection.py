@@ -98,9 +98,9 @@ class Round:
         inputs = [name for name in dataset.column_names if name.startswith(INPUT_PREFIX)]
         table = dataset.remove_columns(["image", "x_I", *inputs]).to_pandas()
         states = torch.as_tensor(dataset.select_columns("x_I").with_format("numpy")[:]["x_I"])
-        # The prompt tells groups of several rounds in one dataset apart, whose numbers start anew.
-        members: dict[tuple[int, str], list[int]] = {}
-        for row, key in enumerate(zip(table["group"], table["prompt"], strict=True)):
+        # The numbers of groups start anew in each round.
+        members: dict[tuple[int, int, str], list[int]] = {}
+        for row, key in enumerate(zip(table["round"], table["group"], table["prompt"], strict=True)):
             members.setdefault(key, []).append(row)
         stored = dataset.select_columns(inputs) if inputs else [{}] * len(dataset)
         columns = [
@@ -109,7 +109,7 @@ class Round:
         ]
         groups = [
             Group(i, prompt, len(rows), own)
-            for i, (((_, prompt), rows), own) in enumerate(zip(members.items(), columns, strict=True))
+            for i, (((*_, prompt), rows), own) in enumerate(zip(members.items(), columns, strict=True))
         ]
         order = [row for rows in members.values() for row in rows]
         seeds = iter(order)

@@ -17,7 +17,7 @@ Train the emoji model and its verifier from nothing, on one GPU in about ten min
     python -m examples.emoji.build_model --work outputs/emoji --seconds 560
 
 Stages: scenes, VAE, detector, UNet with its text model, evaluation. Each stage but the first leaves its weights in
-`--work`; a stage whose weights are there is not run again. `--resume-unet` goes on training the UNet that is there.
+`--work`; a stage whose weights are there is not run again.
 """
 
 import argparse
@@ -102,14 +102,12 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
 # Data ----------------------------------------------------------------------------------------------------------------
 
 
-def captioned_scenes(
-    size: int, rng: np.random.Generator, relation_share: float, relation_noise: float
-) -> tuple[Layout, list[str]]:
+def captioned_scenes(size: int, rng: np.random.Generator) -> tuple[Layout, list[str]]:
     """Scenes of all categories with careless captions."""
-    shares = np.array(list((CATEGORY_SHARES | {"relation": relation_share}).values()))
+    shares = np.array(list(CATEGORY_SHARES.values()))
     categories = rng.choice(list(CATEGORY_SHARES), size, p=shares / shares.sum())
     specs = [random_spec(rng, category) for category in categories]
-    said = [noisy_spec(spec, rng, relation=relation_noise) for spec in specs]
+    said = [noisy_spec(spec, rng) for spec in specs]
     return layout(specs, rng), [caption(spec, OPENINGS[rng.integers(len(OPENINGS))]) for spec in said]
 
 
@@ -353,7 +351,6 @@ def train_unet(unet, text_encoder, latents, tokens, empty, seconds: float, args:
         rows = torch.randint(len(latents), (args.batch,), device=args.device)
         ids = torch.where(torch.rand(args.batch, 1, device=args.device) < 0.1, empty, tokens[rows])
         timesteps = torch.randint(len(alphas), (args.batch,), device=args.device)
-        timesteps[: int(args.batch * args.noisy_half)] = timesteps[: int(args.batch * args.noisy_half)] // 2 + 500
         alpha_bar, x_0 = alphas[timesteps].view(-1, 1, 1, 1), latents[rows].float()
         noise = torch.randn_like(x_0)
         x_t = alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise
@@ -408,7 +405,7 @@ def main(args: argparse.Namespace) -> None:
     work.mkdir(parents=True, exist_ok=True)
     model = work / "model"
     tokenizer = build_tokenizer(work / "tokenizer")
-    layouts, captions = captioned_scenes(args.scenes, rng, args.relation_share, args.relation_noise)
+    layouts, captions = captioned_scenes(args.scenes, rng)
     scenes = Scenes(layouts, args.device, args.seed)
     tokens = tokenize(tokenizer, captions).to(args.device)
     say(f"{len(layouts)} scenes, {len(tokenizer)} tokens; e.g. {captions[:3]}")
@@ -427,12 +424,8 @@ def main(args: argparse.Namespace) -> None:
         verifier = train_detector(Scenes(mixed, args.device, args.seed), vae, args.detector_seconds, args)
         verifier.save(work / "verifier")
 
-    unet, text_encoder = new_unet(), new_text_encoder(tokenizer)
-    if model.exists():
-        unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
-        text_encoder = CLIPTextModel.from_pretrained(model, subfolder="text_encoder", dtype=torch.float32)
-    unet, text_encoder = unet.to(args.device), text_encoder.to(args.device)
-    if args.resume_unet or not model.exists():
+    if not model.exists():
+        unet, text_encoder = new_unet().to(args.device), new_text_encoder(tokenizer).to(args.device)
         latents = encode_scenes(scenes, vae, args)
         say(f"latents: standard deviation {float(latents.float().std()):.3f}")
         empty = tokenize(tokenizer, [""]).to(args.device)
@@ -464,10 +457,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max-steps", type=int, default=1_000_000, help="end each stage after this many steps")
     parser.add_argument("--eval-prompts", type=int)
     parser.add_argument("--eval-samples", type=int, default=8)
-    parser.add_argument("--relation-share", type=float, default=CATEGORY_SHARES["relation"], help="before normalising")
-    parser.add_argument("--relation-noise", type=float, default=0.5, help="share of relation words drawn at random")
-    parser.add_argument("--noisy-half", type=float, default=0.0, help="share of a batch with timesteps from 500 only")
-    parser.add_argument("--resume-unet", action="store_true")
     return parser.parse_args()
 
 

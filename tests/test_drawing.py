@@ -148,6 +148,20 @@ def test_a_file_that_was_cut_off_is_not_there(tmp_path):
     assert len(again.asked[0]) in (2, 3)
 
 
+@pytest.mark.parametrize("kind", ["images", "values"])
+@pytest.mark.parametrize("left", [0, 5, 200])
+def test_a_damaged_file_is_named_and_made_anew(tmp_path, kind, left):
+    wanted = samples()
+    go(tmp_path, wanted, Draw())
+    damaged = sorted(tmp_path.glob(f"{kind}-*"))[0]
+    damaged.write_bytes(damaged.read_bytes()[:left])
+    again = Draw()
+    with pytest.warns(UserWarning, match=f"{damaged.name} cannot be read"):
+        found = go(tmp_path, wanted, again)
+    assert_equal(found, go(None, wanted, Draw()))
+    assert (len(again.asked[0]) > 0) == (kind == "images")
+
+
 def test_nothing_but_safetensors_is_written(tmp_path):
     go(tmp_path, samples(), Draw())
     assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors"}

@@ -18,11 +18,12 @@
 
 import json
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .rollout import Drawn, Sample, seed_of
@@ -89,8 +90,12 @@ def key_of(sample: Sample) -> int:
 
 
 def _read(path: Path, tags: dict[str, str]) -> dict[str, torch.Tensor] | None:
-    """Tensors of a file, unless there is none, or it was written by another policy or for other rewards."""
+    """Tensors of a file, unless there is none, it is damaged, or it is of another policy or other rewards."""
     if not path.is_file():
         return None
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()} if file.metadata() == tags else None  # noqa: SIM118
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {n: file.get_tensor(n) for n in file.keys()} if file.metadata() == tags else None  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        warnings.warn(f"{path} cannot be read ({error}); what it held is drawn or scored again.", stacklevel=2)
+        return None

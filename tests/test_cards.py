@@ -72,7 +72,7 @@ def test_a_card_tells_what_was_trained(tmp_path):
     )
     data = card.data.to_dict()
     assert data["base_model"] == "ann/base" and data["base_model_relation"] == "adapter"
-    assert data["tags"] == ["trl", "pgraft", "diffusers", "lora", "text-to-image", "mine"]
+    assert data["tags"] == ["trl", "pgraft", "diffusers", "text-to-image", "lora", "mine"]
     assert data["library_name"] == "diffusers" and data["datasets"] == "ann/samples"
     (model,) = data["model-index"]
     assert model["name"] == "lora"
@@ -94,6 +94,13 @@ def test_a_card_tells_what_was_trained(tmp_path):
         "eprint        = {2510.02692}",
     ):
         assert text in card.content, text
+
+
+@pytest.mark.parametrize("kind, said", [("full copy", "all weights of the denoiser"), ("LOHA", "A LOHA adapter of")])
+def test_what_is_no_lora_is_not_called_one(tmp_path, kind, said):
+    card = write(tmp_path, kind=kind)
+    assert said in card.content and "A LoRA" not in card.content and "load_lora_weights" not in card.content
+    assert "lora" not in card.data.to_dict()["tags"]
 
 
 def test_a_card_of_little_has_no_empty_sections(tmp_path):

@@ -13,6 +13,7 @@
 # limitations under the License.
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -134,6 +135,18 @@ def _fail(*_, **__):
 def test_a_checkpoint_is_replaced_by_one_of_the_same_round(tmp_path):
     save(tmp_path, 1, images=8)
     assert load_progress(save(tmp_path, 1, images=16)).images == 16
+
+
+def test_copies_of_users_beside_the_checkpoints_are_left_alone(tmp_path):
+    path = save(tmp_path, 1)
+    shutil.copytree(path, tmp_path / "checkpoint_0_good")
+    save(tmp_path, 2)
+    assert [p.name for p in checkpoints_in(tmp_path)] == ["checkpoint_0", "checkpoint_1"]
+
+
+def test_an_output_folder_is_resumed_from_its_checkpoints(tmp_path):
+    path = save(tmp_path / "checkpoints", 1)
+    assert find_checkpoint(tmp_path) == path
 
 
 def test_the_oldest_checkpoints_go_first(tmp_path):

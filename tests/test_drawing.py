@@ -148,6 +148,24 @@ def test_a_file_that_was_cut_off_is_not_there(tmp_path):
     assert len(again.asked[0]) in (2, 3)
 
 
+def test_what_two_processes_scored_of_one_batch_is_found_by_one(tmp_path):
+    """One process draws a batch and is interrupted; two score a half each; then one goes on."""
+    wanted = samples()
+    for batch, drawn in Draw(batch_size=8)(wanted):
+        UnfinishedRound(tmp_path, "policy", ["redness"]).keep_images(batch, drawn)
+    for part in (wanted[:4], wanted[4:6]):
+        go(tmp_path, part, Draw())
+    again, asked = Draw(), []
+
+    def counting(*, prompts, images, number):
+        asked.extend(prompts)
+        return redness(prompts=prompts, images=images, number=number)
+
+    counting.__name__ = "redness"
+    assert_equal(go(tmp_path, wanted, again, reward=counting), go(None, wanted, Draw(batch_size=8)))
+    assert again.asked == [[]] and len(asked) == 2
+
+
 @pytest.mark.parametrize("kind", ["images", "values"])
 @pytest.mark.parametrize("left", [0, 5, 200])
 def test_a_damaged_file_is_named_and_made_anew(tmp_path, kind, left):

@@ -90,6 +90,16 @@ def test_rewards_keep_their_precision():
     assert score(ddpo_reward(lambda *_: ([0.7, 0.1, 0.3], {})), batch(), PROMPTS, {})[0] == [0.7, 0.1, 0.3]
 
 
+def test_a_ddpo_reward_may_leave_samples_out():
+    assert score(ddpo_reward(lambda *_: ([0.5, None, 2.0], {})), batch(), PROMPTS, {})[0] == [0.5, None, 2.0]
+
+
+def test_a_ddpo_reward_without_its_info_is_told_what_is_expected():
+    reward = ddpo_reward(lambda images, prompts, metadata: images.mean((1, 2, 3))[:2])
+    with pytest.raises(RewardError, match=r"a tuple \(rewards, info\) is expected"):
+        score(reward, batch(), PROMPTS, {}, Patience(0))
+
+
 def test_a_ddpo_reward_without_metadata_gets_empty_ones():
     reward = ddpo_reward(lambda images, prompts, metadata: ([len(m) for m in metadata], {}))
     assert score(reward, batch(), PROMPTS, {})[0] == [0, 0, 0]

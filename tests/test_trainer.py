@@ -692,6 +692,54 @@ def test_checkpoints_follow_save_freq_and_the_last_round_is_saved(config):
     assert names == ["checkpoint_1", "checkpoint_2"]
 
 
+def test_a_new_run_in_a_used_folder_puts_the_old_one_aside(config):
+    make_trainer(config(num_epochs=3)).train()
+    with pytest.warns(UserWarning, match="earlier run.*checkpoints, metrics.jsonl, samples moved to .*previous_1"):
+        trainer = make_trainer(config(num_epochs=2, seed=1))
+        trainer.train()
+    folder = trainer.output_dir
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["checkpoint_0", "checkpoint_1"]
+    assert sorted(path.name for path in (folder / "samples").iterdir()) == ["round_0000", "round_0001"]
+    old = folder / "previous_1"
+    assert len(list((old / "checkpoints").iterdir())) == len(list((old / "samples").iterdir())) == 3
+    assert len((old / "metrics.jsonl").read_text().splitlines()) == 3
+    resumed = make_trainer(config(num_epochs=2, seed=1, resume_from_checkpoint=True))
+    assert resumed.progress.epoch == 2 and equal(adapter_of(resumed), adapter_of(trainer))
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_a_run_resumed_for_more_rounds_goes_on_with_the_longer_schedule(config, monkeypatch, kind):
+    options = {"lr_scheduler_type": kind, "train_learning_rate": 0.4}
+    make_trainer(config(num_epochs=1, **options)).train()
+    rates, original = [], policy_module.fit
+
+    def spy(*args, **kwargs):
+        *rest, lr_schedule = args
+        return original(*rest, lambda step: rates.append(lr_schedule(step)) or rates[-1], **kwargs)
+
+    monkeypatch.setattr(policy_module, "fit", spy)
+    make_trainer(config(num_epochs=2, resume_from_checkpoint=True, **options)).train()
+    halfway = {"linear": [0.2, 0.1], "cosine": [0.2, 0.2 * (1 - 0.5**0.5)]}[kind]
+    assert rates == pytest.approx(halfway), "steps two and three of four"
+
+
+def test_a_run_is_not_resumed_with_another_adapter(config):
+    def lora(rank):
+        return LoraConfig(r=rank, target_modules=["to_q", "to_k"])
+
+    make_trainer(config(), peft_config=lora(2)).train()
+    with pytest.raises(ValueError, match="adapter was .*'r': 2.* and is .*'r': 4"):
+        make_trainer(config(resume_from_checkpoint=True), peft_config=lora(4))
+    assert make_trainer(config(resume_from_checkpoint=True), peft_config=lora(2)).progress.epoch == 1
+
+
+@pytest.mark.parametrize("limit", [None, 0])
+def test_accelerates_default_limit_of_checkpoints_is_the_configurations(config, limit):
+    trainer = make_trainer(config(num_epochs=3, num_checkpoint_limit=2, project_kwargs={"total_limit": limit}))
+    trainer.train()
+    assert len(list((trainer.output_dir / "checkpoints").iterdir())) == 2
+
+
 def test_a_run_is_not_resumed_with_another_switch(config):
     trainer = make_trainer(config())
     trainer.train()
@@ -783,7 +831,7 @@ def no_call(monkeypatch):
         ({"reward_function": None, "reward_funcs": [redness, redness]}, "named redness, redness.*`__name__`"),
         (
             {"options": {"control_adapter": True}, "peft_config": LoHaConfig(r=2, target_modules=ATTENTION)},
-            "peft_config: control_adapter=True subtracts one LoRA from another; LoHaConfig makes none",
+            "peft_config: control_adapter=True subtracts one LoRA from another; this is a LoHaConfig",
         ),
         ({"options": {"sample_batch_size": 1}}, "sample_batch_size.*= 1.*Draw more images"),
         ({"options": {"samples_per_prompt": 8, "acceptance_kwargs": {"k": 4}}}, "groups have 4 images, of which k=4"),

@@ -32,7 +32,7 @@ ADAPTER_TEMPLATE = """\
 
 # {{ title }}
 
-A LoRA of {{ base }}, fine-tuned on rewards with {{ method }} in trl_pgraft: groups of images were drawn, the best of
+{{ what }} {{ base }}, fine-tuned on rewards with {{ method }} in trl_pgraft: groups of images were drawn, the best of
 each group accepted, and the adapter fitted to the noisy states that they came from.
 {% if grid %}
 ![Base model above, tuned model below, same prompts and seeds]({{ grid }})
@@ -43,9 +43,12 @@ each group accepted, and the adapter fitted to the noisy states that they came f
 {{ snippet }}
 ```
 
-{{ switch }} Other loaders, `pipeline.load_lora_weights("{{ repo_id }}")` and PEFT among them, run it at all noise
-levels.
-{% if metrics %}
+{{ switch }}
+{% if is_lora %}
+Other loaders, `pipeline.load_lora_weights("{{ repo_id }}")` and PEFT among them, run it at all noise levels.
+{% else %}
+It is stored in PEFT's format alone, which diffusers' own loaders do not read.
+{% endif %}{% if metrics %}
 ## Results
 
 Mean rewards on {{ metrics_source }}, base model -> tuned model:

@@ -24,6 +24,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from peft import LoraConfig
 
 from .card_templates import ADAPTER_TEMPLATE, CITATION, SAMPLES_TEMPLATE
 from .timestep_gate import SwitchLevel
@@ -47,7 +48,8 @@ SETTINGS = (
     "train_num_inner_epochs",
     "seed",
 )
-TAGS = ("trl", "pgraft", "diffusers", "lora", "text-to-image")
+TAGS = ("trl", "pgraft", "diffusers", "text-to-image")
+LORA, FULL = "LoRA", "full copy"
 ROUND_FILES = "round_*/*.parquet"
 
 
@@ -77,6 +79,8 @@ class AdapterFacts:
             Tags beside the usual ones.
         dataset (`str`, *optional*):
             Repository of the samples or of the prompts.
+        kind (`str`, *optional*, defaults to `"LoRA"`):
+            What was trained: `"LoRA"`, `"full copy"` of the denoiser's weights, or PEFT's name of another adapter.
     """
 
     switch: SwitchLevel
@@ -89,6 +93,7 @@ class AdapterFacts:
     arguments: dict[str, Any] = field(default_factory=dict)
     tags: Sequence[str] = ()
     dataset: str | None = None
+    kind: str = LORA
 
 
 def write_adapter_card(folder: str | Path, repo_id: str, facts: AdapterFacts, title: str | None = None) -> None:
@@ -111,6 +116,10 @@ def write_adapter_card(folder: str | Path, repo_id: str, facts: AdapterFacts, ti
         template_str=ADAPTER_TEMPLATE,
         title=title,
         repo_id=repo_id,
+        what={LORA: "A LoRA of", FULL: "A copy of all weights of the denoiser of"}.get(
+            facts.kind, f"A {facts.kind} adapter of"
+        ),
+        is_lora=facts.kind == LORA,
         base=f"[{base}](https://huggingface.co/{base})" if base else "a local model",
         method="GRAFT" if facts.switch.switch_timestep is None else "P-GRAFT",
         grid=GRID_FILE if (Path(folder) / GRID_FILE).is_file() else None,
@@ -172,7 +181,14 @@ def facts_of(trainer: Any, dataset: str | None, tags: Sequence[str]) -> AdapterF
         arguments={n: value for n, value in trainer.policy.arguments.items() if n in shown and value is not None},
         tags=tags,
         dataset=dataset,
+        kind=_kind_of(trainer.policy),
     )
+
+
+def _kind_of(policy: Any) -> str:
+    if policy.is_full:
+        return FULL
+    return LORA if isinstance(policy.peft_config, LoraConfig) else policy.peft_config.peft_type.value
 
 
 def some_prompts(
@@ -226,7 +242,7 @@ def _adapter_metadata(title: str, facts: AdapterFacts) -> ModelCardData:
         datasets=facts.dataset,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=list(dict.fromkeys([*TAGS, *facts.tags])),
+        tags=list(dict.fromkeys([*TAGS, *(["lora"] if facts.kind == LORA else []), *facts.tags])),
         model_name=title,
         eval_results=results or None,
     )

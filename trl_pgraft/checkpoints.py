@@ -18,13 +18,15 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -54,8 +56,8 @@ class Progress:
             Sum of the KL that each of them implies, in nats.
         kl_composes (`bool`):
             Whether all of them were the same top-k selection, whose composition is known.
-        planned_steps (`int`):
-            Optimizer steps of the whole run, as the first round suggests; the learning-rate schedule's length.
+        steps_per_round (`int`):
+            Optimizer steps of the first round, from which the length of the learning-rate schedule is told.
         history (`list[dict[str, float]]`):
             Metrics logged so far.
     """
@@ -67,7 +69,7 @@ class Progress:
     kl_rounds: int = 0
     kl_sum: float = 0.0
     kl_composes: bool = True
-    planned_steps: int = 0
+    steps_per_round: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -178,6 +180,30 @@ def check_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
         )
 
 
+def adapter_values(peft_config: PeftConfig) -> dict[str, Any]:
+    """What an adapter's configuration says of the adapter, in values that can be compared after a resume."""
+    values = {name: sorted(v) if isinstance(v, set) else v for name, v in peft_config.to_dict().items()}
+    return {name: v if isinstance(v, str | int | float | list | None) else str(v) for name, v in values.items()
+            if name not in ("peft_version", "base_model_name_or_path", "inference_mode")}  # fmt: skip
+
+
+def put_aside(output_dir: Path, names: Sequence[str]) -> None:
+    """Move what an earlier run left under `names` to a folder of its own, `previous_<n>`, and say so."""
+    left = [path for path in (output_dir / name for name in names) if path.exists()]
+    if not left:
+        return
+    number = 1 + len(list(output_dir.glob("previous_*")))
+    folder = output_dir / f"previous_{number}"
+    folder.mkdir()
+    for path in left:
+        os.replace(path, folder / path.name)
+    warnings.warn(
+        f"{output_dir} has an earlier run, which is not resumed: {', '.join(path.name for path in left)} moved to "
+        f"{folder}. To go on with it, use resume_from_checkpoint=True.",
+        stacklevel=4,
+    )
+
+
 def load_progress(checkpoint: Path) -> Progress:
     """The [`Progress`] stored in a checkpoint."""
     return Progress(**json.loads((checkpoint / "progress.json").read_text()))
@@ -197,7 +223,7 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
 
 def find_checkpoint(path: str | Path) -> Path:
     """
-    The checkpoint at `path`, or the newest one in it.
+    The checkpoint at `path`, or the newest one in it or in its folder `checkpoints`.
 
     Raises:
         `ValueError`: there is none.
@@ -205,7 +231,7 @@ def find_checkpoint(path: str | Path) -> Path:
     path = Path(path).expanduser()
     if path.name.startswith(PREFIX) and (path / "progress.json").is_file():
         return path
-    found = checkpoints_in(path)
+    found = checkpoints_in(path) or checkpoints_in(path / "checkpoints")
     if not found:
         raise ValueError(f"resume_from: {path} is no checkpoint and has none ({PREFIX}<epoch>) inside.")
     return found[-1]
@@ -214,7 +240,9 @@ def find_checkpoint(path: str | Path) -> Path:
 def checkpoints_in(folder: Path) -> list[Path]:
     """Complete checkpoints of a folder, oldest first."""
     complete = [path.parent for path in folder.glob(f"{PREFIX}*/progress.json")]
-    return sorted(complete, key=lambda path: int(path.name.removeprefix(PREFIX)))
+    # Users keep copies beside them, under names of their own.
+    numbered = [path for path in complete if path.name.removeprefix(PREFIX).isdigit()]
+    return sorted(numbered, key=lambda path: int(path.name.removeprefix(PREFIX)))
 
 
 def prune_checkpoints(folder: Path, limit: int) -> None:

@@ -17,7 +17,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -240,13 +240,41 @@ def fit(
     Raises:
         `RuntimeError`: ten optimizer steps in a row had a non-finite loss or gradient.
     """
-    denoiser, report = loss.denoiser, FitReport()
+    with _prepared(accelerator, loss.denoiser, optimizer) as (model, stepper):
+        return _fit(accelerator, loss, model, states, passes, stepper, config, lr_schedule, on_event)
+
+
+@contextmanager
+def _prepared(
+    accelerator: Accelerator, denoiser: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> Iterator[tuple[Any, Any]]:
+    """Denoiser and optimizer as accelerate wraps them; afterwards, also after an error, they are as they were."""
     was_training = denoiser.training
     denoiser.eval()
     # Only the adapters' own dropout is wanted: a denoiser in training mode may drop its class labels, unseeded.
     for layer in tuner_layers(denoiser):
         layer.train()
     model, stepper = accelerator.prepare(denoiser, optimizer)
+    try:
+        yield model, stepper
+    finally:
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        accelerator.free_memory()
+        denoiser.train(was_training)
+
+
+def _fit(
+    accelerator: Accelerator,
+    loss: GraftLoss,
+    model: Any,
+    states: torch.Tensor,
+    passes: Iterator[Rows],
+    optimizer: Any,
+    config: Any,
+    lr_schedule: Callable[[int], float],
+    on_event: Callable[[str], Any],
+) -> FitReport:
+    report = FitReport()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     microbatches = list(_microbatches(passes, config, accelerator))
     skipped_in_a_row, is_boundary = 0, True
@@ -264,14 +292,11 @@ def fit(
         if is_boundary:
             for group in optimizer.param_groups:
                 group["lr"] = lr_schedule(report.steps)
-            finite = _step(accelerator, stepper, parameters, config.train_max_grad_norm, on_event)
+            finite = _step(accelerator, optimizer, parameters, config.train_max_grad_norm, on_event)
             report.steps, report.skipped = report.steps + 1, report.skipped + (not finite)
             skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
             _stop_if(skipped_in_a_row)
         on_event("on_step_end" if is_boundary else "on_substep_end")
-    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    accelerator.free_memory()
-    denoiser.train(was_training)
     return report
 
 

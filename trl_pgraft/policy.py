@@ -146,10 +146,12 @@ class Policy:
         elif peft_config is None and self.is_full:
             peft_config = full_copy_config(self.denoiser)
         peft_config = peft_config or default_lora_config(self.denoiser, self.config.lora_rank)
-        if self.config.control_adapter and not isinstance(peft_config, LoraConfig):
+        is_plain_lora = isinstance(peft_config, LoraConfig) and not peft_config.use_dora
+        if self.config.control_adapter and not is_plain_lora:
             raise ValueError(
-                "peft_config: control_adapter=True subtracts one LoRA from another; "
-                f"{type(peft_config).__name__} makes none. Give a LoraConfig, or set control_adapter=False."
+                "peft_config: control_adapter=True subtracts one LoRA from another; this is a "
+                f"{type(peft_config).__name__}{' with use_dora' if isinstance(peft_config, LoraConfig) else ''}. Give "
+                "a plain LoraConfig, or set control_adapter=False."
             )
         check_peft_config(self.pipeline, peft_config)
         return peft_config

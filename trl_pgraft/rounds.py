@@ -186,6 +186,10 @@ class Rounds:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         folder = self.folder / f"round_{epoch:04d}"
         folder.mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            # Of the same round, kept by another number of processes before a resume.
+            for path in set(folder.glob("*.parquet")) - set(folder.glob(f"*-of-{world:05d}.parquet")):
+                path.unlink()
         dataset.to_parquet(folder / f"samples-{rank:05d}-of-{world:05d}.parquet")
 
     def _gather(self, values: torch.Tensor) -> torch.Tensor:

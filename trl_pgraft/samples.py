@@ -24,6 +24,7 @@ import datasets
 import torch
 from PIL import Image
 
+from .adapters import ADAPTER_NAME
 from .denoiser_call import denoiser_of
 from .rewards.functions import to_pil
 from .rollout import Drawn, Sample
@@ -41,8 +42,9 @@ def sampling_fingerprint(pipeline: Any, arguments: dict[str, Any], position: int
     The model enters by its configuration and a sum over its base weights, so that a fine-tuned copy is told apart.
     """
     denoiser = denoiser_of(pipeline)
-    own = {n: p for n, p in denoiser.named_parameters() if "lora_" not in n}
-    weights = sum(float(p.detach().float().abs().sum()) for p in own.values())
+    # Whatever adapters the pipeline came with are the model's; those of this package are not.
+    own = [p for name, p in denoiser.named_parameters() if f".{ADAPTER_NAME}" not in name]
+    weights = sum(float(p.detach().float().abs().sum()) for p in own)
     parts = [
         type(pipeline).__name__,
         {k: str(v) for k, v in sorted(pipeline.scheduler.config.items()) if not k.startswith("_")},

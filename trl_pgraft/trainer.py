@@ -34,12 +34,14 @@ from .callbacks import Callbacks
 from .cards import GRID_FILE, facts_of, write_adapter_card
 from .checkpoints import (
     Progress,
+    adapter_values,
     check_same_run,
     checkpoints_in,
     find_checkpoint,
     load_optimizer,
     load_progress,
     prune_checkpoints,
+    put_aside,
     reading,
     save_checkpoint,
 )
@@ -170,6 +172,7 @@ class PGraftTrainer:
             self.samples_dataset = check_samples(samples_dataset, self.policy.fingerprint, names)
         self.publisher = Publisher(config, self.output_dir, self.accelerator, draws=samples_dataset is None)
         self.progress = Progress()
+        self.epochs = config.num_epochs
         self.has_begun = False
         self._resume(config.resume_from or config.resume_from_checkpoint)
         self.accelerator.init_trackers(
@@ -219,11 +222,12 @@ class PGraftTrainer:
         if resume_from_checkpoint:
             self._resume(resume_from_checkpoint)
             self.callbacks.values["optimizer"] = self.policy.optimizer
+        self.epochs = epochs
+        self._begin()
         self.publisher.check(first_round=self.progress.epoch)
         state = self.callbacks.state
         state.epoch, state.global_step = self.progress.epoch, self.progress.global_step
-        state.max_steps = self.progress.planned_steps or self._expected_steps() * epochs
-        self._begin()
+        state.max_steps = (self.progress.steps_per_round or self._expected_steps()) * epochs
         self.callbacks.notify("on_train_begin")
         if self.config.eval_prompts and self.progress.epoch == 0:
             self._log_evaluation(epoch=0)
@@ -240,6 +244,8 @@ class PGraftTrainer:
                 self.publisher.push_samples()
             if last:
                 break
+        # Once more, for what an interruption or a failed push has left.
+        self.publisher.push_samples()
         if self.policy.has_adapter:
             self.save_model()
         self.callbacks.notify("on_train_end")
@@ -302,8 +308,8 @@ class PGraftTrainer:
             self.accelerator.print(f"Round {epoch}: nothing was accepted, so nothing is trained.")
             return None
         state, progress, steps = self.callbacks.state, self.progress, self.policy.steps_for(len(data.rows))
-        progress.planned_steps = progress.planned_steps or steps * self.config.num_epochs
-        state.max_steps = progress.planned_steps
+        progress.steps_per_round = progress.steps_per_round or steps
+        state.max_steps = progress.steps_per_round * self.epochs
 
         def on_event(event: str) -> None:
             state.global_step += event == "on_step_end"
@@ -312,12 +318,17 @@ class PGraftTrainer:
         return self.policy.fine_tune(data, epoch, self._learning_rate(), on_event)
 
     def _learning_rate(self) -> Callable[[int], float]:
-        """Learning rate of a round's n-th optimizer step, on diffusers' schedule over the whole run."""
+        """
+        Learning rate of a round's n-th optimizer step, on diffusers' schedule over the whole run, of which the first
+        round tells the length. A run that is resumed for more rounds goes on with the schedule of that many.
+        """
         config, start = self.config, self.progress.global_step
+        length = self.progress.steps_per_round * self.epochs
         unit = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-        plan = {"num_warmup_steps": config.warmup_steps, "num_training_steps": self.progress.planned_steps}
+        plan = {"num_warmup_steps": config.warmup_steps, "num_training_steps": length}
         factor = get_scheduler(config.lr_scheduler_type, unit, **plan).lr_lambdas[0]
-        return lambda step: config.train_learning_rate * factor(start + step)
+        # Rounds that accept more than the first stay at its end: beyond it, a cosine would rise again.
+        return lambda step: config.train_learning_rate * factor(min(start + step, length))
 
     def _expected_steps(self) -> int:
         """Optimizer steps of a round in which `k` of each group is accepted, a quarter where nothing says more."""
@@ -481,7 +492,8 @@ class PGraftTrainer:
                 folder, self.pipeline, policy.switch, adapter, policy.optimizer, self.progress, self._run()
             )
             # `total_limit` is accelerate's name, with which DDPO's scripts set it.
-            prune_checkpoints(folder, self.config.project_kwargs.get("total_limit", self.config.num_checkpoint_limit))
+            limit = self.config.project_kwargs.get("total_limit") or self.config.num_checkpoint_limit
+            prune_checkpoints(folder, limit)
         self.accelerator.wait_for_everyone()
         self.rounds.forget_unfinished()
         self.callbacks.notify("on_save")
@@ -490,15 +502,20 @@ class PGraftTrainer:
         """What the run's result depends on."""
         values = self.config.shaping(self.accelerator.num_processes)
         rewards = {reward.name: reward.weight for reward in self.rewards}
-        return {**values, "rewards": rewards, "model, scheduler and sampling arguments": self.policy.fingerprint}
+        adapter = {"adapter": adapter_values(self.policy.peft_config), "rewards": rewards}
+        return {**values, **adapter, "model, scheduler and sampling arguments": self.policy.fingerprint}
 
     def _begin(self) -> None:
-        """Before the first round: a run that does not go on from another forgets what that has left."""
+        """Before the first round: a run that does not go on from another puts aside what that has left."""
         if self.has_begun:
             return
         self.has_begun = True
         if not self.is_resumed:
             self.rounds.forget_unfinished()
+        if not self.is_resumed and self.accelerator.is_main_process:
+            names = ["checkpoints", "metrics.jsonl"] + (["samples"] if self.samples_dataset is None else [])
+            put_aside(self.output_dir, names)
+        self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             (self.output_dir / "metrics.jsonl").write_text("".join(map(_as_json, self.history)))
 

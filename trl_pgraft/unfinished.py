@@ -59,21 +59,27 @@ class UnfinishedRound:
 
     def load(self, samples: Sequence[Sample]) -> Iterator[tuple[list[Sample], Drawn, torch.Tensor | None]]:
         """What is there of `samples`: batches with what was drawn, and their values where they were scored."""
-        wanted = {key_of(sample): sample for sample in samples}
+        wanted, scored = {key_of(sample): sample for sample in samples}, self._values()
         for path in sorted(self.folder.glob("images-*.safetensors")):
             found = _read(path, self._drawn_by) or {"keys": torch.empty(0)}
             keys = found["keys"].tolist()
             rows = [row for row, key in enumerate(keys) if key in wanted]
-            if not rows:
-                continue
-            # Where another number of processes shares the round now, each counts its part of a batch's calls.
-            calls = round(int(found["calls"]) * len(rows) / len(keys))
-            scores = _read(path.with_name(path.name.replace("images", "values")), self._scored_by)
-            yield (
-                [wanted.pop(keys[row]) for row in rows],
-                Drawn(found["images"][rows], found["x_i"][rows], calls),
-                scores["values"][rows] if scores else None,
-            )
+            # A batch may have been scored in part, by other processes than those that drew it.
+            for part in ([r for r in rows if keys[r] in scored], [r for r in rows if keys[r] not in scored]):
+                if part:
+                    # Where other processes share the round now, each counts its part of a batch's calls.
+                    calls = round(int(found["calls"]) * len(part) / len(keys))
+                    drawn = Drawn(found["images"][part], found["x_i"][part], calls)
+                    values = [scored[keys[row]] for row in part if keys[row] in scored]
+                    yield [wanted.pop(keys[row]) for row in part], drawn, torch.stack(values) if values else None
+
+    def _values(self) -> dict[int, torch.Tensor]:
+        """Values of shape `(F,)` of all samples that were scored, by their keys."""
+        scored: dict[int, torch.Tensor] = {}
+        for path in self.folder.glob("values-*.safetensors"):
+            if file := _read(path, self._scored_by):
+                scored.update(zip(file["keys"].tolist(), file["values"], strict=True))
+        return scored
 
     def _write(self, kind: str, samples: Sequence[Sample], tensors: dict, tags: dict[str, str]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

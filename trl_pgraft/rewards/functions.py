@@ -119,7 +119,12 @@ def ddpo_reward(function: Callable[..., Any]) -> Reward:
 
     def call(images: torch.Tensor, prompts: list[str], columns: dict[str, list]) -> tuple[Sequence[float], Any]:
         metadata = columns.get("metadata", [{}] * len(prompts))
-        values, info = function(images.float() / 255, tuple(prompts), tuple(metadata))
+        answer = function(images.float() / 255, tuple(prompts), tuple(metadata))
+        if not isinstance(answer, tuple) or len(answer) != 2:
+            raise TypeError(f"it returned {type(answer).__name__}; a tuple (rewards, info) is expected")
+        values, info = answer
+        if isinstance(values, list | tuple) and any(value is None for value in values):
+            return list(values), info
         return torch.as_tensor(values, dtype=torch.float64).flatten().tolist(), info
 
     return Reward(getattr(function, "__name__", type(function).__name__), call)

@@ -24,11 +24,13 @@ import datasets
 import pytest
 import torch
 from huggingface_hub import HfApi
+from peft import LoHaConfig
 from test_hub import SWITCH, sample
 from test_samples import as_dataset, random_round
 from tiny_pipelines import add_random_adapter, tiny_sd
 
 from trl_pgraft import load_pgraft_adapter, publishing, push_adapter_to_hub, push_samples_to_hub, save_pgraft_adapter
+from trl_pgraft.adapters import adapter_parameters, add_adapter, full_copy_config
 from trl_pgraft.publishing import PushError, check_samples_repository, redacted
 from trl_pgraft.timestep_gate import TimestepGate
 
@@ -88,6 +90,29 @@ def test_a_pushed_adapter_comes_back_with_its_gate(hub, adapter):
     fresh = tiny_sd()
     gate = load_pgraft_adapter(fresh, "ann/lora")
     assert gate.switch_timestep == SWITCH.switch_timestep
+    assert torch.equal(sample(fresh), expected)
+
+
+@pytest.mark.parametrize("kind", ["all weights of the denoiser", "A LOHA adapter"])
+def test_adapters_of_other_kinds_are_pushed_and_come_back(hub, tmp_path, kind):
+    pipeline = tiny_sd()
+    whole = kind.startswith("all")
+    peft_config = full_copy_config(pipeline.unet) if whole else LoHaConfig(r=2, target_modules=["to_q"])
+    add_adapter(pipeline.unet, peft_config, "pgraft")
+    with torch.no_grad():
+        for parameter in adapter_parameters(pipeline.unet, "pgraft"):
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    save_pgraft_adapter(pipeline, tmp_path / "adapter", SWITCH)
+    push_adapter_to_hub(tmp_path / "adapter", "other", **TOKEN)
+    repo = hub.repo("ann/other")
+    assert "pytorch_lora_weights.safetensors" not in repo.files
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert kind in card and "load_lora_weights" not in card
+    with TimestepGate(pipeline.unet, "pgraft", SWITCH.switch_timestep):
+        expected = sample(pipeline)
+    fresh = tiny_sd()
+    assert not torch.equal(sample(fresh), expected)
+    load_pgraft_adapter(fresh, "ann/other")
     assert torch.equal(sample(fresh), expected)
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from peft import LoraConfig
+from peft import LNTuningConfig, LoraConfig, PeftConfig
 
 from .card_templates import ADAPTER_TEMPLATE, CITATION, SAMPLES_TEMPLATE
 from .timestep_gate import SwitchLevel
@@ -181,14 +181,15 @@ def facts_of(trainer: Any, dataset: str | None, tags: Sequence[str]) -> AdapterF
         arguments={n: value for n, value in trainer.policy.arguments.items() if n in shown and value is not None},
         tags=tags,
         dataset=dataset,
-        kind=_kind_of(trainer.policy),
+        kind=kind_of(trainer.policy.peft_config),
     )
 
 
-def _kind_of(policy: Any) -> str:
-    if policy.is_full:
+def kind_of(peft_config: PeftConfig) -> str:
+    """What an adapter is, in the words of [`AdapterFacts`]."""
+    if isinstance(peft_config, LNTuningConfig):  # by which a copy of all weights is kept, see `full_copy_config`
         return FULL
-    return LORA if isinstance(policy.peft_config, LoraConfig) else policy.peft_config.peft_type.value
+    return LORA if isinstance(peft_config, LoraConfig) else peft_config.peft_type.value
 
 
 def some_prompts(

@@ -24,8 +24,9 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from peft import PeftConfig
 
-from .cards import CARD_FILE, GRID_FILE, ROUND_FILES, AdapterFacts, write_adapter_card, write_samples_card
+from .cards import CARD_FILE, GRID_FILE, ROUND_FILES, AdapterFacts, kind_of, write_adapter_card, write_samples_card
 from .hub import ADAPTER_FILES, read_switch
 
 
@@ -75,7 +76,8 @@ def push_adapter_to_hub(
 
     def write_card(repo_id: str) -> None:
         if not (folder / CARD_FILE).is_file():
-            write_adapter_card(folder, repo_id, AdapterFacts(switch))
+            kind = kind_of(PeftConfig.from_pretrained(str(folder)))
+            write_adapter_card(folder, repo_id, AdapterFacts(switch, kind=kind))
 
     def push(repo_id: str, api: HfApi) -> None:
         api.upload_folder(

@@ -30,6 +30,7 @@ from .ddpo import DefaultDDPOStableDiffusionPipeline
 from .denoiser_format import DenoiserFormat
 from .diagnostics import choose_intermediate_step
 from .hub import load_pgraft_adapter, save_pgraft_adapter
+from .inversion import Inversion, InversionError, invert_flow
 from .memory import MemoryEstimate, estimate_memory
 from .parameterizations import renoise
 from .publishing import push_adapter_to_hub, push_samples_to_hub
@@ -42,6 +43,8 @@ __all__ = [
     "DefaultDDPOStableDiffusionPipeline",
     "DenoiserFormat",
     "GraftConfig",
+    "Inversion",
+    "InversionError",
     "MemoryEstimate",
     "PGraftTrainer",
     "SwitchLevel",
@@ -57,6 +60,7 @@ __all__ = [
     "estimate_memory",
     "get_reward",
     "implied_kl",
+    "invert_flow",
     "list_rewards",
     "load_pgraft_adapter",
     "push_adapter_to_hub",

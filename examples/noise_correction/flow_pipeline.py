@@ -1,0 +1,62 @@
+# Copyright 2026 The trl_pgraft authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""An unconditional flow model as a pipeline, which diffusers does not have: a UNet and an Euler scheduler."""
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput, UNet2DModel
+from diffusers.utils.torch_utils import randn_tensor
+
+
+class FlowPipeline(DiffusionPipeline):
+    """
+    Sample images in pixels from noise.
+
+    Args:
+        unet (`UNet2DModel`):
+            Predicts the velocity `noise - data` at timesteps in (0, 1000].
+        scheduler (`FlowMatchEulerDiscreteScheduler`):
+            The sampler.
+    """
+
+    def __init__(self, unet: UNet2DModel, scheduler: FlowMatchEulerDiscreteScheduler):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        num_inference_steps: int = 20,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """Images, or with `output_type="latent"` the final states in [-1, 1], shape (B, C, H, W)."""
+        if latents is None:
+            size = self.unet.config.sample_size
+            shape = (batch_size, self.unet.config.in_channels, size, size)
+            latents = randn_tensor(shape, generator=generator, device=self.device, dtype=self.unet.dtype)
+        x = latents.to(self.device, self.unet.dtype)
+        self.scheduler.set_timesteps(num_inference_steps, device=self.device)
+        for t in self.progress_bar(self.scheduler.timesteps):
+            velocity = self.unet(x, t.expand(len(x))).sample
+            x = self.scheduler.step(velocity, t, x, return_dict=False)[0]
+        images = x if output_type == "latent" else self._to_images(x, output_type)
+        return ImagePipelineOutput(images) if return_dict else (images,)
+
+    def _to_images(self, x: torch.Tensor, output_type: str):
+        arrays = (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
+        return self.numpy_to_pil(arrays) if output_type == "pil" else arrays

@@ -1,0 +1,297 @@
+# Copyright 2026 The trl_pgraft authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Map data back to noise by the exact inverse of the Euler sampler that a flow pipeline uses."""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .batch_axes import put_on, take_rows
+from .denoiser_call import calls_of_first_step, denoiser_of, record_conditioning, replay
+from .denoiser_format import DenoiserFormat
+from .losses import guided as combine_branches
+from .noise_schedules import NoiseSchedule
+from .probe import learn_denoiser_call
+from .samplers import Sampler, sampler_of
+
+
+# Smallest share of a fixed-point update that is tried before a sample counts as not converging.
+LEAST_DAMPING = 2.0**-12
+Velocity = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """
+    What [`invert_flow`] found; steps are in the sampler's order, from noise to data.
+
+    Args:
+        noise (`torch.Tensor` of shape `(B, ...)`):
+            The state from which the sampler reaches the data.
+        residuals (`torch.Tensor` of shape `(steps, B)`, float64):
+            Largest element of `|x_i + h_i v(x_i, s_i) - x_{i+1}|`: by how much the sampler's own step from the state
+            found misses the next.
+        iterations (`torch.Tensor` of shape `(steps, B)`, int64):
+            Denoiser evaluations of each step and sample; a guided one counts once.
+    """
+
+    noise: torch.Tensor
+    residuals: torch.Tensor
+    iterations: torch.Tensor
+
+
+class InversionError(RuntimeError):
+    """
+    A step of the sampler could not be inverted.
+
+    Attributes:
+        step (`int`):
+            Index of the step in the sampler's order.
+        residual (`float`):
+            Largest residual of its samples.
+    """
+
+    def __init__(self, step: int, residual: float, unconverged: int, count: int, tolerance: float):
+        self.step, self.residual = step, residual
+        super().__init__(
+            f"invert_flow: {unconverged} of {count} samples did not converge at step {step}: residual {residual:.3g}, "
+            f"tolerance {tolerance:.3g}. Raise max_iterations, use more sampling steps (a shorter step is easier to "
+            "invert), or a tolerance that the model's precision can reach."
+        )
+
+
+@dataclass(frozen=True)
+class EulerField:
+    """
+    An Euler sampler `x_{i+1} = x_i + h_i v(x_i, s_i)`.
+
+    Args:
+        steps (`Sequence[float]`):
+            h_i, negative where the noise level falls.
+        velocity (`Callable`):
+            `(x, i, rows)` to v(x, s_i) of the samples `rows`, of the shape of x.
+    """
+
+    steps: Sequence[float]
+    velocity: Velocity
+
+
+@torch.no_grad()
+def invert_flow(
+    model: Any,
+    latents: torch.Tensor,
+    *,
+    sigmas: Sequence[float] | None = None,
+    prompts: Sequence[str] | None = None,
+    pipeline_kwargs: dict[str, Any] | None = None,
+    guided: bool = False,
+    denoiser_format: type[DenoiserFormat] | None = None,
+    tolerance: float = 1e-5,
+    max_iterations: int = 200,
+) -> Inversion:
+    """
+    Find the noise from which the Euler sampler in use reaches the data.
+
+    Each step is inverted exactly, not by a step of the reversed ODE: given x_{i+1}, the equation
+    `x_i = x_{i+1} - h_i v(x_i, s_i)` is solved by fixed point. An update that does not lower a sample's residual is
+    taken back and its share halved. For `|h_i|` times the Lipschitz constant of v below 1 the solution is unique.
+
+    Args:
+        model (`DiffusionPipeline` or `Callable`):
+            A pipeline, asked for its own timesteps and step sizes, or `v(x, sigma)` of x of shape `(B, ...)` and sigma
+            of shape `(B,)`, of the dtype of x.
+        latents (`torch.Tensor` of shape `(B, ...)`):
+            Data in the layout that the pipeline returns with `output_type="latent"` (scaled, shifted and packed).
+        sigmas (`Sequence[float]`, *optional*):
+            Noise levels of a callable's sampler, from noise to data, the last one included.
+        prompts (`Sequence[str]`, *optional*):
+            One for each sample; empty where not given.
+        pipeline_kwargs (`dict`, *optional*):
+            Arguments of the pipeline call whose sampler is inverted: `num_inference_steps`, `height`, `width`, ...
+        guided (`bool`, *optional*, defaults to `False`):
+            Invert the sampler with the classifier-free guidance that `pipeline_kwargs` ask for. Otherwise the
+            conditional branch alone is the velocity, whatever they say; an embedded guidance is always kept.
+        denoiser_format (`type`, *optional*):
+            Subclass of [`DenoiserFormat`] for a denoiser that the default does not serve.
+        tolerance (`float`, *optional*, defaults to `1e-5`):
+            Largest residual of an element, in units of the latents.
+        max_iterations (`int`, *optional*, defaults to `200`):
+            Denoiser evaluations of a step.
+
+    Returns:
+        [`Inversion`].
+
+    Raises:
+        `ValueError`: an argument does not fit, or the scheduler's step is not Euler's.
+        [`InversionError`]: a step did not converge.
+    """
+    _check_arguments(model, latents, sigmas, prompts, tolerance, max_iterations)
+    if sigmas is not None:
+        field = _field_of_callable(model, sigmas)
+    else:
+        prompts = list(prompts) if prompts is not None else [""] * len(latents)
+        field = field_of_pipeline(model, latents, prompts, pipeline_kwargs or {}, guided, denoiser_format)
+        latents = latents.to(denoiser_of(model).device)
+    x = latents.to(torch.promote_types(latents.dtype, torch.float32))
+    residuals, iterations = [], []
+    for step in reversed(range(len(field.steps))):
+        x, residual, count = invert_step(field, x, step, tolerance, max_iterations)
+        residuals.append(residual)
+        iterations.append(count)
+    return Inversion(x, torch.stack(residuals[::-1]), torch.stack(iterations[::-1]))
+
+
+def invert_step(
+    field: EulerField, target: torch.Tensor, step: int, tolerance: float, max_iterations: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Solve `x + h v(x) = target` for x by damped fixed point; converged samples are not computed again.
+
+    Returns:
+        `tuple`: x of the shape of `target`, and residuals and iterations of shape `(B,)` on the CPU.
+
+    Raises:
+        [`InversionError`]: it did not converge.
+    """
+    x, trial = target.clone(), target.clone()
+    defect = torch.zeros_like(target)
+    norm = torch.full((len(x),), math.inf, dtype=torch.float64)
+    residual, share, iterations = norm.clone(), torch.ones_like(norm), torch.zeros(len(x), dtype=torch.int64)
+    active = torch.arange(len(x))
+    for _ in range(max_iterations):
+        rows = active.to(x.device)
+        found = target[rows] - field.steps[step] * field.velocity(trial[rows], step, active) - trial[rows]
+        new_norm = found.double().flatten(1).norm(dim=1).cpu()
+        better = new_norm < norm[active]
+        kept, share[active[~better]] = active[better], share[active[~better]] / 2
+        on_device = better.to(x.device)
+        x[kept.to(x.device)], defect[kept.to(x.device)] = trial[rows][on_device], found[on_device]
+        norm[kept] = new_norm[better]
+        residual[kept] = found[on_device].abs().double().flatten(1).amax(1).cpu()
+        iterations[active] += 1
+        active = active[(residual[active] > tolerance) & (share[active] >= LEAST_DAMPING)]
+        if not len(active):
+            break
+        rows = active.to(x.device)
+        factor = share[active].to(x.device, x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+        trial[rows] = x[rows] + factor * defect[rows]
+    unconverged = int((residual > tolerance).sum())
+    if unconverged:
+        raise InversionError(step, residual.max().item(), unconverged, len(x), tolerance)
+    return x, residual, iterations
+
+
+def field_of_pipeline(
+    pipeline: Any,
+    latents: torch.Tensor,
+    prompts: list[str],
+    kwargs: dict[str, Any],
+    guided: bool,
+    denoiser_format: type[DenoiserFormat] | None = None,
+) -> EulerField:
+    """The Euler sampler that a pipeline call with these arguments runs; arguments as those of [`invert_flow`]."""
+    sampler = sampler_of(pipeline, kwargs)
+    steps = euler_steps(sampler)
+    call = learn_denoiser_call(pipeline, kwargs, denoiser_format)
+    if guided and not (call.is_guided and call.guidance_scale is not None):
+        raise ValueError(
+            f"guided=True: {type(pipeline).__name__} with these pipeline_kwargs does not guide by u + w (c - u). Ask "
+            "for guidance in pipeline_kwargs, or leave `guided` out."
+        )
+    own = call.format.latents(calls_of_first_step(pipeline, 1, prompts[:1], kwargs)[0])
+    if own.shape[1:] != latents.shape[1:]:
+        raise ValueError(
+            f"latents have shape {tuple(latents.shape)}, but {type(pipeline).__name__} with these pipeline_kwargs "
+            f"denoises (B, {', '.join(map(str, own.shape[1:]))}). Set height and width, and pass latents as it "
+            "returns them with output_type='latent'."
+        )
+    conditioning = record_conditioning(pipeline, call, prompts, kwargs)
+    denoiser, device = denoiser_of(pipeline), own.device
+    branches = [put_on(conditioning.conditional, device)]
+    branches += [put_on(conditioning.unconditional, device)] if guided else []
+
+    def velocity(x: torch.Tensor, step: int, rows: torch.Tensor) -> torch.Tensor:
+        timesteps = torch.full((len(x),), sampler.timesteps[step], dtype=torch.float64)
+        x_t = x.to(own.dtype)
+        found = [
+            replay(denoiser, call, x_t, timesteps, take_rows(b, call.batch_axes, rows.tolist())) for b in branches
+        ]
+        return (combine_branches(found[1], found[0], call.guidance_scale) if guided else found[0]).to(x.dtype)
+
+    return EulerField(steps, velocity)
+
+
+def euler_steps(sampler: Sampler) -> list[float]:
+    """
+    Step sizes h_i of a scheduler whose step is `x + h_i v`, measured on a copy of it.
+
+    Raises:
+        `ValueError`: it is not a flow scheduler, or its step is another: of higher order, with memory, or with noise.
+    """
+    count, is_flow = len(sampler.timesteps), NoiseSchedule.from_scheduler(sampler.scheduler).is_flow
+    ones, zeros = torch.ones(count, 4), torch.zeros(count, 4)
+    generator = torch.Generator().manual_seed(0)
+    x, v = torch.randn(2, count, 4, generator=generator)
+    steps = _results(sampler, zeros, ones)[:, :1].double()
+    found = _results(sampler, x, v).double()
+    if not is_flow or not torch.allclose(found, x.double() + steps * v.double(), rtol=1e-5, atol=1e-5):
+        raise ValueError(
+            f"invert_flow: {sampler.description} does not step as x + h v, so it is no Euler sampler of a flow. Use "
+            "FlowMatchEulerDiscreteScheduler without `stochastic_sampling`."
+        )
+    return steps.flatten().tolist()
+
+
+def _results(sampler: Sampler, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """What the scheduler makes of state `x[i]` and model output `v[i]` at its i-th step."""
+    scheduler, results = copy.deepcopy(sampler.scheduler), []
+    timesteps = scheduler.timesteps[-len(sampler.timesteps) :]
+    for t, state, output in zip(timesteps, x.to(timesteps.device), v.to(timesteps.device), strict=True):
+        results.append(scheduler.step(output[None], t, state[None], return_dict=False)[0][0].cpu())
+    return torch.stack(results)
+
+
+def _field_of_callable(velocity: Callable[..., torch.Tensor], sigmas: Sequence[float]) -> EulerField:
+    levels = [float(sigma) for sigma in sigmas]
+
+    def at_step(x: torch.Tensor, step: int, rows: torch.Tensor) -> torch.Tensor:
+        return velocity(x, torch.full((len(x),), levels[step], dtype=x.dtype, device=x.device))
+
+    return EulerField([after - before for before, after in zip(levels[:-1], levels[1:], strict=True)], at_step)
+
+
+def _check_arguments(
+    model: Any,
+    latents: torch.Tensor,
+    sigmas: Sequence[float] | None,
+    prompts: Sequence[str] | None,
+    tolerance: float,
+    max_iterations: int,
+) -> None:
+    is_pipeline = hasattr(model, "scheduler")
+    if is_pipeline == (sigmas is not None):
+        raise ValueError("sigmas: needed for a callable velocity; a pipeline brings its own.")
+    if sigmas is not None and len(sigmas) < 2:
+        raise ValueError(f"sigmas: at least two noise levels make a step; got {len(sigmas)}.")
+    if prompts is not None and len(prompts) != len(latents):
+        raise ValueError(f"prompts: one for each of the {len(latents)} latents is needed; got {len(prompts)}.")
+    if not latents.isfinite().all():
+        raise ValueError("latents: some values are not finite.")
+    if tolerance <= 0 or max_iterations < 1:
+        raise ValueError(f"tolerance and max_iterations must be positive; got {tolerance} and {max_iterations}.")

@@ -68,11 +68,17 @@ def make_trainable(denoiser: torch.nn.Module, name: str) -> None:
 
 
 def _inject(denoiser: torch.nn.Module, peft_config: PeftConfig, name: str) -> None:
-    # Some diffusers models (UNet2DModel, DiT, PixArt, HunyuanDiT) have no `add_adapter`.
-    if hasattr(denoiser, "add_adapter"):
-        denoiser.add_adapter(peft_config, adapter_name=name)
-    else:
-        inject_adapter_in_model(peft_config, denoiser, name)
+    try:
+        # Some diffusers models (UNet2DModel, DiT, PixArt, HunyuanDiT) have no `add_adapter`.
+        if hasattr(denoiser, "add_adapter"):
+            denoiser.add_adapter(peft_config, adapter_name=name)
+        else:
+            inject_adapter_in_model(peft_config, denoiser, name)
+    except Exception as error:
+        raise ValueError(
+            f"peft_config: PEFT cannot put a {type(peft_config).__name__} into this {type(denoiser).__name__} "
+            f"({type(error).__name__}: {error}). LoRA, DoRA, LoHa, LoKr, OFT, IA3 and HRA were tried."
+        ) from error
 
 
 def remove_adapter(denoiser: torch.nn.Module, name: str) -> None:
@@ -126,8 +132,10 @@ def active_adapters(denoiser: torch.nn.Module) -> list[str]:
 
 
 def adapter_parameters(denoiser: torch.nn.Module, name: str) -> list[torch.nn.Parameter]:
-    """Parameters of adapter `name`."""
-    parts = (getattr(layer, part) for layer in tuner_layers(denoiser, name) for part in layer.adapter_layer_names)
+    """Parameters of adapter `name`, in an order that is the same after it was loaded."""
+    layers = tuner_layers(denoiser, name)
+    # PEFT lists DoRA's parts in another order in a layer that is loaded, and optimizers go by the order.
+    parts = (getattr(layer, part) for layer in layers for part in sorted(set(layer.adapter_layer_names)))
     found: list[torch.nn.Parameter] = []
     for part in parts:
         if name in part:

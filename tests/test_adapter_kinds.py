@@ -1,0 +1,123 @@
+# Copyright 2026 The trl_pgraft authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+
+"""Adapters of every kind that PEFT puts into a denoiser: trained, saved, loaded with their gate, resumed."""
+
+import peft
+import pytest
+import torch
+from tiny_pipelines import ATTENTION, tiny_flux, tiny_sd
+
+from trl_pgraft import GraftConfig, PGraftTrainer, load_pgraft_adapter
+from trl_pgraft.adapters import adapter_parameters
+
+
+KINDS = {
+    "LoRA": peft.LoraConfig(r=2, target_modules=ATTENTION, init_lora_weights="gaussian"),
+    "DoRA": peft.LoraConfig(r=2, target_modules=ATTENTION, use_dora=True),
+    "rsLoRA": peft.LoraConfig(r=2, lora_alpha=4, target_modules=ATTENTION, use_rslora=True),
+    "LoHa": peft.LoHaConfig(r=2, alpha=4, target_modules=ATTENTION),
+    "LoKr": peft.LoKrConfig(r=2, alpha=4, target_modules=ATTENTION),
+    "OFT": peft.OFTConfig(r=0, oft_block_size=4, target_modules=ATTENTION),
+    "IA3": peft.IA3Config(target_modules=["to_k", "to_v"], feedforward_modules=[]),
+    "HRA": peft.HRAConfig(r=2, target_modules=ATTENTION),
+}
+
+
+def make_trainer(folder, pipeline, peft_config, **options):
+    config = GraftConfig(
+        **{
+            "num_epochs": 1,
+            "sample_num_steps": 4,
+            "sample_guidance_scale": 3.0,
+            "sample_batch_size": 4,
+            "sample_num_batches_per_epoch": 1,
+            "samples_per_prompt": 4,
+            "acceptance_kwargs": {"k": 1},
+            "train_batch_size": 2,
+            "train_timestep_fraction": 0.25,
+            "train_num_inner_epochs": 2,
+            "train_learning_rate": 1e-2,
+            "output_dir": str(folder),
+            **options,
+        }
+    )
+
+    def brightness(images, prompts, metadata):
+        return images.mean((1, 2, 3)), {}
+
+    return PGraftTrainer(config, brightness, lambda: ("a cat", {}), pipeline, peft_config=peft_config)
+
+
+def sample(pipeline):
+    generator = torch.Generator().manual_seed(0)
+    return pipeline("a dog", num_inference_steps=4, generator=generator, output_type="pt").images
+
+
+def trained(trainer):
+    return [p.detach().clone() for p in adapter_parameters(trainer.denoiser, "pgraft")]
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_flux])
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_of_every_kind_are_trained_saved_and_loaded(tmp_path, kind, make):
+    trainer = make_trainer(tmp_path, make(), KINDS[kind])
+    before = trained(trainer)
+    trainer.train()
+    moved = [not torch.equal(new, old) for new, old in zip(trained(trainer), before, strict=True)]
+    assert all(moved) and len(moved) > 0
+    with trainer.sampler() as pipeline:
+        expected = sample(pipeline)
+    untouched = sample(make())
+    assert not torch.equal(expected, untouched)
+    with trainer.sampler(reference=True) as pipeline:
+        assert torch.equal(sample(pipeline), untouched)
+    loaded = make()
+    load_pgraft_adapter(loaded, tmp_path / "adapter")
+    torch.testing.assert_close(sample(loaded), expected, rtol=0, atol=1e-6)
+    in_diffusers_format = (tmp_path / "adapter" / "pytorch_lora_weights.safetensors").is_file()
+    assert in_diffusers_format == (type(KINDS[kind]) is peft.LoraConfig)
+
+
+@pytest.mark.parametrize("kind", ["DoRA", "LoHa", "OFT"])
+def test_runs_with_other_adapters_resume(tmp_path, kind):
+    whole = make_trainer(tmp_path / "whole", tiny_sd(), KINDS[kind], num_epochs=2)
+    whole.train()
+    make_trainer(tmp_path / "parts", tiny_sd(), KINDS[kind]).train()
+    resumed = make_trainer(tmp_path / "parts", tiny_sd(), KINDS[kind], num_epochs=2, resume_from_checkpoint=True)
+    assert resumed.progress.epoch == 1
+    resumed.train()
+    for found, expected in zip(trained(resumed), trained(whole), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "peft_config",
+    [
+        peft.VeraConfig(r=2, target_modules=["to_q", "to_out.0"]),
+        peft.BOFTConfig(boft_block_size=4, target_modules=ATTENTION),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_kinds_that_peft_cannot_put_into_a_denoiser_are_refused(tmp_path, peft_config):
+    name = type(peft_config).__name__
+    with pytest.raises(ValueError, match=f"peft_config: PEFT cannot put a {name} into .*UNet2DConditionModel"):
+        make_trainer(tmp_path, tiny_sd(), peft_config)
+
+
+def test_a_control_takes_plain_loras_alone(tmp_path):
+    with pytest.raises(ValueError, match="LoraConfig with use_dora"):
+        make_trainer(tmp_path, tiny_sd(), KINDS["DoRA"], control_adapter=True)

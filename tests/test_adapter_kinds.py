@@ -104,18 +104,10 @@ def test_runs_with_other_adapters_resume(tmp_path, kind):
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize(
-    "peft_config",
-    [
-        peft.VeraConfig(r=2, target_modules=["to_q", "to_out.0"]),
-        peft.BOFTConfig(boft_block_size=4, target_modules=ATTENTION),
-    ],
-    ids=lambda config: config.peft_type.value,
-)
-def test_kinds_that_peft_cannot_put_into_a_denoiser_are_refused(tmp_path, peft_config):
-    name = type(peft_config).__name__
-    with pytest.raises(ValueError, match=f"peft_config: PEFT cannot put a {name} into .*UNet2DConditionModel"):
-        make_trainer(tmp_path, tiny_sd(), peft_config)
+def test_a_kind_that_peft_cannot_put_into_a_denoiser_is_refused(tmp_path):
+    vera = peft.VeraConfig(r=2, target_modules=["to_q", "to_out.0"])
+    with pytest.raises(ValueError, match="peft_config: PEFT cannot put a VeraConfig into .*UNet2DConditionModel"):
+        make_trainer(tmp_path, tiny_sd(), vera)
 
 
 def test_a_control_takes_plain_loras_alone(tmp_path):

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Fixtures that many tests share: fresh tiny pipelines, and a Hub on loopback in place of the real one."""
+"""Fixtures that many tests share: tiny pipelines, small configurations, and a Hub on loopback for the real one."""
 
 import gc
 
@@ -20,6 +20,8 @@ import pytest
 import torch
 from loopback_hub import HUB, forget_downloads
 from tiny_pipelines import tiny_flux, tiny_sd
+
+from trl_pgraft import GraftConfig
 
 
 torch.set_num_threads(1)
@@ -47,3 +49,28 @@ def hub():
 def flux():
     """A fresh tiny Flux."""
     return tiny_flux()
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Makes small configurations: rounds of one group of four images and two optimizer steps."""
+
+    def make(**options):
+        defaults = {
+            "num_epochs": 1,
+            "sample_num_steps": 4,
+            "sample_guidance_scale": 3.0,
+            "sample_batch_size": 4,
+            "sample_num_batches_per_epoch": 1,
+            "samples_per_prompt": 4,
+            "acceptance_kwargs": {} if "acceptance" in options else {"k": 1},
+            "train_batch_size": 2,
+            "train_timestep_fraction": 0.25,
+            "train_num_inner_epochs": 2,
+            "train_learning_rate": 1e-2,
+            "lora_rank": 2,
+            "output_dir": str(tmp_path / "out"),
+        }
+        return GraftConfig(**{**defaults, **options})
+
+    return make

@@ -21,7 +21,7 @@ import pytest
 import torch
 from tiny_pipelines import ATTENTION, tiny_flux, tiny_sd
 
-from trl_pgraft import GraftConfig, PGraftTrainer, load_pgraft_adapter
+from trl_pgraft import PGraftTrainer, load_pgraft_adapter
 from trl_pgraft.adapters import adapter_parameters
 
 
@@ -37,29 +37,18 @@ KINDS = {
 }
 
 
-def make_trainer(folder, pipeline, peft_config, **options):
-    config = GraftConfig(
-        **{
-            "num_epochs": 1,
-            "sample_num_steps": 4,
-            "sample_guidance_scale": 3.0,
-            "sample_batch_size": 4,
-            "sample_num_batches_per_epoch": 1,
-            "samples_per_prompt": 4,
-            "acceptance_kwargs": {"k": 1},
-            "train_batch_size": 2,
-            "train_timestep_fraction": 0.25,
-            "train_num_inner_epochs": 2,
-            "train_learning_rate": 1e-2,
-            "output_dir": str(folder),
-            **options,
-        }
-    )
+@pytest.fixture
+def make_trainer(config):
+    """Makes a trainer of a small configuration in a folder, on a pipeline with an adapter of some kind."""
 
     def brightness(images, prompts, metadata):
         return images.mean((1, 2, 3)), {}
 
-    return PGraftTrainer(config, brightness, lambda: ("a cat", {}), pipeline, peft_config=peft_config)
+    def make(folder, pipeline, peft_config, **options):
+        settings = config(output_dir=str(folder), **options)
+        return PGraftTrainer(settings, brightness, lambda: ("a cat", {}), pipeline, peft_config=peft_config)
+
+    return make
 
 
 def sample(pipeline):
@@ -73,7 +62,7 @@ def trained(trainer):
 
 @pytest.mark.parametrize("make", [tiny_sd, tiny_flux])
 @pytest.mark.parametrize("kind", KINDS)
-def test_adapters_of_every_kind_are_trained_saved_and_loaded(tmp_path, kind, make):
+def test_adapters_of_every_kind_are_trained_saved_and_loaded(tmp_path, make_trainer, kind, make):
     trainer = make_trainer(tmp_path, make(), KINDS[kind])
     before = trained(trainer)
     trainer.train()
@@ -93,7 +82,7 @@ def test_adapters_of_every_kind_are_trained_saved_and_loaded(tmp_path, kind, mak
 
 
 @pytest.mark.parametrize("kind", ["DoRA", "LoHa", "OFT"])
-def test_runs_with_other_adapters_resume(tmp_path, kind):
+def test_runs_with_other_adapters_resume(tmp_path, make_trainer, kind):
     whole = make_trainer(tmp_path / "whole", tiny_sd(), KINDS[kind], num_epochs=2)
     whole.train()
     make_trainer(tmp_path / "parts", tiny_sd(), KINDS[kind]).train()
@@ -104,12 +93,12 @@ def test_runs_with_other_adapters_resume(tmp_path, kind):
         assert torch.equal(found, expected)
 
 
-def test_a_kind_that_peft_cannot_put_into_a_denoiser_is_refused(tmp_path):
+def test_a_kind_that_peft_cannot_put_into_a_denoiser_is_refused(tmp_path, make_trainer):
     vera = peft.VeraConfig(r=2, target_modules=["to_q", "to_out.0"])
     with pytest.raises(ValueError, match="peft_config: PEFT cannot put a VeraConfig into .*UNet2DConditionModel"):
         make_trainer(tmp_path, tiny_sd(), vera)
 
 
-def test_a_control_takes_plain_loras_alone(tmp_path):
+def test_a_control_takes_plain_loras_alone(tmp_path, make_trainer):
     with pytest.raises(ValueError, match="LoraConfig with use_dora"):
         make_trainer(tmp_path, tiny_sd(), KINDS["DoRA"], control_adapter=True)

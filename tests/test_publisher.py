@@ -30,7 +30,7 @@ from test_cards import MALICIOUS
 from test_publishing import run_printed_command
 from tiny_pipelines import tiny_sd
 
-from trl_pgraft import GraftConfig, PGraftTrainer, load_pgraft_adapter, publishing
+from trl_pgraft import PGraftTrainer, load_pgraft_adapter, publishing
 from trl_pgraft.adapters import adapter_parameters
 from trl_pgraft.publishing import PushError
 
@@ -41,30 +41,6 @@ TOKEN = "hf_write"
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
     monkeypatch.setattr(publishing, "WAITS", (0.0, 0.0))
-
-
-@pytest.fixture
-def config(tmp_path):
-    """Makes small configurations: rounds of one group of four images and two optimizer steps."""
-
-    def make(**options):
-        defaults = {
-            "num_epochs": 1,
-            "sample_num_steps": 4,
-            "sample_guidance_scale": 3.0,
-            "sample_batch_size": 4,
-            "sample_num_batches_per_epoch": 1,
-            "samples_per_prompt": 4,
-            "acceptance_kwargs": {"k": 1},
-            "train_timestep_fraction": 0.25,
-            "train_num_inner_epochs": 2,
-            "train_learning_rate": 1e-2,
-            "lora_rank": 2,
-            "output_dir": str(tmp_path / "out"),
-        }
-        return GraftConfig(**{**defaults, **options})
-
-    return make
 
 
 def redness(*, prompts, images, **columns):

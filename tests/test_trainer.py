@@ -29,7 +29,6 @@ from tiny_pipelines import ATTENTION, adapter_use, tiny_flux, tiny_sd, tiny_sdxl
 from transformers import TrainerCallback
 
 from trl_pgraft import (
-    GraftConfig,
     PGraftTrainer,
     TimestepGate,
     accept_best_of_n,
@@ -62,31 +61,6 @@ def redness(*, prompts, images, **columns):
 
 def any_animal():
     return random.choice(ANIMALS), {"kind": "animal"}
-
-
-@pytest.fixture
-def config(tmp_path):
-    """Makes small configurations: rounds of one group of four images and two optimizer steps."""
-
-    def make(**options):
-        defaults = {
-            "num_epochs": 1,
-            "sample_num_steps": 4,
-            "sample_guidance_scale": 3.0,
-            "sample_batch_size": 4,
-            "sample_num_batches_per_epoch": 1,
-            "samples_per_prompt": 4,
-            "acceptance_kwargs": {} if "acceptance" in options else {"k": 1},
-            "train_batch_size": 2,
-            "train_timestep_fraction": 0.25,
-            "train_num_inner_epochs": 2,
-            "train_learning_rate": 1e-2,
-            "lora_rank": 2,
-            "output_dir": str(tmp_path / "out"),
-        }
-        return GraftConfig(**{**defaults, **options})
-
-    return make
 
 
 def make_trainer(config, pipeline=None, reward=brightness, prompts=any_animal, **options):

@@ -29,13 +29,12 @@ from peft import LoraConfig
 
 from .adapters import ADAPTER_NAME, add_adapter, default_lora_config
 from .drawing import Batch
-from .hub import SWITCH_FILE, load_adapter_weights, read_switch, save_pgraft_adapter
+from .hub import LORA_FILE, SWITCH_FILE, load_adapter_weights, read_switch, save_pgraft_adapter
 from .rewards import Reward
 from .timestep_gate import SwitchLevel, TimestepGate
 
 
 logger = logging.getLogger(__name__)
-LORA_FILE = "pytorch_lora_weights.safetensors"
 ALWAYS_ON = SwitchLevel(None, None, None)
 
 

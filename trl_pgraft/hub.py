@@ -34,7 +34,8 @@ from .timestep_gate import SwitchLevel, TimestepGate
 
 SWITCH_FILE = "pgraft.json"
 PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
-ADAPTER_FILES = (SWITCH_FILE, *PEFT_FILES, "pytorch_lora_weights.safetensors")
+LORA_FILE = "pytorch_lora_weights.safetensors"
+ADAPTER_FILES = (SWITCH_FILE, *PEFT_FILES, LORA_FILE)
 PEFT_PREFIX = "base_model.model."
 
 
@@ -72,7 +73,7 @@ def _save_for_diffusers(pipeline: Any, folder: Path, state: dict, config: LoraCo
     # Without the adapter's own metadata diffusers forgets alpha, and a LoRA of alpha != r comes back wrong.
     arguments = {f"{name}_lora_layers": state, f"{name}_lora_adapter_metadata": config.to_dict()}
     pipeline.save_lora_weights(folder, **arguments)
-    path = folder / "pytorch_lora_weights.safetensors"
+    path = folder / LORA_FILE
     with safe_open(path, "pt") as file:
         written = file.metadata() or {}
     save_file(load_file(path), path, metadata={**written, **metadata})

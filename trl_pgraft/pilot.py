@@ -26,7 +26,7 @@ from .drawing import in_order
 from .parameterizations import predicted_original
 from .pipeline_inputs import prompt_arguments
 from .rollout import Group, Sample, columns_of, samples_of, seed_of, to_uint8
-from .selection import accept, combined_rewards
+from .selection import accept
 
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def draw_pilot(trainer: "PGraftTrainer", groups: list[Group], positions: Sequenc
         images.append(drawn.images)
         values.append(value)
         seen.append(of_batch)
-    reward = combined_rewards(torch.cat(values), [r.weight for r in trainer.rewards], groups)
+    reward = trainer.rounds.combine(torch.cat(values), groups)
     decision = accept(reward, groups, trainer.rounds.acceptance, config.acceptance_kwargs, (config.seed, 0, "accept"))
     states, originals = ({p: torch.cat([batch[p][i] for batch in seen]) for p in positions} for i in (0, 1))
     return Pilot(groups, samples, torch.cat(images), reward, decision.accepted, states, originals)
@@ -164,7 +164,7 @@ def _score(trainer: "PGraftTrainer", pilot: Pilot, batches: Iterator[tuple[slice
         batch = pilot.samples[rows]
         scorer.add(images, [sample.group.prompt for sample in batch], columns_of(batch))
     values = torch.cat([values for values, _ in scorer.results()])
-    return combined_rewards(values, [r.weight for r in trainer.rewards], pilot.groups)
+    return trainer.rounds.combine(values, pilot.groups)
 
 
 def _batches(trainer: "PGraftTrainer", samples: Sequence[Sample]) -> Iterator[slice]:

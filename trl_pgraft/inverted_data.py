@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 from .denoiser_call import denoiser_of
 from .inversion import EulerField, FlowSampler, InversionError, invert
 from .noise_correction_config import NoiseCorrectionConfig
+from .rollout import seed_of
 from .samples import sampling_fingerprint
 
 
@@ -86,6 +87,7 @@ class DatasetInverter:
         self._settings = json.dumps(
             [
                 sampling_fingerprint(sampler.pipeline, sampler.kwargs, 0),
+                *(config.skipped_steps, config.seed if config.skipped_steps else None),
                 *(sampler.guided, config.tolerance, config.max_iterations, list(sampler.steps)),
             ]
         )
@@ -126,10 +128,11 @@ class DatasetInverter:
         """Noise of one batch; samples that do not converge are left out as far as that is allowed."""
         latents = latents_of(batch, self.encode).to(self.sampler.like.device)
         self.sampler.check_shape(latents)
+        latents = self._noised(latents, start)
         field = self.sampler.field(self.sampler.record(batch.get("prompt") or [""] * count))
-        rows = torch.arange(count)
+        inverted, rows = field.steps[: len(field.steps) - self.config.skipped_steps], torch.arange(count)
         while True:
-            part = EulerField(field.steps, lambda x, step, active, rows=rows: field.velocity(x, step, rows[active]))
+            part = EulerField(inverted, lambda x, step, active, rows=rows: field.velocity(x, step, rows[active]))
             try:
                 found = invert(part, latents[rows], self.config.tolerance, self.config.max_iterations)
             except InversionError as error:
@@ -141,6 +144,16 @@ class DatasetInverter:
                     "residuals": found.residuals.amax(0),
                     "iterations": found.iterations.sum(0),
                 }
+
+    def _noised(self, latents: torch.Tensor, start: int) -> torch.Tensor:
+        """The data as they are before the steps that are skipped."""
+        # The sampler ends at sigma 0, so what it has left to go is the level it is at.
+        sigma = -sum(self.sampler.steps[len(self.sampler.steps) - self.config.skipped_steps :])
+        noise = torch.empty_like(latents, device="cpu")
+        for i in range(len(latents)):
+            generator = torch.Generator().manual_seed(seed_of(self.config.seed, "skipped steps", start + i))
+            noise[i].normal_(generator=generator)
+        return (1 - sigma) * latents + sigma * noise.to(latents.device)
 
     def _without(self, error: InversionError, rows: torch.Tensor, start: int, count: int) -> torch.Tensor:
         """The rows of a batch that are left, if no more are lost than is allowed."""

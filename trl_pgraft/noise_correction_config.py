@@ -60,8 +60,8 @@ class NoiseCorrectionConfig:
     )
     skipped_steps: int = option(
         0,
-        "Last steps of the sampler that are not inverted. The data are noised to the level before them instead, by the "
-        "flow's own forward kernel. The last step ends in the mean of the data given its state, which is nearly "
+        "Last steps of the sampler that are not inverted. The data are noised to the level before them instead, by "
+        "the flow's own forward kernel. The last step ends in the mean of the data given its state, which is nearly "
         "singular where few steps are made.",
     )
     guided: bool = option(
@@ -119,7 +119,8 @@ class NoiseCorrectionConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0.")
         if not 0 <= self.skipped_steps < self.num_inference_steps:
             raise ValueError(
-                f"skipped_steps={self.skipped_steps} must leave some of num_inference_steps={self.num_inference_steps}."
+                f"skipped_steps={self.skipped_steps} must leave some of the {self.num_inference_steps} "
+                "num_inference_steps."
             )
         for name in ("max_unconverged", "held_out_fraction"):
             if not 0 <= getattr(self, name) < 1:

@@ -30,10 +30,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from .corrector import CORRECTION_ADAPTER
 from .denoiser_call import denoiser_of
 from .inversion import EulerField, FlowSampler, InversionError, invert
 from .noise_correction_config import NoiseCorrectionConfig
-from .samples import sampling_fingerprint
+from .rollout import seed_of
+from .samples import fingerprint_of, stable
 
 
 Encoder = Callable[[list[Image.Image]], torch.Tensor]
@@ -83,12 +85,7 @@ class DatasetInverter:
     ):
         self.sampler, self.dataset, self.encode, self.config, self.folder = sampler, dataset, encode, config, folder
         self._starts = range(0, len(dataset), config.inversion_batch_size)
-        self._settings = json.dumps(
-            [
-                sampling_fingerprint(sampler.pipeline, sampler.kwargs, 0),
-                *(sampler.guided, config.tolerance, config.max_iterations, list(sampler.steps)),
-            ]
-        )
+        self._made_by = _made_by(sampler, config)
         self._left_out = 0
 
     def run(self, accelerator: Accelerator) -> InvertedData:
@@ -126,10 +123,11 @@ class DatasetInverter:
         """Noise of one batch; samples that do not converge are left out as far as that is allowed."""
         latents = latents_of(batch, self.encode).to(self.sampler.like.device)
         self.sampler.check_shape(latents)
+        latents = self._noised(latents, start)
         field = self.sampler.field(self.sampler.record(batch.get("prompt") or [""] * count))
-        rows = torch.arange(count)
+        inverted, rows = field.steps[: len(field.steps) - self.config.skipped_steps], torch.arange(count)
         while True:
-            part = EulerField(field.steps, lambda x, step, active, rows=rows: field.velocity(x, step, rows[active]))
+            part = EulerField(inverted, lambda x, step, active, rows=rows: field.velocity(x, step, rows[active]))
             try:
                 found = invert(part, latents[rows], self.config.tolerance, self.config.max_iterations)
             except InversionError as error:
@@ -141,6 +139,16 @@ class DatasetInverter:
                     "residuals": found.residuals.amax(0),
                     "iterations": found.iterations.sum(0),
                 }
+
+    def _noised(self, latents: torch.Tensor, start: int) -> torch.Tensor:
+        """The data as they are before the steps that are skipped."""
+        # The sampler ends at sigma 0, so what it has left to go is the level it is at.
+        sigma = -sum(self.sampler.steps[len(self.sampler.steps) - self.config.skipped_steps :])
+        noise = torch.empty_like(latents, device="cpu")
+        for i in range(len(latents)):
+            generator = torch.Generator().manual_seed(seed_of(self.config.seed, "skipped steps", start + i))
+            noise[i].normal_(generator=generator)
+        return (1 - sigma) * latents + sigma * noise.to(latents.device)
 
     def _without(self, error: InversionError, rows: torch.Tensor, start: int, count: int) -> torch.Tensor:
         """The rows of a batch that are left, if no more are lost than is allowed."""
@@ -155,7 +163,7 @@ class DatasetInverter:
 
     def _tag(self, batch: dict[str, list[Any]]) -> str:
         """Tells what a file is made from: the sampler with its model, and the batch bit for bit."""
-        digest = hashlib.blake2b(self._settings.encode(), digest_size=16)
+        digest = hashlib.blake2b(self._made_by.encode(), digest_size=16)
         for name in ("latents", "image", "prompt"):
             for value in batch.get(name, []):
                 digest.update(_bits(value))
@@ -173,6 +181,20 @@ class DatasetInverter:
         except (OSError, SafetensorError):
             pass
         return None
+
+
+def _made_by(sampler: FlowSampler, config: NoiseCorrectionConfig) -> str:
+    """Tells the model bit for bit, its sampler, and how that is inverted."""
+    parameters = denoiser_of(sampler.pipeline).named_parameters()
+    # A corrector's adapter takes no part in the inversion, and PEFT renames the layers that it wraps.
+    own = {n.replace(".base_layer", ""): p for n, p in parameters if f".{CORRECTION_ADAPTER}." not in n}
+    parts = [
+        fingerprint_of(own),
+        {name: stable(value) for name, value in sorted(sampler.kwargs.items())},
+        [sampler.sampler.timesteps, list(sampler.steps), sampler.guided],
+        [config.tolerance, config.max_iterations, config.skipped_steps, config.seed if config.skipped_steps else None],
+    ]
+    return json.dumps(parts)
 
 
 def latents_of(batch: dict[str, list[Any]], encode: Encoder) -> torch.Tensor:

@@ -211,7 +211,7 @@ def _load_adapter(pipeline: Any, folder: Path) -> AdapterCorrector:
 
 
 def _load_network(pipeline: Any, folder: Path) -> NetworkCorrector:
-    network = AutoModel.from_pretrained(folder / NETWORK_FOLDER)
+    network = AutoModel.from_pretrained(str(folder / NETWORK_FOLDER))
     return NetworkCorrector(network.to(denoiser_of(pipeline).device).requires_grad_(False))
 
 

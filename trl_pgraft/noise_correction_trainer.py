@@ -161,7 +161,8 @@ class NoiseCorrectionTrainer:
                 "samples": len(data.rows),
                 "left_out": len(self.train_dataset) - len(data.rows),
                 "largest_residual": data.residuals.max().item(),
-                "evaluations_per_step": data.iterations.double().mean().item() / len(self.sampler.steps),
+                "evaluations_per_step": data.iterations.double().mean().item()
+                / (len(self.sampler.steps) - self.config.skipped_steps),
                 "seconds": time.perf_counter() - started,
             }
             if len(data.rows) >= 20:

@@ -93,11 +93,11 @@ def test_linear_flow_has_a_closed_form():
     torch.testing.assert_close(found.noise, m + (data - m) / factor, rtol=0, atol=1e-9)
 
 
-def test_damping_inverts_where_the_plain_iteration_diverges():
+def test_acceleration_inverts_where_the_plain_iteration_diverges():
     """x - h 4 x with h = -1: the plain fixed point multiplies errors by -4."""
     found = invert_flow(lambda x, s: -4 * x, torch.ones(2, 3, dtype=torch.float64), sigmas=[1, 0], tolerance=1e-10)
     torch.testing.assert_close(found.noise, torch.full((2, 3), 0.2, dtype=torch.float64), rtol=0, atol=1e-10)
-    assert found.iterations.max() < 200
+    assert found.iterations.max() < 20
 
 
 def test_a_step_without_inverse_raises_with_its_index():

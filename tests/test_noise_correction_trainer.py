@@ -16,6 +16,11 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,7 +52,8 @@ def flow_data(count=48):
 def make_config(tmp_path, **changes):
     values = {
         "output_dir": str(tmp_path / "out"), "corrector": "network", "network_channels": 8,
-        "num_inference_steps": STEPS, "tolerance": 1e-5, "max_steps": 6, "train_batch_size": 16, "warmup_steps": 0,
+        "num_inference_steps": STEPS, "skipped_steps": 0, "tolerance": 1e-5, "max_steps": 6, "train_batch_size": 16,
+        "warmup_steps": 0,
         "inversion_batch_size": 20, "save_steps": 3, "logging_steps": 2, "learning_rate": 1e-3, **changes,
     }  # fmt: skip
     return NoiseCorrectionConfig(**values)
@@ -163,6 +169,10 @@ def test_samples_that_do_not_converge_stop_the_run_or_are_left_out(tmp_path):
     found = lenient.invert()
     assert found.rows.tolist() == [row for row in range(48) if row not in (5, 30)]
     assert json.loads((tmp_path / "out/inversion.json").read_text())["left_out"] == 2
+    alone = NoiseCorrectionTrainer(
+        make_config(tmp_path / "alone", max_unconverged=0.05, inversion_batch_size=1), steep_flow(), data
+    )
+    assert alone.invert().rows.tolist() == found.rows.tolist()
     between = NoiseCorrectionTrainer(make_config(tmp_path / "b", max_unconverged=0.03), steep_flow(), data)
     with pytest.raises(InversionError) as error:
         between.invert()
@@ -300,3 +310,44 @@ def test_arguments_are_checked_before_anything_is_inverted(tmp_path):
 def test_fields_out_of_range_are_named(tmp_path, field, value):
     with pytest.raises(ValueError, match=field):
         make_config(tmp_path, **{field: value})
+
+
+# Processes of their own.
+
+
+def start(folder, launcher=(), **options):
+    script = Path(__file__).parent / "noise_correction_in_process.py"
+    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "examples"), str(script.parent)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, *launcher, str(script), json.dumps({"folder": str(folder), **options})]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def weights_in(folder, rank=0):
+    return torch.cat([p.flatten() for p in torch.load(folder / f"weights-{rank}.pt")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("die_at", ["inversion", "training"])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, die_at):
+    assert start(tmp_path / "straight").returncode == 0
+    killed = start(tmp_path / "killed", die_at=die_at)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    there = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed/out/inverted").glob("*.safetensors")}
+    assert len(there) == (1 if die_at == "inversion" else 3)
+    resumed = start(tmp_path / "killed", resume_from_checkpoint=True)
+    assert resumed.returncode == 0, resumed.stderr
+    assert torch.equal(weights_in(tmp_path / "killed"), weights_in(tmp_path / "straight"))
+    assert all(path.stat().st_mtime_ns == made for path, made in there.items())
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(tmp_path):
+    assert start(tmp_path / "one", float64=True).returncode == 0
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    both = start(tmp_path / "two", launcher, float64=True)
+    assert both.returncode == 0, both.stderr
+    first, second = weights_in(tmp_path / "two"), weights_in(tmp_path / "two", rank=1)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, weights_in(tmp_path / "one"), rtol=0, atol=1e-6)

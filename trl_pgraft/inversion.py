@@ -31,8 +31,8 @@ from .probe import learn_denoiser_call
 from .samplers import Sampler, sampler_of
 
 
-# Smallest share of a fixed-point update that is tried before a sample counts as not converging.
-LEAST_DAMPING = 2.0**-12
+ANDERSON_DEPTH = 8
+ANDERSON_RIDGE = 1e-6
 Velocity = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
 
 
@@ -111,8 +111,8 @@ def invert_flow(
     Find the noise from which the Euler sampler in use reaches the data.
 
     Each step is inverted exactly, not by a step of the reversed ODE: given x_{i+1}, the equation
-    `x_i = x_{i+1} - h_i v(x_i, s_i)` is solved by fixed point. An update that does not lower a sample's residual is
-    taken back and its share halved. For `|h_i|` times the Lipschitz constant of v below 1 the solution is unique.
+    `x_i = x_{i+1} - h_i v(x_i, s_i)` is solved by fixed point with Anderson's acceleration. For `|h_i|` times the
+    Lipschitz constant of v below 1 the solution is unique.
 
     Args:
         model (`DiffusionPipeline` or `Callable`):
@@ -145,62 +145,93 @@ def invert_flow(
     """
     _check_arguments(model, latents, sigmas, prompts, tolerance, max_iterations)
     if sigmas is not None:
-        return invert(_field_of_callable(model, sigmas), latents, tolerance, max_iterations)
+        return invert(_field_of_callable(model, sigmas), latents, tolerance, max_iterations)[0]
     sampler = FlowSampler.of(model, pipeline_kwargs or {}, guided, denoiser_format)
     sampler.check_shape(latents)
     conditioning = sampler.record(list(prompts) if prompts is not None else [""] * len(latents))
-    return invert(sampler.field(conditioning), latents.to(denoiser_of(model).device), tolerance, max_iterations)
+    return invert(sampler.field(conditioning), latents.to(denoiser_of(model).device), tolerance, max_iterations)[0]
 
 
-def invert(field: EulerField, latents: torch.Tensor, tolerance: float, max_iterations: int) -> Inversion:
-    """Invert every step of a sampler; arguments, result and errors as those of [`invert_flow`]."""
-    x = latents.to(torch.promote_types(latents.dtype, torch.float32))
-    residuals, iterations = [], []
+def invert(
+    field: EulerField,
+    latents: torch.Tensor,
+    tolerance: float,
+    max_iterations: int,
+    leave_out: Callable[[InversionError], None] | None = None,
+) -> tuple[Inversion, torch.Tensor]:
+    """
+    Invert every step of a sampler; further arguments and errors are those of [`invert_flow`].
+
+    Args:
+        leave_out (`Callable[[InversionError], None]`, *optional*):
+            Called where samples did not converge; if it returns, the others go on without them.
+
+    Returns:
+        `tuple`: [`Inversion`] of the samples that converged, and which these are, shape `(U,)`.
+    """
+    x, rows = latents.to(torch.promote_types(latents.dtype, torch.float32)), torch.arange(len(latents))
+    residuals, iterations = torch.empty(0, len(x), dtype=torch.float64), torch.empty(0, len(x), dtype=torch.int64)
     for step in reversed(range(len(field.steps))):
-        x, residual, count = invert_step(field, x, step, tolerance, max_iterations)
-        residuals.append(residual)
-        iterations.append(count)
-    return Inversion(x, torch.stack(residuals[::-1]), torch.stack(iterations[::-1]))
+        x, residual, count = invert_step(field, x, step, rows, tolerance, max_iterations)
+        residuals, iterations = torch.cat([residual[None], residuals]), torch.cat([count[None], iterations])
+        converged = residual <= tolerance
+        if not converged.all():
+            error = InversionError(step, residual.max().item(), rows[~converged], len(latents), tolerance)
+            if leave_out is None:
+                raise error
+            leave_out(error)
+            x, rows = x[converged.to(x.device)], rows[converged]
+            residuals, iterations = residuals[:, converged], iterations[:, converged]
+        if not len(rows):
+            break
+    return Inversion(x, residuals, iterations), rows
 
 
 def invert_step(
-    field: EulerField, target: torch.Tensor, step: int, tolerance: float, max_iterations: int
+    field: EulerField, target: torch.Tensor, step: int, rows: torch.Tensor, tolerance: float, max_iterations: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Solve `x + h v(x) = target` for x by damped fixed point; converged samples are not computed again.
+    Solve `x + h v(x) = target` for x of the samples `rows`; converged samples are not computed again.
 
     Returns:
-        `tuple`: x of the shape of `target`, and residuals and iterations of shape `(B,)` on the CPU.
-
-    Raises:
-        [`InversionError`]: it did not converge.
+        `tuple`: the best x found, of the shape of `target`, and its residuals and iterations of shape `(B,)` on the
+            CPU.
     """
-    x, trial = target.clone(), target.clone()
-    defect = torch.zeros_like(target)
-    norm = torch.full((len(x),), math.inf, dtype=torch.float64)
-    residual, share, iterations = norm.clone(), torch.ones_like(norm), torch.zeros(len(x), dtype=torch.int64)
-    active = torch.arange(len(x))
+    best, residual = target.clone(), torch.full((len(target),), math.inf, dtype=torch.float64)
+    iterations, active = torch.zeros(len(target), dtype=torch.int64), torch.arange(len(target))
+    x, history = target, []
     for _ in range(max_iterations):
-        rows = active.to(x.device)
-        found = target[rows] - field.steps[step] * field.velocity(trial[rows], step, active) - trial[rows]
-        new_norm = found.double().flatten(1).norm(dim=1).cpu()
-        better = new_norm < norm[active]
-        kept, share[active[~better]] = active[better], share[active[~better]] / 2
-        on_device = better.to(x.device)
-        x[kept.to(x.device)], defect[kept.to(x.device)] = trial[rows][on_device], found[on_device]
-        norm[kept] = new_norm[better]
-        residual[kept] = found[on_device].abs().double().flatten(1).amax(1).cpu()
+        on_device = active.to(target.device)
+        defect = target[on_device] - field.steps[step] * field.velocity(x, step, rows[active]) - x
+        found = defect.abs().double().flatten(1).amax(1).cpu()
+        better = found < residual[active]
+        residual[active[better]] = found[better]
+        best[on_device[better.to(target.device)]] = x[better.to(target.device)]
         iterations[active] += 1
-        active = active[(residual[active] > tolerance) & (share[active] >= LEAST_DAMPING)]
-        if not len(active):
+        going = (found > tolerance) & found.isfinite()
+        if not going.any():
             break
-        rows = active.to(x.device)
-        factor = share[active].to(x.device, x.dtype).reshape(-1, *[1] * (x.ndim - 1))
-        trial[rows] = x[rows] + factor * defect[rows]
-    unconverged = (~(residual <= tolerance)).nonzero().flatten()
-    if len(unconverged):
-        raise InversionError(step, residual.max().item(), unconverged, len(x), tolerance)
-    return x, residual, iterations
+        active, kept = active[going], going.to(target.device)
+        history = [(states[kept], defects[kept]) for states, defects in [*history, (x, defect)][-ANDERSON_DEPTH:]]
+        x = _anderson(history)
+    return best, residual, iterations
+
+
+def _anderson(history: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """
+    Next state of a fixed-point iteration by Anderson's acceleration, each sample for itself.
+
+    The last states with their defects are combined, with weights that sum to 1, so that the combined defect is least.
+    """
+    states, defects = (torch.stack(parts, dim=1) for parts in zip(*history, strict=True))
+    flat = defects.flatten(2)
+    products = (flat @ flat.mT).double()
+    # Defects become nearly parallel; without the ridge their weights would be large and cancel.
+    ridge = ANDERSON_RIDGE * products.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-300)
+    system = products + ridge[:, None, None] * torch.eye(len(history), dtype=torch.float64, device=flat.device)
+    weights = torch.linalg.solve(system, torch.ones_like(system[:, :, :1]))
+    weights = (weights / weights.sum(1, keepdim=True)).to(states.dtype)
+    return (weights.reshape(*weights.shape[:2], *[1] * (states.ndim - 2)) * (states + defects)).sum(1)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,13 +112,14 @@ class DatasetInverter:
         batch = self._batch(start)
         tag, count = self._tag(batch), len(next(iter(batch.values())))
         found = self._read(start, tag)
-        if found is None:
-            found = self._invert(start, batch, count)
-            path = self._path(start)
-            aside = path.with_suffix(".tmp")
-            save_file({n: tensor.contiguous() for n, tensor in found.items()}, aside, metadata={"made_from": tag})
-            os.replace(aside, path)
-        self._left_out += count - len(found["rows"])
+        if found is not None:
+            self._left_out += count - len(found["rows"])
+            return
+        found = self._invert(start, batch, count)
+        path = self._path(start)
+        aside = path.with_suffix(".tmp")
+        save_file({n: tensor.contiguous() for n, tensor in found.items()}, aside, metadata={"made_from": tag})
+        os.replace(aside, path)
 
     def _invert(self, start: int, batch: dict[str, list[Any]], count: int) -> dict[str, torch.Tensor]:
         """Noise of one batch; samples that do not converge are left out as far as that is allowed."""
@@ -125,20 +127,15 @@ class DatasetInverter:
         self.sampler.check_shape(latents)
         latents = self._noised(latents, start)
         field = self.sampler.field(self.sampler.record(batch.get("prompt") or [""] * count))
-        inverted, rows = field.steps[: len(field.steps) - self.config.skipped_steps], torch.arange(count)
-        while True:
-            part = EulerField(inverted, lambda x, step, active, rows=rows: field.velocity(x, step, rows[active]))
-            try:
-                found = invert(part, latents[rows], self.config.tolerance, self.config.max_iterations)
-            except InversionError as error:
-                rows = self._without(error, rows, start, count)
-            else:
-                return {
-                    "noise": found.noise.float().cpu(),
-                    "rows": start + rows,
-                    "residuals": found.residuals.amax(0),
-                    "iterations": found.iterations.sum(0),
-                }
+        inverted = EulerField(field.steps[: len(field.steps) - self.config.skipped_steps], field.velocity)
+        bounds = (self.config.tolerance, self.config.max_iterations)
+        found, rows = invert(inverted, latents, *bounds, partial(self._leave_out, start))
+        return {
+            "noise": found.noise.float().cpu(),
+            "rows": start + rows,
+            "residuals": found.residuals.amax(0),
+            "iterations": found.iterations.sum(0),
+        }
 
     def _noised(self, latents: torch.Tensor, start: int) -> torch.Tensor:
         """The data as they are before the steps that are skipped."""
@@ -150,16 +147,15 @@ class DatasetInverter:
             noise[i].normal_(generator=generator)
         return (1 - sigma) * latents + sigma * noise.to(latents.device)
 
-    def _without(self, error: InversionError, rows: torch.Tensor, start: int, count: int) -> torch.Tensor:
-        """The rows of a batch that are left, if no more are lost than is allowed."""
-        left = rows[~torch.isin(torch.arange(len(rows)), error.samples)]
-        if not len(left) or self._left_out + count - len(left) > self.config.max_unconverged * len(self.dataset):
+    def _leave_out(self, start: int, error: InversionError) -> None:
+        """Count samples that do not converge, and raise if they are more than is allowed."""
+        self._left_out += len(error.samples)
+        if self._left_out > self.config.max_unconverged * len(self.dataset):
             error.add_note(
-                f"These are rows {(start + rows[error.samples]).tolist()} of train_dataset. What was inverted before "
-                "is kept. `max_unconverged` is the share of samples that may be left out."
+                f"These are rows {(start + error.samples).tolist()} of train_dataset. What was inverted before is "
+                "kept. `max_unconverged` is the share of samples that may be left out."
             )
             raise error
-        return left
 
     def _tag(self, batch: dict[str, list[Any]]) -> str:
         """Tells what a file is made from: the sampler with its model, and the batch bit for bit."""

@@ -59,10 +59,10 @@ class NoiseCorrectionConfig:
         20, "Steps of the sampler that is inverted. Fewer steps leave more to correct, and are harder to invert."
     )
     skipped_steps: int = option(
-        0,
+        1,
         "Last steps of the sampler that are not inverted. The data are noised to the level before them instead, by "
-        "the flow's own forward kernel. The last step ends in the mean of the data given its state, which is nearly "
-        "singular where few steps are made.",
+        "the flow's own forward kernel. The last step ends in the mean of the data given its state, and is nearly "
+        "singular where few steps are made: at 5 steps on Fashion-MNIST, most images have no inverse through it.",
     )
     guided: bool = option(
         False, "Invert the sampler with the guidance that `pipeline_kwargs` ask for, not that of the prompts alone."

@@ -25,6 +25,7 @@ there already is not computed again. `report.py` makes the table and the figure 
 """
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -38,13 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from examples.noise_correction.data import DOMAINS, centred, dequantise, load_images, to_bytes
 from examples.noise_correction.flow_pipeline import FlowPipeline
-from examples.noise_correction.frechet import (
-    CODE,
-    FEATURES,
-    feature_extractor,
-    features_of,
-    frechet_distance,
-)
+from examples.noise_correction.frechet import CODE, FEATURES, feature_extractor, features_of, frechet_distance
 from examples.noise_correction.report import write_report
 from trl_pgraft import NoiseCorrectedPipeline, NoiseCorrectionConfig, NoiseCorrectionTrainer
 
@@ -73,6 +68,10 @@ class GaussianCorrector:
         root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
         return GaussianCorrector(flat.mean(0).float(), root.float())
 
+    def to(self, device: str) -> "GaussianCorrector":
+        """The same on a device."""
+        return GaussianCorrector(self.mean.to(device), self.root.to(device))
+
     def __call__(self, noise: torch.Tensor) -> torch.Tensor:
         """Correct noise `(B, ...)`."""
         return torch.addmm(self.mean, noise.flatten(1), self.root).reshape(noise.shape)
@@ -95,7 +94,7 @@ class Comparison:
             name: feature_extractor(name, weights.get(name), self.device, args.efficientnet_size)
             for name in args.features
         }
-        real = load_images(args.domain, "test", args.data).pixels
+        real = load_images(args.domain, "test", args.data, args.real_images).pixels
         self.real = {name: self._features(name, real) for name in self.extractors}
         self.pipeline = self.new_pipeline()
         size = self.pipeline.unet.config.sample_size
@@ -198,25 +197,31 @@ def corrected_pipeline(
     return NoiseCorrectedPipeline.from_pretrained(folder, comparison.new_pipeline())
 
 
-def compare_at(comparison: Comparison, dataset: Dataset, steps: int) -> None:
-    """All that starts from corrected noise, at one number of steps."""
-    args, pipeline = comparison.args, comparison.pipeline
-    inverted = new_trainer(comparison, dataset, "network", steps, 0).invert().noise
-    plain = sampler_of(pipeline, steps)
-    key = {"steps": steps, "corrector_steps": 0}
-    comparison.measure(plain, inverted[: args.images], arm="inverted", seed=args.seeds[0], **key)
-    gaussian = GaussianCorrector.fitted(inverted)
-    gaussian = GaussianCorrector(gaussian.mean.to(comparison.device), gaussian.root.to(comparison.device))
-    for seed in args.seeds:
-        noise = comparison.noise(seed)
-        comparison.measure(lambda x: plain(gaussian(x)), noise, arm="gaussian", seed=seed, **key)
-        for arm in args.correctors:
-            counts = [n for n in args.corrector_steps if not comparison.is_done(**_with(arm, steps, n, seed))]
-            if counts:
-                corrected = corrected_pipeline(comparison, dataset, arm, steps, seed)
-            for n in counts:
-                sampler = sampler_of(corrected, steps, corrector_steps=n)
-                comparison.measure(sampler, noise, **_with(arm, steps, n, seed))
+def references(comparison: Comparison, dataset: Dataset, steps: int) -> None:
+    """The inverted noise itself, and the Gaussian fitted to it, at one number of steps."""
+    args = comparison.args
+    wanted = [_with("inverted", steps, 0, args.seeds[0]), *(_with("gaussian", steps, 0, seed) for seed in args.seeds)]
+    if all(comparison.is_done(**key) for key in wanted):
+        return
+    plain = sampler_of(comparison.pipeline, steps)
+    inverted = new_trainer(comparison, dataset, "network", steps, args.seeds[0]).invert().noise
+    comparison.measure(plain, inverted[: args.images], **wanted[0])
+    gaussian = GaussianCorrector.fitted(inverted).to(comparison.device)
+    for key in wanted[1:]:
+        comparison.measure(lambda x: plain(gaussian(x)), comparison.noise(key["seed"]), **key)
+
+
+def correctors(comparison: Comparison, dataset: Dataset, steps: int) -> None:
+    """Trained correctors at one number of steps."""
+    args = comparison.args
+    for seed, arm in itertools.product(args.seeds, args.correctors):
+        keys = [_with(arm, steps, count, seed) for count in args.corrector_steps]
+        missing = [key for key in keys if not comparison.is_done(**key)]
+        if missing:
+            corrected = corrected_pipeline(comparison, dataset, arm, steps, seed)
+        for key in missing:
+            sampler = sampler_of(corrected, steps, corrector_steps=key["corrector_steps"])
+            comparison.measure(sampler, comparison.noise(seed), **key)
 
 
 def _with(arm: str, steps: int, corrector_steps: int, seed: int) -> dict[str, Any]:
@@ -237,7 +242,8 @@ def main(args: argparse.Namespace) -> None:
     uncorrected(comparison)
     dataset = training_latents(comparison)
     for steps in args.corrected:
-        compare_at(comparison, dataset, steps)
+        references(comparison, dataset, steps)
+        correctors(comparison, dataset, steps)
     write_report(args.output)
 
 
@@ -249,12 +255,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--flow", type=Path, required=True, help="folder of train_flow.py")
     parser.add_argument("--classifier", type=Path, help="folder of train_classifier.py")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, nargs="+", default=(2, 3, 4, 5, 6, 8, 10, 14, 20), help="uncorrected")
+    parser.add_argument("--steps", type=int, nargs="*", default=(2, 3, 4, 5, 6, 8, 10, 14, 20), help="uncorrected")
     parser.add_argument("--corrected", type=int, nargs="*", default=(2, 3, 5, 10), help="steps that are corrected")
     parser.add_argument("--correctors", nargs="*", choices=("network", "lora"), default=("network", "lora"))
     parser.add_argument("--corrector-steps", type=int, nargs="+", default=(1, 2))
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--images", type=int, default=10_000, help="drawn for each distance")
+    parser.add_argument("--real-images", type=int, help="of the test split; all where not given")
     parser.add_argument("--inverted-images", type=int, help="training images that are inverted; all where not given")
     parser.add_argument("--tolerance", type=float, default=1e-2)
     parser.add_argument("--skipped-steps", type=int, default=1, help="last steps that are not inverted")

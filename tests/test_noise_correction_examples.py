@@ -1,0 +1,247 @@
+# Copyright 2026 The trl_pgraft authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Noise correction's examples: data, training scripts, Frechet distance, comparison and report, at toy size."""
+
+import gzip
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from diffusers import UNet2DModel
+from noise_correction import compare, frechet, report, train_classifier, train_flow
+from noise_correction.data import Images, centred, dequantise, load_images, to_bytes
+from noise_correction.flow_pipeline import FlowPipeline
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
+
+
+FLOW = ["--domain", "emoji", "--widths", "8", "16", "--layers", "1", "--patch-size", "4", "--limit", "64"]
+
+
+def write_idx(folder, prefix, images, labels):
+    head = {"images-idx3": bytes(16), "labels-idx1": bytes(8)}
+    for kind, values in (("images-idx3", images), ("labels-idx1", labels)):
+        data = head[kind] + values.astype(np.uint8).tobytes()
+        (folder / f"{prefix}-{kind}-ubyte.gz").write_bytes(gzip.compress(data))
+
+
+def test_fashion_mnist_is_read_by_split(tmp_path):
+    rng = np.random.default_rng(0)
+    train, test = rng.integers(0, 256, (5, 28, 28)), rng.integers(0, 256, (3, 28, 28))
+    write_idx(tmp_path, "train", train, np.array([0, 9, 3, 3, 1]))
+    write_idx(tmp_path, "t10k", test, np.array([2, 4, 6]))
+    found = load_images("fashion_mnist", "train", tmp_path, limit=4)
+    assert torch.equal(found.pixels[:, 0], torch.tensor(train[:4], dtype=torch.uint8))
+    assert found.labels.tolist() == [0, 9, 3, 3]
+    assert found.classes[9] == "ankle boot"
+    assert torch.equal(load_images("fashion_mnist", "test", tmp_path).pixels[:, 0].long(), torch.tensor(test))
+
+
+def test_missing_files_say_how_to_get_them(tmp_path):
+    with pytest.raises(FileNotFoundError, match="apt-get install dataset-fashion-mnist"):
+        load_images("fashion_mnist", "test", tmp_path)
+    with pytest.raises(ValueError, match="domain 'faces'"):
+        load_images("faces", "test")
+
+
+def test_emoji_splits_are_reproducible_and_differ():
+    train, again, test = (load_images("emoji", split, limit=30) for split in ("train", "train", "test"))
+    assert train.pixels.shape == (30, 3, 32, 32)
+    assert torch.equal(train.pixels, again.pixels) and torch.equal(train.labels, again.labels)
+    assert not torch.equal(train.pixels, test.pixels)
+    assert len(train.classes) == 32 and 0 <= train.labels.min() and train.labels.max() < 32
+
+
+def test_bytes_survive_both_ways_to_floats():
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    drawn = dequantise(pixels, torch.Generator().manual_seed(0))
+    assert torch.equal(to_bytes(drawn), pixels) and torch.equal(to_bytes(centred(pixels)), pixels)
+    assert not torch.equal(drawn, centred(pixels))
+    assert drawn.min() >= -1 and drawn.max() <= 1
+    assert to_bytes(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+
+
+def test_patches_are_undone_and_steps_are_equal():
+    pipeline = train_flow.new_pipeline((3, 32, 32), train_flow.parse([*FLOW, "--output", "."]))
+    pipeline.set_progress_bar_config(disable=True)
+    images = torch.randn(2, 3, 32, 32)
+    assert pipeline.encode(images).shape == (2, 48, 8, 8)
+    assert torch.equal(pipeline.decode(pipeline.encode(images)), images)
+    assert pipeline(batch_size=2, num_inference_steps=4).images[0].size == (32, 32)
+    torch.testing.assert_close(pipeline.scheduler.sigmas, torch.tensor([1, 0.75, 0.5, 0.25, 0]))
+
+
+def loss_of(pipeline, images):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        return train_flow.flow_loss(pipeline.unet, pipeline.encode(centred(images.pixels))).item()
+
+
+def test_flow_training_learns_goes_on_and_saves_the_average(tmp_path):
+    options = [
+        *FLOW,
+        "--output",
+        str(tmp_path),
+        "--batch",
+        "32",
+        "--save-every",
+        "40",
+        "--ema-decay",
+        "0.9",
+        "--lr",
+        "4e-3",
+    ]
+    images = load_images("emoji", "train", limit=64)
+    train_flow.train(train_flow.parse([*options, "--steps", "40"]))
+    first = FlowPipeline.from_pretrained(tmp_path)
+    untrained = loss_of(train_flow.new_pipeline((3, 32, 32), train_flow.parse(options)), images)
+    assert loss_of(first, images) < 0.8 * untrained
+    train_flow.train(train_flow.parse([*options, "--steps", "80"]))
+    second = FlowPipeline.from_pretrained(tmp_path)
+    assert (tmp_path / "state" / "step").read_text() == "80"
+    assert loss_of(second, images) < loss_of(first, images)
+    raw = UNet2DModel.from_config(second.unet.config)
+    raw.load_state_dict(load_file(tmp_path / "state" / "model.safetensors"))
+    assert not torch.equal(raw.conv_in.weight, second.unet.conv_in.weight)
+
+
+def test_classifier_learns_and_is_saved(tmp_path):
+    options = ["--domain", "emoji", "--limit", "100", "--output", str(tmp_path), "--epochs", "12", "--batch", "20"]
+    found = train_classifier.train(train_classifier.parse(options))
+    test = load_images("emoji", "test", limit=100)
+    loaded = train_classifier.DomainClassifier.from_pretrained(tmp_path)
+    assert found == train_classifier.accuracy(loaded, test) > 3 / 32
+    assert loaded.features(centred(test.pixels[:2])).shape == (2, 128)
+    assert train_classifier.accuracy(loaded, Images(test.pixels, test.labels.roll(1), test.classes)) < found
+
+
+def test_frechet_distance_of_an_affine_map():
+    """b = 2 a + 3 has four times the covariance, and both covariances have the same eigenvectors."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(400, 6, generator=generator) @ torch.randn(6, 6, generator=generator)
+    expected = (a.double().mean(0) + 3).square().sum() + a.double().T.cov().trace()
+    assert frechet.frechet_distance(a, 2 * a + 3) == pytest.approx(expected.item(), rel=1e-5)
+    assert frechet.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+
+
+def test_frechet_distance_of_other_eigenvectors():
+    """In two dimensions the trace of the root of S has the closed form sqrt(tr S + 2 sqrt(det S))."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (
+        torch.randn(50, 2, generator=generator).double() @ torch.randn(2, 2, generator=generator).double()
+        for _ in "ab"
+    )
+    s1, s2 = a.T.cov(), b.T.cov()
+    product = s1 @ s2
+    cross = (product.trace() + 2 * product.det().sqrt()).sqrt()
+    expected = (a.mean(0) - b.mean(0)).square().sum() + s1.trace() + s2.trace() - 2 * cross
+    assert frechet.frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_too_few_images_are_refused():
+    with pytest.raises(ValueError, match="got 5 and 9"):
+        frechet.frechet_distance(torch.randn(5, 6), torch.randn(9, 6))
+    with pytest.raises(ValueError, match="features 'vgg'"):
+        frechet.feature_extractor("vgg")
+
+
+def test_gaussian_corrector_has_the_moments_of_what_it_is_fitted_to():
+    generator = torch.Generator().manual_seed(0)
+    noise = (torch.randn(500, 6, generator=generator) @ torch.randn(6, 6, generator=generator) + 2).reshape(500, 2, 3)
+    drawn = compare.GaussianCorrector.fitted(noise)(torch.randn(50_000, 2, 3, generator=generator))
+    torch.testing.assert_close(drawn.mean(0), noise.mean(0), rtol=0, atol=0.05)
+    torch.testing.assert_close(drawn.flatten(1).T.cov(), noise.flatten(1).T.cov(), rtol=0.05, atol=0.1)
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    """Folder of a comparison at toy size, with its arguments."""
+    folder, rng = tmp_path_factory.mktemp("comparison"), np.random.default_rng(0)
+    for prefix in ("train", "t10k"):
+        write_idx(folder, prefix, rng.integers(0, 256, (24, 28, 28)), rng.integers(0, 10, 24))
+    flow = ["--data", str(folder), "--output", str(folder / "flow"), "--widths", "8", "16", "--layers", "1"]
+    train_flow.train(train_flow.parse([*flow, "--steps", "5", "--batch", "8"]))
+    classifier = train_classifier.DomainClassifier(1, 10, width=8, features=8)
+    classifier.save_pretrained(folder / "classifier")
+    arguments = [
+        *("--data", str(folder), "--flow", str(folder / "flow"), "--classifier", str(folder / "classifier")),
+        *("--output", str(folder / "out"), "--steps", "2", "4", "--corrected", "3", "--seeds", "0", "1"),
+        *(
+            "--images",
+            "24",
+            "--real-images",
+            "24",
+            "--inverted-images",
+            "24",
+            "--batch",
+            "12",
+            "--training-steps",
+            "3",
+        ),
+        *("--training-batch", "8", "--network-channels", "8", "--corrector-steps", "1", "2", "--lora-rank", "2"),
+    ]
+    compare.main(compare.parse(arguments))
+    return folder, arguments
+
+
+def test_comparison_measures_every_arm_once(comparison):
+    folder, arguments = comparison
+    before = (folder / "out" / "results.jsonl").read_text()
+    compare.main(compare.parse(arguments))
+    assert (folder / "out" / "results.jsonl").read_text() == before
+    results = report.read_results(folder / "out")
+    assert results.groupby("arm").size().to_dict() == {
+        "uncorrected": 4, "inverted": 1, "gaussian": 2, "network": 4, "lora": 4
+    }  # fmt: skip
+    assert (results.images == 24).all() and results.frechet_domain.notna().all()
+    assert (folder / "out" / "frechet_over_flops.png").stat().st_size > 10_000
+
+
+def test_flops_count_model_and_corrector(comparison):
+    folder, _ = comparison
+    results = report.read_results(folder / "out").query("seed == 0").set_index(["arm", "steps", "corrector_steps"])
+    pipeline = FlowPipeline.from_pretrained(folder / "flow")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        pipeline.unet(torch.randn(1, 4, 14, 14), 500)
+    call = counter.get_total_flops()
+    flops = results.flops
+    assert flops["uncorrected", 2, 0] == 2 * call and flops["uncorrected", 4, 0] == 4 * call
+    assert flops["gaussian", 3, 0] == 3 * call + 2 * 784**2
+    network = flops["network", 3, 1] - 3 * call
+    assert 0 < network and flops["network", 3, 2] == 3 * call + 2 * network
+    assert flops["lora", 3, 1] > 5 * call
+
+
+def test_table_says_what_the_uncorrected_model_needs(tmp_path):
+    rows = [("uncorrected", 0, 2, 100, 40.0), ("uncorrected", 0, 4, 200, 20.0), ("uncorrected", 0, 8, 400, 10.0),
+            ("network", 1, 2, 141.4213562, 10.0), ("network", 1, 4, 241, 5.0)]  # fmt: skip
+    names = ["arm", "corrector_steps", "steps", "flops", "mean"]
+    table = pd.DataFrame(rows, columns=names).assign(std=0.0, seeds=1)
+    table["flops"] *= 1e6
+    lines = report.markdown_table(table).splitlines()
+    assert lines[5].endswith("| 10.00 | 28.28 | 2.83 times |")
+    assert lines[6].endswith("| never reached |")
+
+
+def test_results_are_read_per_kind_of_features(tmp_path):
+    record = {"arm": "uncorrected", "steps": 2, "corrector_steps": 0, "flops": 1000, "frechet_code": "this module"}
+    distances = [{"domain": 4.0}, {"domain": 6.0, "efficientnet": 1.0}]
+    lines = [json.dumps({**record, "seed": i, "frechet": found}) for i, found in enumerate(distances)]
+    (tmp_path / "results.jsonl").write_text("\n".join(lines) + "\n")
+    text = report.write_report(tmp_path)
+    assert "domain features" in text and "5.00 ± 1.41" in text
+    assert "efficientnet features" in text and "| 1.00 |" in text

@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
 from .config import GraftConfig
+from .placement import offload_device
 
 
 def make_accelerator(config: GraftConfig, output_dir: Path) -> Accelerator:
@@ -47,9 +48,18 @@ def _best_precision() -> str:
 
 
 def place_pipeline(pipeline: Any, accelerator: Accelerator) -> None:
-    """Move the pipeline to the device, its frozen weights in the mixed precision, and stop its own progress bars."""
-    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
-    pipeline.to(accelerator.device, dtype=dtypes.get(accelerator.mixed_precision))
+    """
+    Move the pipeline to the device, or leave it offloaded; its frozen weights in the mixed precision, and without its
+    own progress bars.
+    """
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
+    if offload_device(pipeline) is None:
+        pipeline.to(accelerator.device, dtype=dtype)
+    else:
+        if dtype is not None:
+            pipeline.to(dtype=dtype)
+        # To the device of this process, where the pipeline may have named the first of all.
+        pipeline.enable_model_cpu_offload(device=accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):

@@ -27,6 +27,7 @@ from .denoiser_call import calls_of_first_step, denoiser_of, record_conditioning
 from .denoiser_format import DenoiserFormat
 from .losses import guided as combine_branches
 from .noise_schedules import NoiseSchedule
+from .placement import device_of
 from .probe import learn_denoiser_call
 from .samplers import Sampler, sampler_of
 
@@ -147,7 +148,7 @@ def invert_flow(
     else:
         prompts = list(prompts) if prompts is not None else [""] * len(latents)
         field = field_of_pipeline(model, latents, prompts, pipeline_kwargs or {}, guided, denoiser_format)
-        latents = latents.to(denoiser_of(model).device)
+        latents = latents.to(device_of(model))
     x = latents.to(torch.promote_types(latents.dtype, torch.float32))
     residuals, iterations = [], []
     for step in reversed(range(len(field.steps))):

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from .placement import device_of
+
 
 def parameters_of(pipeline: Any) -> dict[str, inspect.Parameter]:
     """Parameters of the pipeline's call by name."""
@@ -128,10 +130,10 @@ def as_batch(values: list[Any]) -> Any:
 
 
 def _placed(value: Any, pipeline: Any) -> Any:
-    """Tensors where the pipeline is and in its precision, which not every pipeline sees to."""
+    """Tensors where the pipeline computes and in its precision, which not every pipeline sees to."""
     if not isinstance(value, torch.Tensor):
         return value
-    return value.to(pipeline.device, pipeline.dtype if value.is_floating_point() else None)
+    return value.to(device_of(pipeline), pipeline.dtype if value.is_floating_point() else None)
 
 
 def _repeated(value: Any, count: int) -> Any:

@@ -42,8 +42,8 @@ from .adapters import (
 )
 from .config import GraftConfig
 from .denoiser_call import Conditioning, denoiser_of, record_conditioning
-from .denoiser_format import DenoiserFormat
-from .engine import make_optimizer, place_pipeline
+from .denoiser_format import DenoiserFormat, uncompiled
+from .engine import make_optimizer, place_pipeline, weights_dtype
 from .fine_tuning import FitReport, GraftLoss, count_microbatches, fit
 from .hub import load_adapter_weights
 from .levels import tuned_levels
@@ -51,6 +51,7 @@ from .memory import estimate_memory
 from .parameterizations import prediction_type_of
 from .pipeline_checks import check_call, check_peft_config, few_step_warning
 from .pipeline_inputs import as_batch, inputs_of
+from .placement import check_adaptable, on_device
 from .probe import learn_denoiser_call
 from .rollout import sampling_arguments, seed_of
 from .samples import fingerprint_of, sampling_fingerprint
@@ -103,10 +104,11 @@ class Policy:
     ):
         self.config, self.accelerator = config, accelerator
         self.pipeline = _checked_pipeline(sd_pipeline)
-        self.denoiser = denoiser_of(self.pipeline)
+        check_adaptable(denoiser_of(self.pipeline))
+        self.denoiser = uncompiled(denoiser_of(self.pipeline))
         self.is_full = getattr(sd_pipeline, "use_lora", True) is False
         self.peft_config = self._choose_adapter(peft_config)
-        place_pipeline(self.pipeline, accelerator)
+        place_pipeline(self.pipeline, accelerator.device, weights_dtype(accelerator))
         self.arguments = sampling_arguments(config, self.pipeline, pipeline_kwargs)
         own = {name: as_batch([value]) for name, value in self.inputs_of(example or {}).items()}
         asked_with = {**own, **self.arguments}
@@ -192,6 +194,7 @@ class Policy:
     @contextmanager
     def sampler(self, reference: bool = False) -> Iterator[Any]:
         """The pipeline as the policy samples with it, gate and guidance included, or as the reference does."""
+        called = denoiser_of(self.pipeline)
         with ExitStack() as stack:
             if self.is_full:
                 # The trained copy is in float32 also where the frozen weights are not.
@@ -199,10 +202,10 @@ class Policy:
             if self.has_adapter:
                 where = (ADAPTER_NAME, self.switch.switch_timestep, self.call.clock, self.pipeline)
                 off = without_adapters(self.denoiser, [ADAPTER_NAME])
-                stack.enter_context(off if reference else TimestepGate(self.denoiser, *where))
+                stack.enter_context(off if reference else TimestepGate(called, *where))
             if self.config.tuned_guidance_scale is not None and not reference:
                 scales = (self.call.guidance_scale, self.tuned_guidance_scale)
-                stack.enter_context(TunedGuidance(self.denoiser, self.call, *scales, self.switch.switch_timestep))
+                stack.enter_context(TunedGuidance(called, self.call, *scales, self.switch.switch_timestep))
             yield self.pipeline
 
     # Fitting.
@@ -268,7 +271,6 @@ class Policy:
     ) -> FitReport:
         """Fit adapter `name` to the rows of `passes`."""
         config, parameters = self.config, adapter_parameters(self.denoiser, name)
-        average = EMAModel(parameters, decay=config.ema_decay) if config.ema_decay else None
         total = count_microbatches(len(data.rows), config, self.accelerator.num_processes)
         hidden = not self.accelerator.is_local_main_process
 
@@ -279,19 +281,21 @@ class Policy:
                 bar.update()
             on_event(event)
 
-        with tqdm(total=total, desc=f"training {name}", leave=False, disable=hidden) as bar:
+        bar = tqdm(total=total, desc=f"training {name}", leave=False, disable=hidden)
+        with bar, on_device(self.pipeline, self.denoiser, self.accelerator, optimizer):
+            average = EMAModel(parameters, decay=config.ema_decay) if config.ema_decay else None
             loss = self.loss(name, data.conditioning)
             parts = (self.accelerator, loss, data.states, passes, optimizer, config, learning_rate)
             report = fit(*parts, on_event=notice)
-        if average is not None:
-            average.copy_to(parameters)
+            if average is not None:
+                average.copy_to(parameters)
         return report
 
     def loss(self, name: str, conditioning: Conditioning) -> GraftLoss:
         """The loss by which adapter `name` is fitted."""
         adapters = [n for n in dict.fromkeys([ADAPTER_NAME, name]) if n in self.denoiser.peft_config]
         return GraftLoss(
-            self.denoiser,
+            denoiser_of(self.pipeline),
             self.call,
             conditioning,
             self.levels,

@@ -33,6 +33,7 @@ KINDS = {
     "LoKr": peft.LoKrConfig(r=2, alpha=4, target_modules=ATTENTION),
     "OFT": peft.OFTConfig(r=0, oft_block_size=4, target_modules=ATTENTION),
     "IA3": peft.IA3Config(target_modules=["to_k", "to_v"], feedforward_modules=[]),
+    "BOFT": peft.BOFTConfig(boft_block_size=4, target_modules=ATTENTION),
     "HRA": peft.HRAConfig(r=2, target_modules=ATTENTION),
 }
 
@@ -81,7 +82,7 @@ def test_adapters_of_every_kind_are_trained_saved_and_loaded(tmp_path, make_trai
     assert in_diffusers_format == (type(KINDS[kind]) is peft.LoraConfig)
 
 
-@pytest.mark.parametrize("kind", ["DoRA", "LoHa", "OFT"])
+@pytest.mark.parametrize("kind", ["DoRA", "LoHa", "OFT", "BOFT"])
 def test_runs_with_other_adapters_resume(tmp_path, make_trainer, kind):
     whole = make_trainer(tmp_path / "whole", tiny_sd(), KINDS[kind], num_epochs=2)
     whole.train()

@@ -24,6 +24,7 @@ from tiny_transformers import tiny_lumina2, tiny_qwen_image, tiny_z_image
 from worked_overrides import overrides
 
 from trl_pgraft import DenoiserFormat, GraftConfig, PGraftTrainer
+from trl_pgraft.adapters import add_adapter
 from trl_pgraft.pipeline_checks import check_call, check_peft_config, few_step_warning
 from trl_pgraft.probe import learn_denoiser_call
 from trl_pgraft.rollout import sampling_arguments
@@ -128,6 +129,31 @@ def test_an_adapter_on_the_text_encoder_is_refused(sd):
 def test_modules_that_nobody_has_are_named(sd):
     with pytest.raises(ValueError, match="UNet2DConditionModel has no modules nonesuch"):
         check_peft_config(sd, LoraConfig(target_modules=["nonesuch"]))
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the frozen weights"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' changes"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora' changes"),
+        ({"bias": "all"}, "bias='all' trains biases of the model itself"),
+        ({"modules_to_save": ["conv_in"]}, r"modules_to_save=\['conv_in'\] are no part of an adapter"),
+    ],
+)
+def test_adapters_that_cannot_be_taken_out_are_refused(sd, options, named):
+    with pytest.raises(ValueError, match=f"peft_config: {named}"):
+        check_peft_config(sd, LoraConfig(target_modules=["to_q"], **options))
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "mica"])
+def test_other_initialisations_leave_the_reference_alone(sd, start):
+    config = LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=start)
+    check_peft_config(sd, config)
+    before = {name: p.detach().clone() for name, p in sd.unet.named_parameters()}
+    add_adapter(sd.unet, config, "pgraft")
+    kept = {n.replace("base_layer.", ""): p for n, p in sd.unet.named_parameters() if "lora_" not in n}
+    assert kept.keys() == before.keys() and all(torch.equal(kept[name], before[name]) for name in before)
 
 
 def test_adapters_of_the_denoiser_are_taken(sd):

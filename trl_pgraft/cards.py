@@ -81,6 +81,8 @@ class AdapterFacts:
             Repository of the samples or of the prompts.
         kind (`str`, *optional*, defaults to `"LoRA"`):
             What was trained: `"LoRA"`, `"full copy"` of the denoiser's weights, or PEFT's name of another adapter.
+        start (`str`, *optional*):
+            The adapter that training went on from, in Markdown; the rewards before are then its own.
     """
 
     switch: SwitchLevel
@@ -94,6 +96,7 @@ class AdapterFacts:
     tags: Sequence[str] = ()
     dataset: str | None = None
     kind: str = LORA
+    start: str | None = None
 
 
 def write_adapter_card(folder: str | Path, repo_id: str, facts: AdapterFacts, title: str | None = None) -> None:
@@ -125,6 +128,7 @@ def write_adapter_card(folder: str | Path, repo_id: str, facts: AdapterFacts, ti
         grid=GRID_FILE if (Path(folder) / GRID_FILE).is_file() else None,
         snippet=_snippet(repo_id, facts),
         switch=_switch_sentence(facts.switch),
+        start=facts.start,
         metrics=[f"{as_code(name)}: {_change(*values)}" for name, values in facts.metrics.items()],
         metrics_source=facts.metrics_source,
         rewards=[f"{as_code(name)}, weight {weight:g}" for name, weight in facts.rewards.items()],
@@ -182,7 +186,15 @@ def facts_of(trainer: Any, dataset: str | None, tags: Sequence[str]) -> AdapterF
         tags=tags,
         dataset=dataset,
         kind=kind_of(trainer.policy.peft_config),
+        start=_start_of(trainer.policy.start),
     )
+
+
+def _start_of(start: Any) -> str | None:
+    if start is None:
+        return None
+    repository = start.repository
+    return f"[{repository}](https://huggingface.co/{repository})" if repository else "an adapter on disk"
 
 
 def kind_of(peft_config: PeftConfig) -> str:

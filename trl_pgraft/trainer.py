@@ -114,8 +114,11 @@ class PGraftTrainer:
             for each prompt (`image`, `negative_prompt`, `prompt_2`, `class_labels`, ...) to the pipeline as well.
         samples_dataset (`datasets.Dataset`, *optional*):
             Samples that a run kept, of one or several rounds; they are trained on without drawing.
-        peft_config (`PeftConfig`, *optional*):
-            The adapter; a LoRA on the attention projections where it is not given.
+        peft_config (`PeftConfig`, `str` or `Path`, *optional*):
+            The adapter; a LoRA on the attention projections where it is not given. A folder, or a repository of the
+            Hub, continues the adapter that it holds, in PEFT's or in diffusers' format, and the reference is the
+            pipeline without it. An adapter of this library must have the configuration's switch level; another one
+            has run at all noise levels, so that it needs `tuned_fraction=1.0`.
         pipeline_kwargs (`dict`, *optional*):
             Further arguments of the pipeline call, such as `height`.
         callbacks (`list[TrainerCallback]`, *optional*):
@@ -142,7 +145,7 @@ class PGraftTrainer:
         reward_weights: Sequence[float] | None = None,
         train_dataset: datasets.Dataset | None = None,
         samples_dataset: datasets.Dataset | None = None,
-        peft_config: PeftConfig | None = None,
+        peft_config: PeftConfig | str | Path | None = None,
         pipeline_kwargs: dict[str, Any] | None = None,
         callbacks: Sequence[Any] | None = None,
         denoiser_format: type[DenoiserFormat] | None = None,
@@ -175,9 +178,9 @@ class PGraftTrainer:
         self.epochs = config.num_epochs
         self.has_begun = False
         self._resume(config.resume_from or config.resume_from_checkpoint)
-        self.accelerator.init_trackers(
-            config.tracker_project_name, config=tracker_values(config.to_dict()), init_kwargs=tracker_arguments(config)
-        )
+        start = self.policy.start
+        values = tracker_values({**config.to_dict(), "starting_adapter": start.source if start else None})
+        self.accelerator.init_trackers(config.tracker_project_name, values, tracker_arguments(config))
         self.callbacks.begin(self.accelerator, model=self.denoiser, optimizer=self.policy.optimizer)
 
     # The run.
@@ -502,7 +505,9 @@ class PGraftTrainer:
         """What the run's result depends on."""
         values = self.config.shaping(self.accelerator.num_processes)
         rewards = {reward.name: reward.weight for reward in self.rewards}
+        start = self.policy.start
         adapter = {"adapter": adapter_values(self.policy.peft_config), "rewards": rewards}
+        adapter["weights of the starting adapter"] = start.fingerprint if start else None
         return {**values, **adapter, "model, scheduler and sampling arguments": self.policy.fingerprint}
 
     def _begin(self) -> None:

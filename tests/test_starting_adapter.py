@@ -324,9 +324,12 @@ def test_a_pipeline_with_a_gate_is_refused_in_words(config, pgraft):
 
 @pytest.mark.parametrize("control", [False, True])
 def test_a_pipelines_own_adapter_is_continued_when_its_gate_is_gone(config, pgraft, tmp_path, control):
+    gates = []
+
     def make(**options):
         pipeline = tiny_sd()
-        load_pgraft_adapter(pipeline, pgraft).remove()
+        gates.append(load_pgraft_adapter(pipeline, pgraft))
+        gates[-1].remove()
         return make_trainer(config(**SETTINGS, num_epochs=2, control_adapter=control, **options), None, pipeline)
 
     trainer = make()

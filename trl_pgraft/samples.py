@@ -17,7 +17,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import datasets
@@ -26,6 +26,7 @@ from PIL import Image
 
 from .adapters import ADAPTER_NAME
 from .denoiser_call import denoiser_of
+from .prompts import Prompt
 from .rewards.functions import to_pil
 from .rollout import Drawn, Sample
 
@@ -48,7 +49,7 @@ def sampling_fingerprint(pipeline: Any, arguments: dict[str, Any], position: int
     parts = [
         type(pipeline).__name__,
         {k: str(v) for k, v in sorted(pipeline.scheduler.config.items()) if not k.startswith("_")},
-        {k: _stable(v) for k, v in sorted(arguments.items())},
+        {k: content_of(v) for k, v in sorted(arguments.items())},
         f"{weights:.3e}",
         position,
     ]
@@ -104,14 +105,14 @@ def fingerprint_of(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _stable(value: Any) -> str:
+def content_of(value: Any) -> str:
     """Text of an argument that is the same in another process: of images and tensors, their content."""
     if isinstance(value, Image.Image):
         value = value.tobytes()
     elif isinstance(value, torch.Tensor):
         value = value.detach().cpu().float().numpy().tobytes()
     elif isinstance(value, list | tuple):
-        return str([_stable(v) for v in value])
+        return str([content_of(v) for v in value])
     return hashlib.blake2b(value, digest_size=8).hexdigest() if isinstance(value, bytes) else str(value)
 
 
@@ -122,6 +123,15 @@ def example_columns(dataset: Any) -> dict[str, Any]:
     row = dataset[0]
     stored = {n.removeprefix(INPUT_PREFIX): value for n, value in row.items() if n.startswith(INPUT_PREFIX)}
     return stored if "x_I" in row else row
+
+
+def prompts_of_samples(samples: datasets.Dataset) -> Iterator[Prompt]:
+    """A prompt for each group of samples, with what the pipeline was handed beside it."""
+    kept = samples.select_columns([n for n in samples.column_names if n == "prompt" or n.startswith(INPUT_PREFIX)])
+    first = {group: i for i, group in reversed(list(enumerate(zip(samples["round"], samples["group"], strict=True))))}
+    for row in sorted(first.values()):
+        columns = dict(kept[row])
+        yield columns.pop("prompt"), {name.removeprefix(INPUT_PREFIX): value for name, value in columns.items()}
 
 
 def to_dataset(

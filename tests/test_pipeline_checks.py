@@ -70,6 +70,18 @@ def test_few_steps_without_guidance_are_noticed(sd):
     assert "4 steps without guidance." in message
 
 
+def test_a_distilled_model_is_trained_with_the_warning(sd, config):
+    """As LCM's: the guidance scale goes into the denoiser, and is replayed with the rest."""
+    sd.unet = tiny_unet(time_cond_proj_dim=8)
+    sd.scheduler = LCMScheduler.from_config(sd.scheduler.config)
+    options = {"reward_function": brightness, "prompt_function": lambda: ("a", {}), "sd_pipeline": sd}
+    with pytest.warns(UserWarning, match="looks like a few-step distilled model"):
+        trainer = PGraftTrainer(config(tuned_fraction=1.0), **options)
+    (metrics,) = trainer.train()
+    assert metrics["skipped_steps"] == 0 and metrics["loss"] > 0
+    assert "timestep_cond" in trainer.policy.training_set(trainer.rounds.draw(0)[0], 0).conditioning.conditional
+
+
 @pytest.mark.parametrize(
     "make, arguments",
     [
@@ -126,9 +138,31 @@ def test_an_adapter_on_the_text_encoder_is_refused(sd):
         PGraftTrainer(GraftConfig(), sd_pipeline=sd, peft_config=LoraConfig(target_modules=["q_proj"]), **options)
 
 
-def test_modules_that_nobody_has_are_named(sd):
+def test_a_pattern_for_the_text_encoder_is_refused(sd):
+    with pytest.raises(ValueError, match=r"target_modules \.\*q_proj are modules of text_encoder"):
+        check_peft_config(sd, LoraConfig(target_modules=".*q_proj"))
+
+
+def test_a_lora_that_the_text_encoder_has_stays_as_it_is(sd, config):
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    sd.text_encoder.add_adapter(lora)
+    before = {name: p.clone() for name, p in sd.text_encoder.named_parameters()}
+    options = {"reward_function": brightness, "prompt_function": lambda: ("a", {})}
+    trainer = PGraftTrainer(config(), sd_pipeline=sd, **options)
+    plain = PGraftTrainer(config(), sd_pipeline=tiny_sd(), **options)
+    drawn, without = (t.evaluate(["a"], reference=True).images for t in (trainer, plain))
+    assert not torch.equal(drawn, without), "it takes part"
+    trainer.train()
+    after = dict(sd.text_encoder.named_parameters())
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert not any(p.requires_grad or p.grad is not None for p in after.values())
+    assert torch.equal(trainer.evaluate(["a"], reference=True).images, drawn)
+
+
+@pytest.mark.parametrize("targets", [["nonesuch"], "nonesuch"])
+def test_modules_that_nobody_has_are_named(sd, targets):
     with pytest.raises(ValueError, match="UNet2DConditionModel has no modules nonesuch"):
-        check_peft_config(sd, LoraConfig(target_modules=["nonesuch"]))
+        check_peft_config(sd, LoraConfig(target_modules=targets))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@
 
 """What is asked of a pipeline before anything is drawn: refusals in words, and a warning about distilled models."""
 
+import re
 import warnings
 from typing import Any
 
@@ -94,22 +95,21 @@ def check_peft_config(pipeline: Any, peft_config: PeftConfig) -> None:
     """
     _check_that_it_can_be_taken_out(peft_config)
     targets = getattr(peft_config, "target_modules", None)
-    if not isinstance(targets, list | set | tuple):
+    if not targets or targets == "all-linear":
         return
     if _has_any(denoiser_of(pipeline), targets):
         return
     encoders = {n: m for n, m in pipeline.components.items() if n.startswith("text_encoder") and m is not None}
     found = [name for name, module in encoders.items() if _has_any(module, targets)]
+    asked = targets if isinstance(targets, str) else ", ".join(sorted(targets))
     if found:
         raise ValueError(
-            f"peft_config: target_modules {', '.join(sorted(targets))} are modules of {' and '.join(found)}. An "
+            f"peft_config: target_modules {asked} are modules of {' and '.join(found)}. An "
             "adapter on a text encoder is not supported: the conditioning is recorded once for each prompt, and "
             "cannot be switched at a noise level, because the text is encoded before the first step. Name modules of "
             f"the {type(denoiser_of(pipeline)).__name__}."
         )
-    raise ValueError(
-        f"peft_config: {type(denoiser_of(pipeline)).__name__} has no modules {', '.join(sorted(targets))}."
-    )
+    raise ValueError(f"peft_config: {type(denoiser_of(pipeline)).__name__} has no modules {asked}.")
 
 
 def _check_that_it_can_be_taken_out(peft_config: PeftConfig) -> None:
@@ -134,4 +134,6 @@ def _check_that_it_can_be_taken_out(peft_config: PeftConfig) -> None:
 
 def _has_any(module: torch.nn.Module, targets: Any) -> bool:
     names = [name for name, _ in module.named_modules()]
+    if isinstance(targets, str):  # to PEFT, a regular expression
+        return any(re.fullmatch(targets, name) for name in names)
     return any(name == target or name.endswith(f".{target}") for name in names for target in targets)

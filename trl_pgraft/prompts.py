@@ -48,7 +48,7 @@ def prompts_from_dataset(train_dataset: datasets.Dataset, seed: int, required: b
     """
     Source that goes through the `prompt` column in a seeded order, anew for each pass over the dataset.
 
-    The column may be missing where prompts are not `required`; they are empty then.
+    The column may be missing where prompts are not `required`, or are given as `prompt_embeds`; they are empty then.
     """
     _check_dataset("train_dataset", train_dataset, required)
 
@@ -63,7 +63,8 @@ def prompts_from_dataset(train_dataset: datasets.Dataset, seed: int, required: b
 
 def _check_dataset(name: str, dataset: datasets.Dataset, required: bool) -> None:
     columns = list(dataset.column_names)
-    if "prompt" not in columns and required:
+    # Embeddings stand for prompts.
+    if required and not {"prompt", "prompt_embeds"} & set(columns):
         raise ValueError(f"{name} has no column `prompt`; it has {', '.join(columns)}.")
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty: there is no prompt to draw images for.")
@@ -110,7 +111,7 @@ def choose_prompt_source(
     """
     The one source of prompts that was given; `None` for `samples_dataset`, whose samples are drawn already.
 
-    A dataset needs a column `prompt` unless `required` is `False`: the pipeline takes none.
+    A dataset needs a column `prompt` or `prompt_embeds` unless `required` is `False`: the pipeline takes none.
 
     Raises:
         `ValueError`: none or more than one was given.

@@ -127,6 +127,11 @@ class Policy:
         self.fingerprint = sampling_fingerprint(self.pipeline, self.arguments, self.levels.position)
         self.memory = estimate_memory(self.pipeline, config, self.peft_config, asked_with, self.call)
         accelerator.print(self.memory)
+        if self.is_full:
+            accelerator.print(
+                "The adapter is a float32 copy of all weights of the denoiser; the reference is the frozen original, "
+                "which stays in memory beside it."
+            )
         self.optimizer: torch.optim.Optimizer | None = None
         if self.start is not None or not config.control_adapter:
             self._make_adapter()

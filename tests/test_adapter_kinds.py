@@ -78,6 +78,9 @@ def test_adapters_of_every_kind_are_trained_saved_and_loaded(tmp_path, make_trai
     loaded = make()
     load_pgraft_adapter(loaded, tmp_path / "adapter")
     torch.testing.assert_close(sample(loaded), expected, rtol=0, atol=1e-6)
+    continued = make_trainer(tmp_path / "continued", make(), tmp_path / "adapter")
+    with continued.sampler() as pipeline:
+        assert torch.equal(sample(pipeline), expected)
     in_diffusers_format = (tmp_path / "adapter" / "pytorch_lora_weights.safetensors").is_file()
     assert in_diffusers_format == (type(KINDS[kind]) is peft.LoraConfig)
 

@@ -16,6 +16,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -133,6 +134,18 @@ def test_an_ordinary_lora_goes_on_at_all_noise_levels(config, plain, tmp_path, f
     assert torch.equal(sampled(trainer, reference=True), styled)
     trainer.train()
     assert torch.equal(sampled(trainer, reference=True), styled)
+
+
+def test_a_copy_of_all_weights_is_continued(config, tmp_path):
+    whole = SimpleNamespace(sd_pipeline=tiny_sd(), use_lora=False)
+    first = make_trainer(config(**SETTINGS, output_dir=str(tmp_path / "first")), None, whole)
+    first.train()
+    second = make_trainer(config(**SETTINGS), first.adapter_dir)
+    assert torch.equal(sampled(second), sampled(first)) and second.policy.is_full
+    assert torch.equal(sampled(second, reference=True), sample(tiny_sd()))
+    before = weights_of(second)
+    second.train()
+    assert not any(torch.equal(old, new) for old, new in zip(before, weights_of(second), strict=True))
 
 
 @pytest.mark.parametrize("fraction, start", [(0.5, "pgraft"), (1.0, "plain")])
@@ -341,6 +354,18 @@ def test_a_pipelines_own_adapter_is_continued_when_its_gate_is_gone(config, pgra
     assert torch.equal(sampled(trainer, reference=True), sample(tiny_sd()))
     resumed = make(resume_from_checkpoint=True)
     assert torch.equal(sampled(resumed), sampled(trainer))
+
+
+def test_a_lora_that_diffusers_loaded_is_continued(config, plain, tmp_path):
+    pipeline = tiny_sd()
+    pipeline.load_lora_weights(in_diffusers_format(plain, tmp_path / "diffusers"), adapter_name="pgraft")
+    trainer = make_trainer(config(tuned_fraction=1.0), None, pipeline)
+    start = make_trainer(config(tuned_fraction=1.0), plain)
+    torch.testing.assert_close(sampled(trainer), sampled(start), rtol=0, atol=1e-5)
+    assert torch.equal(sampled(trainer, reference=True), sample(tiny_sd()))
+    assert {id(p) for p in pipeline.unet.parameters() if p.requires_grad} == {
+        id(p) for p in adapter_parameters(pipeline.unet, "pgraft")
+    }
 
 
 def test_two_adapters_of_one_name_are_refused(config, pgraft):

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from peft import LoraConfig, PeftConfig
+from peft import LNTuningConfig, LoraConfig, PeftConfig
 from tqdm.auto import tqdm
 
 from .adapters import (
@@ -129,8 +129,8 @@ class Policy:
         accelerator.print(self.memory)
         if self.is_full:
             accelerator.print(
-                "The adapter is a float32 copy of all weights of the denoiser; the reference is the frozen original, "
-                "which stays in memory beside it."
+                "The adapter is a float32 copy of layers of the denoiser; the reference has the frozen ones, which "
+                "stay in memory beside it."
             )
         self.optimizer: torch.optim.Optimizer | None = None
         if self.start is not None or not config.control_adapter:
@@ -172,6 +172,7 @@ class Policy:
                 "control_adapter=False."
             )
         check_peft_config(self.pipeline, peft_config)
+        self.is_full = self.is_full or isinstance(peft_config, LNTuningConfig)  # see `full_copy_config`
         return peft_config
 
     def _make_adapter(self) -> None:

@@ -56,12 +56,15 @@ class StartingAdapter:
             Its weights.
         switch ([`SwitchLevel`] or `None`):
             Where it hands over; `None` for one of another library, which has worked at all noise levels.
+        repository (`str` or `None`):
+            Its repository; `None` where it was on disk, whose paths are nobody's business.
     """
 
     source: str
     peft_config: PeftConfig
     state: dict[str, torch.Tensor]
     switch: SwitchLevel | None
+    repository: str | None
 
     def __str__(self) -> str:
         return f"continues {self.source}; its reference is the pipeline without it"
@@ -70,11 +73,6 @@ class StartingAdapter:
     def fingerprint(self) -> str:
         """Short hash of its weights: where they were read from does not matter."""
         return fingerprint_of(self.state)
-
-    @property
-    def repository(self) -> str | None:
-        """Its repository; `None` where it was on disk, whose paths are nobody's business."""
-        return None if Path(self.source).expanduser().exists() else self.source
 
     def check_level(self, switch: SwitchLevel, config: GraftConfig, sampler: Callable[[], Sampler]) -> None:
         """
@@ -125,7 +123,8 @@ def read_starting_adapter(pipeline: Any, source: str | Path, token: str | None =
     Raises:
         `ValueError`: there is no such adapter, or it is one that cannot be gone on from.
     """
-    folder = _folder_of(str(source), token)
+    local = Path(source).expanduser()
+    folder = local if local.is_dir() else _downloaded(str(source), token)
     if all((folder / name).is_file() for name in PEFT_FILES):
         weights, (peft_config, state) = PEFT_FILES[0], read_adapter(folder)
     elif (folder / LORA_FILE).is_file():
@@ -136,13 +135,11 @@ def read_starting_adapter(pipeline: Any, source: str | Path, token: str | None =
             f"(diffusers). Of a LoRA under another name, load it with `pipeline.load_lora_weights(..., "
             f"adapter_name={ADAPTER_NAME!r})` and hand in that pipeline without peft_config."
         )
-    return StartingAdapter(str(source), peft_config, state, _switch_of(folder, weights))
+    repository = None if local.is_dir() else str(source)
+    return StartingAdapter(str(source), peft_config, state, _switch_of(folder, weights), repository)
 
 
-def _folder_of(source: str, token: str | None) -> Path:
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
+def _downloaded(source: str, token: str | None) -> Path:
     try:
         folder = Path(snapshot_download(source, allow_patterns=[SWITCH_FILE, *PEFT_FILES], token=clean(token)))
         if not all((folder / name).is_file() for name in PEFT_FILES):

@@ -104,5 +104,9 @@ def test_a_kind_that_peft_cannot_put_into_a_denoiser_is_refused(tmp_path, make_t
 
 
 def test_a_control_takes_plain_loras_alone(tmp_path, make_trainer):
-    with pytest.raises(ValueError, match="LoraConfig with use_dora"):
-        make_trainer(tmp_path, tiny_sd(), KINDS["DoRA"], control_adapter=True)
+    with_bias = peft.LoraConfig(r=2, target_modules=["to_out.0"], lora_bias=True)
+    for peft_config, named in ((KINDS["DoRA"], "use_dora"), (with_bias, "lora_bias")):
+        with pytest.raises(ValueError, match=f"LoraConfig with {named}. Give a plain LoraConfig"):
+            make_trainer(tmp_path, tiny_sd(), peft_config, control_adapter=True)
+    with pytest.raises(ValueError, match="this is a LoHaConfig. Give a plain LoraConfig"):
+        make_trainer(tmp_path, tiny_sd(), KINDS["LoHa"], control_adapter=True)

@@ -19,7 +19,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +181,7 @@ class Policy:
             peft_config = copy.deepcopy(self.peft_config)
             put_adapter(self.denoiser, peft_config, self.start.state, ADAPTER_NAME, self.start.source)
             self.accelerator.print(f"Training {self.start}.")
+            self.start = replace(self.start, state={})  # the denoiser has it now
         elif not self.has_adapter:
             seed = seed_of(self.config.seed, "adapter")
             add_adapter(self.denoiser, copy.deepcopy(self.peft_config), ADAPTER_NAME, seed)

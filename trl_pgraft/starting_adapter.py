@@ -58,6 +58,8 @@ class StartingAdapter:
             Where it hands over; `None` for one of another library, which has worked at all noise levels.
         repository (`str` or `None`):
             Its repository; `None` where it was on disk, whose paths are nobody's business.
+        fingerprint (`str`):
+            Short hash of its weights: where they were read from does not matter.
     """
 
     source: str
@@ -65,14 +67,10 @@ class StartingAdapter:
     state: dict[str, torch.Tensor]
     switch: SwitchLevel | None
     repository: str | None
+    fingerprint: str
 
     def __str__(self) -> str:
         return f"continues {self.source}; its reference is the pipeline without it"
-
-    @property
-    def fingerprint(self) -> str:
-        """Short hash of its weights: where they were read from does not matter."""
-        return fingerprint_of(self.state)
 
     def check_level(self, switch: SwitchLevel, config: GraftConfig, sampler: Callable[[], Sampler]) -> None:
         """
@@ -135,8 +133,8 @@ def read_starting_adapter(pipeline: Any, source: str | Path, token: str | None =
             f"(diffusers). Of a LoRA under another name, load it with `pipeline.load_lora_weights(..., "
             f"adapter_name={ADAPTER_NAME!r})` and hand in that pipeline without peft_config."
         )
-    repository = None if local.is_dir() else str(source)
-    return StartingAdapter(str(source), peft_config, state, _switch_of(folder, weights), repository)
+    switch, repository = _switch_of(folder, weights), None if local.is_dir() else str(source)
+    return StartingAdapter(str(source), peft_config, state, switch, repository, fingerprint_of(state))
 
 
 def _downloaded(source: str, token: str | None) -> Path:

@@ -29,9 +29,13 @@ from .config import GraftConfig
 from .ddpo import DefaultDDPOStableDiffusionPipeline
 from .denoiser_format import DenoiserFormat
 from .diagnostics import choose_intermediate_step
+from .gaussianity import Gaussianity, gaussianity
 from .hub import load_pgraft_adapter, save_pgraft_adapter
 from .inversion import Inversion, InversionError, invert_flow
 from .memory import MemoryEstimate, estimate_memory
+from .noise_correction import NoiseCorrectedPipeline
+from .noise_correction_config import NoiseCorrectionConfig
+from .noise_correction_trainer import NoiseCorrectionTrainer
 from .parameterizations import renoise
 from .publishing import push_adapter_to_hub, push_samples_to_hub
 from .rewards import get_reward, list_rewards, register_reward
@@ -42,10 +46,14 @@ from .trainer import PGraftTrainer
 __all__ = [
     "DefaultDDPOStableDiffusionPipeline",
     "DenoiserFormat",
+    "Gaussianity",
     "GraftConfig",
     "Inversion",
     "InversionError",
     "MemoryEstimate",
+    "NoiseCorrectedPipeline",
+    "NoiseCorrectionConfig",
+    "NoiseCorrectionTrainer",
     "PGraftTrainer",
     "SwitchLevel",
     "TimestepGate",
@@ -58,6 +66,7 @@ __all__ = [
     "choose_intermediate_step",
     "deduplicate",
     "estimate_memory",
+    "gaussianity",
     "get_reward",
     "implied_kl",
     "invert_flow",

@@ -78,6 +78,34 @@ Some of the prompts:
 ```
 """
 
+CORRECTOR_TEMPLATE = """\
+---
+{{ card_data }}
+---
+
+# {{ title }}
+
+A noise corrector for {{ base }}, made with trl_pgraft without any reward: the sampler's exact inverse maps real data
+to noise, which is not quite standard normal because the model is imperfect, and the corrector ({{ what }}) carries
+standard normal noise to noise of that kind. Sampling runs the corrector first, then the model.
+
+## Use
+
+```python
+{{ snippet }}
+```
+
+{% if facts %}Trained on:
+
+{% for line in facts %}- {{ line }}
+{% endfor %}
+{% endif %}## Citation
+
+```bibtex
+{{ citation }}
+```
+"""
+
 SAMPLES_TEMPLATE = """\
 ---
 {{ card_data }}

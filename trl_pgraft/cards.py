@@ -27,10 +27,10 @@ from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard,
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import LNTuningConfig, LoraConfig, PeftConfig
 
-from .card_templates import ADAPTER_TEMPLATE, CITATION, SAMPLES_TEMPLATE
+from .card_templates import ADAPTER_TEMPLATE, CITATION, CORRECTOR_TEMPLATE, SAMPLES_TEMPLATE
 from .pipeline_inputs import takes_prompts
 from .prompts import Prompt
-from .samples import content_of, prompts_of_samples
+from .samples import prompts_of_samples, stable
 from .timestep_gate import SwitchLevel
 
 
@@ -55,6 +55,15 @@ SETTINGS = (
 TAGS = ("trl", "pgraft", "diffusers", "text-to-image")
 LORA, FULL = "LoRA", "full copy"
 ROUND_FILES = "round_*/*.parquet"
+
+
+CORRECTOR_SNIPPET = """\
+from diffusers import DiffusionPipeline
+from trl_pgraft import NoiseCorrectedPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{}")
+corrected = NoiseCorrectedPipeline.from_pretrained("{}", pipeline)
+images = corrected(num_inference_steps={}).images  # beside what the pipeline's own call takes"""
 
 
 @dataclass(frozen=True)
@@ -149,6 +158,39 @@ def write_adapter_card(folder: str | Path, repo_id: str, facts: AdapterFacts, ti
     card.save(Path(folder) / CARD_FILE)
 
 
+def write_corrector_card(folder: str | Path, repo_id: str, corrector: dict[str, Any]) -> None:
+    """
+    Write the model card of a noise corrector.
+
+    Args:
+        folder (`str` or `Path`):
+            Folder of the corrector.
+        repo_id (`str`):
+            Repository that the card's code loads.
+        corrector (`dict`):
+            What the folder says of it: `corrector`, `corrector_steps`, `trained_for`.
+    """
+    facts, title = dict(corrector["trained_for"]), plain(repo_id.split("/")[-1])
+    base, steps = facts.pop("base_model", None), facts.get("num_inference_steps", 20)
+    card = ModelCard.from_template(
+        ModelCardData(
+            base_model=base,
+            base_model_relation="adapter" if base else None,
+            library_name="diffusers",
+            tags=["trl", "pgraft", "diffusers", "noise-correction", "flow-matching"],
+            model_name=title,
+        ),
+        template_str=CORRECTOR_TEMPLATE,
+        title=title,
+        base=f"[{base}](https://huggingface.co/{base})" if base else "a local model",
+        what="a LoRA of the model itself" if corrector["corrector"] == "lora" else "a small network",
+        snippet=CORRECTOR_SNIPPET.format(base or "path/to/the/base/model", repo_id, steps),
+        facts=[f"`{name}`: {as_code(str(value))}" for name, value in facts.items()],
+        citation=CITATION,
+    )
+    card.save(Path(folder) / CARD_FILE)
+
+
 def write_samples_card(folder: str | Path, repo_id: str) -> None:
     """Write the dataset card of a folder of rounds, with the configuration that the Hub's viewer reads."""
     data = DatasetCardData(
@@ -224,7 +266,7 @@ def some_prompts(
     if not held_out and samples is None and files:
         samples = datasets.Dataset(pq.read_table(files[-1]))
     prompts = held_out or ([] if samples is None else prompts_of_samples(samples))
-    different = {(prompt, *(f"{n} {content_of(v)}" for n, v in row.items())): (prompt, row) for prompt, row in prompts}
+    different = {(prompt, *(f"{n} {stable(v)}" for n, v in row.items())): (prompt, row) for prompt, row in prompts}
     return list(different.values())[:count]
 
 

@@ -112,7 +112,7 @@ def save_checkpoint(
         if adapter is not None:
             save_pgraft_adapter(pipeline, aside, switch, adapter)
         if optimizer is not None:
-            save_file(_optimizer_tensors(optimizer), aside / "optimizer.safetensors")
+            save_file(optimizer_tensors(optimizer), aside / "optimizer.safetensors")
         (aside / "run.json").write_text(json.dumps(run, indent=2, default=str) + "\n")
         (aside / "progress.json").write_text(json.dumps(asdict(progress), indent=2) + "\n")
         _put_in_place(aside, target)
@@ -169,7 +169,11 @@ def check_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
     Raises:
         `ChangedRunError`: they differ; the message names each.
     """
-    stored = json.loads((checkpoint / "run.json").read_text())
+    refuse_changes(checkpoint, json.loads((checkpoint / "run.json").read_text()), run)
+
+
+def refuse_changes(checkpoint: Path, stored: dict[str, Any], run: dict[str, Any]) -> None:
+    """Raise [`ChangedRunError`] where what a checkpoint says of its run differs from the present one."""
     now = json.loads(json.dumps(run, default=str))
     names = [name for name in {**stored, **now} if stored.get(name) != now.get(name)]
     if names:
@@ -212,10 +216,14 @@ def load_progress(checkpoint: Path) -> Progress:
 def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     """Put a checkpoint's optimizer state into `optimizer`, if it has one."""
     path = checkpoint / "optimizer.safetensors"
-    if not path.is_file():
-        return
+    if path.is_file():
+        load_optimizer_tensors(load_file(path), optimizer)
+
+
+def load_optimizer_tensors(tensors: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Put the state that [`optimizer_tensors`] returned into `optimizer`."""
     state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in load_file(path).items():
+    for key, value in tensors.items():
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
@@ -251,7 +259,8 @@ def prune_checkpoints(folder: Path, limit: int) -> None:
         shutil.rmtree(path)
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """State of an optimizer as tensors with names."""
     state = optimizer.state_dict()["state"]
     return {
         f"{index}.{name}": torch.as_tensor(value).contiguous()

@@ -53,7 +53,8 @@ MAY_CHANGE = (
 )
 
 
-def _option(default: Any, help: str, choices: list[str] | None = None) -> Any:
+def option(default: Any, help: str, choices: list[str] | None = None) -> Any:
+    """A field of a configuration with its help, and its choices where it has some."""
     metadata = {"help": help, **({"choices": choices} if choices else {})}
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata)
@@ -77,129 +78,129 @@ class GraftConfig:
         `ValueError`: a field is out of range; the message names the field and the fix.
     """
 
-    exp_name: str = _option(os.path.basename(sys.argv[0]).removesuffix(".py"), "Name of this experiment.")
-    run_name: str = _option("", "Name of this run, used by the trackers.")
-    seed: int = _option(0, "Random seed. Every sample, timestep and noise is a function of it, whatever the batching.")
-    log_with: str | None = _option(
+    exp_name: str = option(os.path.basename(sys.argv[0]).removesuffix(".py"), "Name of this experiment.")
+    run_name: str = option("", "Name of this run, used by the trackers.")
+    seed: int = option(0, "Random seed. Every sample, timestep and noise is a function of it, whatever the batching.")
+    log_with: str | None = option(
         None, "Tracker that accelerate logs to.", choices=["wandb", "tensorboard", "trackio"]
     )
     # `dict | str | None`, because a command line has a dict as JSON.
-    tracker_kwargs: dict | str | None = _option({}, 'Keyword arguments by tracker, e.g. {"wandb": {"entity": "me"}}.')
-    accelerator_kwargs: dict | str | None = _option({}, "Keyword arguments for the accelerator.")
-    project_kwargs: dict | str | None = _option(
+    tracker_kwargs: dict | str | None = option({}, 'Keyword arguments by tracker, e.g. {"wandb": {"entity": "me"}}.')
+    accelerator_kwargs: dict | str | None = option({}, "Keyword arguments for the accelerator.")
+    project_kwargs: dict | str | None = option(
         {}, "Keyword arguments for accelerate's project configuration (e.g. project_dir)."
     )
-    tracker_project_name: str = _option("trl", "Name of the project in the tracker.")
-    logdir: str = _option("logs", "Folder of the trackers' logs, inside the output folder.")
-    num_epochs: int = _option(100, "Number of rounds: draw, score, accept, fine-tune.")
-    save_freq: int = _option(1, "Rounds between checkpoints; the last round is always saved.")
-    num_checkpoint_limit: int = _option(5, "Checkpoints kept; the oldest go first.")
-    mixed_precision: str | None = _option(
+    tracker_project_name: str = option("trl", "Name of the project in the tracker.")
+    logdir: str = option("logs", "Folder of the trackers' logs, inside the output folder.")
+    num_epochs: int = option(100, "Number of rounds: draw, score, accept, fine-tune.")
+    save_freq: int = option(1, "Rounds between checkpoints; the last round is always saved.")
+    num_checkpoint_limit: int = option(5, "Checkpoints kept; the oldest go first.")
+    mixed_precision: str | None = option(
         None,
         "Precision of the frozen weights and of the forward pass; LoRA weights stay in float32. None chooses bf16 on "
         "an accelerator that has it, fp16 on another CUDA device and no mixed precision on the CPU (DDPO: fp16 "
         "everywhere, which does not run on a CPU).",
         choices=["no", "fp16", "bf16"],
     )
-    allow_tf32: bool = _option(True, "Allow TF32 matrix products on GPUs that have them.")
-    resume_from: str = _option("", "Checkpoint folder, or a folder of checkpoints of which the newest is taken.")
-    sample_num_steps: int = _option(50, "Steps of the sampler.")
-    sample_eta: float = _option(
+    allow_tf32: bool = option(True, "Allow TF32 matrix products on GPUs that have them.")
+    resume_from: str = option("", "Checkpoint folder, or a folder of checkpoints of which the newest is taken.")
+    sample_num_steps: int = option(50, "Steps of the sampler.")
+    sample_eta: float = option(
         0.0,
         "Stochasticity of the DDIM sampler. 0 (DDPO: 1) because then the final image is a function of the "
         "intermediate state, and the reference, started from accepted states, gives exactly the accepted images.",
     )
-    sample_guidance_scale: float = _option(5.0, "Classifier-free guidance scale while sampling; 1.0 is no guidance.")
-    sample_batch_size: int = _option(1, "Images of one pipeline call, per process.")
-    sample_num_batches_per_epoch: int = _option(2, "Pipeline calls per round and process.")
-    train_batch_size: int = _option(1, "Accepted samples of one training step, per process.")
-    train_use_8bit_adam: bool = _option(False, "Use 8-bit AdamW of bitsandbytes.")
-    train_learning_rate: float = _option(3e-4, "Learning rate of AdamW.")
-    train_adam_beta1: float = _option(0.9, "AdamW's beta1.")
-    train_adam_beta2: float = _option(0.999, "AdamW's beta2.")
-    train_adam_weight_decay: float = _option(1e-4, "AdamW's weight decay.")
-    train_adam_epsilon: float = _option(1e-8, "AdamW's epsilon.")
-    train_gradient_accumulation_steps: int = _option(1, "Microbatches of one optimizer step.")
-    train_max_grad_norm: float = _option(1.0, "Gradient norm above which gradients are scaled down.")
-    train_num_inner_epochs: int = _option(1, "Passes over the accepted samples of a round.")
-    train_cfg: bool = _option(
+    sample_guidance_scale: float = option(5.0, "Classifier-free guidance scale while sampling; 1.0 is no guidance.")
+    sample_batch_size: int = option(1, "Images of one pipeline call, per process.")
+    sample_num_batches_per_epoch: int = option(2, "Pipeline calls per round and process.")
+    train_batch_size: int = option(1, "Accepted samples of one training step, per process.")
+    train_use_8bit_adam: bool = option(False, "Use 8-bit AdamW of bitsandbytes.")
+    train_learning_rate: float = option(3e-4, "Learning rate of AdamW.")
+    train_adam_beta1: float = option(0.9, "AdamW's beta1.")
+    train_adam_beta2: float = option(0.999, "AdamW's beta2.")
+    train_adam_weight_decay: float = option(1e-4, "AdamW's weight decay.")
+    train_adam_epsilon: float = option(1e-8, "AdamW's epsilon.")
+    train_gradient_accumulation_steps: int = option(1, "Microbatches of one optimizer step.")
+    train_max_grad_norm: float = option(1.0, "Gradient norm above which gradients are scaled down.")
+    train_num_inner_epochs: int = option(1, "Passes over the accepted samples of a round.")
+    train_cfg: bool = option(
         False,
         "DDPO's name for `guidance_loss='combined'`. False (DDPO: True) because the guided prediction costs a second "
         "forward and backward pass.",
     )
-    train_adv_clip_max: float = _option(5.0, "PPO only; ignored.")
-    train_clip_range: float = _option(1e-4, "PPO only; ignored.")
-    train_timestep_fraction: float = _option(
+    train_adv_clip_max: float = option(5.0, "PPO only; ignored.")
+    train_clip_range: float = option(1e-4, "PPO only; ignored.")
+    train_timestep_fraction: float = option(
         1.0,
         "Timesteps each accepted sample is trained at in one pass, as a share of `sample_num_steps` (at least one).",
     )
-    per_prompt_stat_tracking: bool = _option(False, "PPO only; ignored. Acceptance is per prompt in any case.")
-    per_prompt_stat_tracking_buffer_size: int = _option(16, "PPO only; ignored.")
-    per_prompt_stat_tracking_min_count: int = _option(16, "PPO only; ignored.")
-    async_reward_computation: bool = _option(False, "Score a batch in a thread while the next one is drawn.")
-    max_workers: int = _option(2, "Threads of `async_reward_computation`.")
-    negative_prompts: str = _option("", "Negative prompt of the guided call; of a list, joined by commas.")
-    push_to_hub: bool = _option(False, "Push the adapter to the Hub, with a model card, at the end of training.")
+    per_prompt_stat_tracking: bool = option(False, "PPO only; ignored. Acceptance is per prompt in any case.")
+    per_prompt_stat_tracking_buffer_size: int = option(16, "PPO only; ignored.")
+    per_prompt_stat_tracking_min_count: int = option(16, "PPO only; ignored.")
+    async_reward_computation: bool = option(False, "Score a batch in a thread while the next one is drawn.")
+    max_workers: int = option(2, "Threads of `async_reward_computation`.")
+    negative_prompts: str = option("", "Negative prompt of the guided call; of a list, joined by commas.")
+    push_to_hub: bool = option(False, "Push the adapter to the Hub, with a model card, at the end of training.")
 
-    tuned_fraction: float = _option(
+    tuned_fraction: float = option(
         0.5,
         "Share of the sampler's steps, from pure noise, that is fine-tuned and run by the tuned model; the reference "
         "model finishes. 1.0 is GRAFT, less is P-GRAFT.",
     )
-    samples_per_prompt: int | None = _option(
+    samples_per_prompt: int | None = option(
         None, "Group size M. None: 8, or all of the round's images where they are fewer."
     )
-    acceptance: str = _option("top_k", f"Acceptance rule: {', '.join(ACCEPTANCE_RULES)}, or a callable.")
-    acceptance_kwargs: dict | str | None = _option(
+    acceptance: str = option("top_k", f"Acceptance rule: {', '.join(ACCEPTANCE_RULES)}, or a callable.")
+    acceptance_kwargs: dict | str | None = option(
         {}, "Arguments of the acceptance rule, e.g. k of top_k (default: M / 4)."
     )
-    deduplicate_by: Callable | None = _option(
+    deduplicate_by: Callable | None = option(
         None, "Function of (PIL image, prompt) whose value tells equal samples; only one of them is accepted."
     )
-    sample_from: str = _option(
+    sample_from: str = option(
         "policy",
         "Model that draws the samples: the policy (KL accumulates over rounds) or the untouched reference.",
         choices=["policy", "reference"],
     )
-    guidance_loss: str = _option(
+    guidance_loss: str = option(
         "conditional",
         "What is fitted when samples are drawn with guidance w: the 'conditional' prediction to the target f*; the "
         "conditional prediction to the 'corrected' target f_u + (f* - f_u) / w; or the 'combined', guided prediction. "
         "The first, because it was the only one of the three that gained without a control adapter on a real model.",
         choices=list(GUIDANCE_LOSSES),
     )
-    control_adapter: bool = _option(
+    control_adapter: bool = option(
         False,
         "Train a second, equal adapter on all samples of the round and subtract it: what training does apart from the "
         "reward cancels. Costs a second training of the same length.",
     )
-    tuned_guidance_scale: float | None = _option(
+    tuned_guidance_scale: float | None = option(
         None, "Guidance scale of the tuned steps while sampling; 1.0 is none there. None: `sample_guidance_scale`."
     )
-    caption_dropout: float = _option(
+    caption_dropout: float = option(
         0.1, "Share of training rows that get the unconditional input (conditional loss of a guided pipeline)."
     )
-    timestep_sampling: str = _option(
+    timestep_sampling: str = option(
         "continuous",
         "Training timesteps: 'continuous' over the tuned noise levels, or the tuned steps of the 'sampler', which "
         "learns faster for one number of steps and says nothing about others.",
         choices=["continuous", "sampler"],
     )
-    lora_rank: int = _option(16, "Rank of the LoRA that is made where no `peft_config` is given.")
-    max_merged_rank: int = _option(
+    lora_rank: int = option(16, "Rank of the LoRA that is made where no `peft_config` is given.")
+    max_merged_rank: int = option(
         128, "Largest rank of the adapter that `control_adapter` merges; each round adds twice the rank, up to this."
     )
-    ema_decay: float | None = _option(
+    ema_decay: float | None = option(
         None, "Decay of a moving average of the adapter over a round's optimizer steps; it becomes the adapter."
     )
-    lr_scheduler_type: str = _option("constant", "Learning-rate schedule of `diffusers.optimization.get_scheduler`.")
-    warmup_steps: int = _option(0, "Optimizer steps of learning-rate warm-up.")
-    gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass.")
-    reward_retries: int = _option(
+    lr_scheduler_type: str = option("constant", "Learning-rate schedule of `diffusers.optimization.get_scheduler`.")
+    warmup_steps: int = option(0, "Optimizer steps of learning-rate warm-up.")
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass.")
+    reward_retries: int = option(
         2, "How often a reward function that raised or timed out is called again before the run stops."
     )
-    reward_retry_wait: float = _option(1.0, "Seconds before the first of these calls; doubled before each next one.")
-    reward_timeout: float | None = _option(
+    reward_retry_wait: float = option(1.0, "Seconds before the first of these calls; doubled before each next one.")
+    reward_timeout: float | None = option(
         None, "Seconds that one call of a reward function may take. None: as long as it likes."
     )
     eval_prompts: list[str] | None = field(
@@ -209,20 +210,20 @@ class GraftConfig:
             "trainer an `eval_dataset` in their place."
         },
     )
-    eval_freq: int = _option(
+    eval_freq: int = option(
         1, "Rounds between evaluations on held-out prompts; what training starts as is evaluated first."
     )
-    output_dir: str = _option("pgraft_output", "Folder for checkpoints, samples and metrics.")
-    resume_from_checkpoint: str | None = _option(
+    output_dir: str = option("pgraft_output", "Folder for checkpoints, samples and metrics.")
+    resume_from_checkpoint: str | None = option(
         None, "TRL's name for `resume_from`; True takes the newest checkpoint of `output_dir`, if there is one."
     )
-    hub_model_id: str | None = _option(
+    hub_model_id: str | None = option(
         None, "Repository of the adapter on the Hub; the name of the output folder where not given."
     )
-    hub_dataset_id: str | None = _option(
+    hub_dataset_id: str | None = option(
         None, "Dataset repository on the Hub; if given, each round's samples are pushed to it as they are saved."
     )
-    hub_private_repo: bool = _option(False, "Make these repositories private; public ones are refused.")
+    hub_private_repo: bool = option(False, "Make these repositories private; public ones are refused.")
     hub_token: str | None = field(default=None, repr=False, metadata={"help": "Token for the Hub; never stored."})
 
     def __post_init__(self):

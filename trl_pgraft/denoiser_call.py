@@ -199,6 +199,11 @@ def calls_of_first_step(
     inputs: Sequence[dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """Named arguments of the first `count` denoiser calls; the last of them is not computed."""
+    return first_calls(pipeline, count, lambda: run_until_recorded(pipeline, list(prompts), kwargs, inputs))
+
+
+def first_calls(pipeline: Any, count: int, run: Callable[[], None]) -> list[dict[str, Any]]:
+    """Named arguments of the first `count` denoiser calls that `run` makes; the last of them is not computed."""
     calls: list[dict[str, Any]] = []
 
     def stop_at_last(arguments: dict[str, Any]) -> None:
@@ -206,8 +211,8 @@ def calls_of_first_step(
         if len(calls) == count:
             raise CallRecorded
 
-    with observe_calls(denoiser_of(pipeline), stop_at_last):
-        run_until_recorded(pipeline, list(prompts), kwargs, inputs)
+    with observe_calls(denoiser_of(pipeline), stop_at_last), until_recorded(pipeline):
+        run()
     return calls
 
 
@@ -316,9 +321,16 @@ def run_until_recorded(
     # A generator of its own, so that asking leaves the caller's random state alone.
     generator = torch.Generator().manual_seed(0)
     arguments = prompt_arguments(pipeline, prompts, {**kwargs, "output_type": "latent"}, inputs)
+    with until_recorded(pipeline):
+        pipeline(generator=generator, **arguments)
+
+
+@contextmanager
+def until_recorded(pipeline: Any) -> Iterator[None]:
+    """Stop at [`CallRecorded`], and put the pipeline's components back where they were."""
     try:
         with torch.no_grad():
-            pipeline(generator=generator, **arguments)
+            yield
     except CallRecorded:
         pipeline.maybe_free_model_hooks()
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
 
 from .adapters import tuner_layers, without_adapters
 from .batch_axes import choose_rows, same_shapes
@@ -240,12 +241,12 @@ def fit(
     Raises:
         `RuntimeError`: ten optimizer steps in a row had a non-finite loss or gradient.
     """
-    with _prepared(accelerator, loss.denoiser, optimizer) as (model, stepper):
+    with prepared(accelerator, loss.denoiser, optimizer) as (model, stepper):
         return _fit(accelerator, loss, model, states, passes, stepper, config, lr_schedule, on_event)
 
 
 @contextmanager
-def _prepared(
+def prepared(
     accelerator: Accelerator, denoiser: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> Iterator[tuple[Any, Any]]:
     """Denoiser and optimizer as accelerate wraps them; afterwards, also after an error, they are as they were."""
@@ -292,7 +293,7 @@ def _fit(
         if is_boundary:
             for group in optimizer.param_groups:
                 group["lr"] = lr_schedule(report.steps)
-            finite = _step(accelerator, optimizer, parameters, config.train_max_grad_norm, on_event)
+            finite = take_step(accelerator, optimizer, parameters, config.train_max_grad_norm, on_event)
             report.steps, report.skipped = report.steps + 1, report.skipped + (not finite)
             skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
             _stop_if(skipped_in_a_row)
@@ -338,12 +339,12 @@ def _draw_row(loss: GraftLoss, seed: int, k: int, count: int, shape: torch.Size)
     return timestep, torch.randn(shape, generator=generator), dropped
 
 
-def _step(
+def take_step(
     accelerator: Accelerator,
     optimizer: Any,
     parameters: Sequence[torch.Tensor],
     max_norm: float,
-    on_event: Callable[[str], Any],
+    on_event: Callable[[str], Any] = lambda event: None,
 ) -> bool:
     """One optimizer step; skipped where the gradient is not finite."""
     norm = accelerator.clip_grad_norm_(parameters, max_norm)
@@ -362,3 +363,23 @@ def _stop_if(skipped_in_a_row: int) -> None:
             f"The last {skipped_in_a_row} optimizer steps had non-finite gradients and were skipped. Lower "
             "train_learning_rate or train in a higher mixed_precision."
         )
+
+
+def learning_rates(kind: str, peak: float, warmup_steps: int, length: int) -> Callable[[int], float]:
+    """
+    Learning rate by step, on one of diffusers' schedules over `length` optimizer steps.
+
+    Args:
+        kind (`str`):
+            Name for `diffusers.optimization.get_scheduler`.
+        peak (`float`):
+            Learning rate that the schedule scales.
+        warmup_steps (`int`):
+            Steps of warm-up.
+        length (`int`):
+            Steps in all; steps after that stay at its end, where a cosine would rise again.
+    """
+    unit = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    scheduler = get_scheduler(kind, unit, num_warmup_steps=warmup_steps, num_training_steps=length)
+    factor = scheduler.lr_lambdas[0]
+    return lambda step: peak * factor(min(step, length))

@@ -36,6 +36,9 @@ SWITCH_FILE = "pgraft.json"
 PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
 LORA_FILE = "pytorch_lora_weights.safetensors"
 ADAPTER_FILES = (SWITCH_FILE, *PEFT_FILES, LORA_FILE)
+# Of a noise corrector, instead of a switch level and beside or instead of an adapter.
+CORRECTOR_FILE = "noise_correction.json"
+NETWORK_FOLDER = "network"
 PEFT_PREFIX = "base_model.model."
 
 
@@ -57,15 +60,23 @@ def save_pgraft_adapter(pipeline: Any, folder: str | Path, switch: SwitchLevel, 
             Name of the adapter in the pipeline.
     """
     folder, denoiser = Path(folder), denoiser_of(pipeline)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = denoiser.peft_config[name]
-    state = {k: v.contiguous().cpu() for k, v in get_peft_model_state_dict(denoiser, adapter_name=name).items()}
     metadata = {"format": "pt", "pgraft": json.dumps(asdict(switch))}
-    save_file({PEFT_PREFIX + k: v for k, v in state.items()}, folder / "adapter_model.safetensors", metadata=metadata)
-    config.save_pretrained(str(folder))
+    state = save_adapter_weights(denoiser, folder, name, metadata)
+    config = denoiser.peft_config[name]
     if isinstance(config, LoraConfig) and hasattr(pipeline, "save_lora_weights"):
         _save_for_diffusers(pipeline, folder, state, config, metadata)
     (folder / SWITCH_FILE).write_text(json.dumps(asdict(switch), indent=2) + "\n")
+
+
+def save_adapter_weights(
+    denoiser: torch.nn.Module, folder: Path, name: str, metadata: dict[str, str]
+) -> dict[str, torch.Tensor]:
+    """Write adapter `name` in PEFT's format to `folder`, which is made if missing; the weights written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {k: v.contiguous().cpu() for k, v in get_peft_model_state_dict(denoiser, adapter_name=name).items()}
+    save_file({PEFT_PREFIX + k: v for k, v in state.items()}, folder / "adapter_model.safetensors", metadata=metadata)
+    denoiser.peft_config[name].save_pretrained(str(folder))
+    return state
 
 
 def _save_for_diffusers(pipeline: Any, folder: Path, state: dict, config: LoraConfig, metadata: dict) -> None:

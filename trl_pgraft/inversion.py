@@ -17,13 +17,13 @@
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from .batch_axes import put_on, take_rows
-from .denoiser_call import calls_of_first_step, denoiser_of, record_conditioning, replay
+from .batch_axes import put_on
+from .denoiser_call import Conditioning, DenoiserCall, calls_of_first_step, denoiser_of, record_conditioning, replay
 from .denoiser_format import DenoiserFormat
 from .losses import guided as combine_branches
 from .noise_schedules import NoiseSchedule
@@ -65,14 +65,16 @@ class InversionError(RuntimeError):
             Index of the step in the sampler's order.
         residual (`float`):
             Largest residual of its samples.
+        samples (`torch.Tensor` of shape `(U,)`, int64):
+            Which samples of the batch did not converge.
     """
 
-    def __init__(self, step: int, residual: float, unconverged: int, count: int, tolerance: float):
-        self.step, self.residual = step, residual
+    def __init__(self, step: int, residual: float, samples: torch.Tensor, count: int, tolerance: float):
+        self.step, self.residual, self.samples = step, residual, samples
         super().__init__(
-            f"invert_flow: {unconverged} of {count} samples did not converge at step {step}: residual {residual:.3g}, "
-            f"tolerance {tolerance:.3g}. Raise max_iterations, use more sampling steps (a shorter step is easier to "
-            "invert), or a tolerance that the model's precision can reach."
+            f"invert_flow: {len(samples)} of {count} samples did not converge at step {step}: residual "
+            f"{residual:.3g}, tolerance {tolerance:.3g}. Raise max_iterations, use more sampling steps (a shorter "
+            "step is easier to invert), or a tolerance that the model's precision can reach."
         )
 
 
@@ -143,11 +145,15 @@ def invert_flow(
     """
     _check_arguments(model, latents, sigmas, prompts, tolerance, max_iterations)
     if sigmas is not None:
-        field = _field_of_callable(model, sigmas)
-    else:
-        prompts = list(prompts) if prompts is not None else [""] * len(latents)
-        field = field_of_pipeline(model, latents, prompts, pipeline_kwargs or {}, guided, denoiser_format)
-        latents = latents.to(denoiser_of(model).device)
+        return invert(_field_of_callable(model, sigmas), latents, tolerance, max_iterations)
+    sampler = FlowSampler.of(model, pipeline_kwargs or {}, guided, denoiser_format)
+    sampler.check_shape(latents)
+    conditioning = sampler.record(list(prompts) if prompts is not None else [""] * len(latents))
+    return invert(sampler.field(conditioning), latents.to(denoiser_of(model).device), tolerance, max_iterations)
+
+
+def invert(field: EulerField, latents: torch.Tensor, tolerance: float, max_iterations: int) -> Inversion:
+    """Invert every step of a sampler; arguments, result and errors as those of [`invert_flow`]."""
     x = latents.to(torch.promote_types(latents.dtype, torch.float32))
     residuals, iterations = [], []
     for step in reversed(range(len(field.steps))):
@@ -191,50 +197,88 @@ def invert_step(
         rows = active.to(x.device)
         factor = share[active].to(x.device, x.dtype).reshape(-1, *[1] * (x.ndim - 1))
         trial[rows] = x[rows] + factor * defect[rows]
-    unconverged = int((residual > tolerance).sum())
-    if unconverged:
+    unconverged = (~(residual <= tolerance)).nonzero().flatten()
+    if len(unconverged):
         raise InversionError(step, residual.max().item(), unconverged, len(x), tolerance)
     return x, residual, iterations
 
 
-def field_of_pipeline(
-    pipeline: Any,
-    latents: torch.Tensor,
-    prompts: list[str],
-    kwargs: dict[str, Any],
-    guided: bool,
-    denoiser_format: type[DenoiserFormat] | None = None,
-) -> EulerField:
-    """The Euler sampler that a pipeline call with these arguments runs; arguments as those of [`invert_flow`]."""
-    sampler = sampler_of(pipeline, kwargs)
-    steps = euler_steps(sampler)
-    call = learn_denoiser_call(pipeline, kwargs, denoiser_format)
-    if guided and not (call.is_guided and call.guidance_scale is not None):
-        raise ValueError(
-            f"guided=True: {type(pipeline).__name__} with these pipeline_kwargs does not guide by u + w (c - u). Ask "
-            "for guidance in pipeline_kwargs, or leave `guided` out."
-        )
-    own = call.format.latents(calls_of_first_step(pipeline, 1, prompts[:1], kwargs)[0])
-    if own.shape[1:] != latents.shape[1:]:
-        raise ValueError(
-            f"latents have shape {tuple(latents.shape)}, but {type(pipeline).__name__} with these pipeline_kwargs "
-            f"denoises (B, {', '.join(map(str, own.shape[1:]))}). Set height and width, and pass latents as it "
-            "returns them with output_type='latent'."
-        )
-    conditioning = record_conditioning(pipeline, call, prompts, kwargs)
-    denoiser, device = denoiser_of(pipeline), own.device
-    branches = [put_on(conditioning.conditional, device)]
-    branches += [put_on(conditioning.unconditional, device)] if guided else []
+@dataclass(frozen=True)
+class FlowSampler:
+    """
+    The Euler sampler that a pipeline call with certain arguments runs.
 
-    def velocity(x: torch.Tensor, step: int, rows: torch.Tensor) -> torch.Tensor:
-        timesteps = torch.full((len(x),), sampler.timesteps[step], dtype=torch.float64)
-        x_t = x.to(own.dtype)
-        found = [
-            replay(denoiser, call, x_t, timesteps, take_rows(b, call.batch_axes, rows.tolist())) for b in branches
-        ]
-        return (combine_branches(found[1], found[0], call.guidance_scale) if guided else found[0]).to(x.dtype)
+    Args:
+        pipeline (`DiffusionPipeline`):
+            The pipeline.
+        kwargs (`dict`):
+            Arguments of the call.
+        call ([`DenoiserCall`]):
+            How it calls its denoiser.
+        sampler ([`Sampler`]):
+            Its scheduler.
+        steps (`Sequence[float]`):
+            Step sizes h_i.
+        like (`torch.Tensor` of shape `(1, ...)`):
+            Latents as the denoiser gets them.
+        guided (`bool`):
+            Whether the velocity is the guided one; otherwise that of the conditional branch.
+    """
 
-    return EulerField(steps, velocity)
+    pipeline: Any
+    kwargs: dict[str, Any]
+    call: DenoiserCall
+    sampler: Sampler
+    steps: Sequence[float]
+    like: torch.Tensor
+    guided: bool
+
+    @classmethod
+    def of(
+        cls, pipeline: Any, kwargs: dict[str, Any], guided: bool, denoiser_format: type[DenoiserFormat] | None = None
+    ) -> "FlowSampler":
+        """Ask a pipeline; arguments and errors as those of [`invert_flow`]."""
+        sampler = sampler_of(pipeline, kwargs)
+        steps = euler_steps(sampler)
+        call = learn_denoiser_call(pipeline, kwargs, denoiser_format)
+        if guided and not (call.is_guided and call.guidance_scale is not None):
+            raise ValueError(
+                f"guided=True: {type(pipeline).__name__} with these pipeline_kwargs does not guide by u + w (c - u). "
+                "Ask for guidance in pipeline_kwargs, or leave `guided` out."
+            )
+        like = call.format.latents(calls_of_first_step(pipeline, 1, [""], kwargs)[0])[:1]
+        return cls(pipeline, kwargs, call, sampler, steps, like, guided)
+
+    def check_shape(self, latents: torch.Tensor) -> None:
+        """Refuse latents that the denoiser would not be given."""
+        if self.like.shape[1:] != latents.shape[1:]:
+            raise ValueError(
+                f"latents have shape {tuple(latents.shape)}, but {type(self.pipeline).__name__} with these "
+                f"pipeline_kwargs denoises (B, {', '.join(map(str, self.like.shape[1:]))}). Set height and width, and "
+                "pass latents as it returns them with output_type='latent'."
+            )
+
+    def record(self, prompts: Sequence[str]) -> Conditioning:
+        """Conditioning of `prompts`, in the call that this sampler makes."""
+        return record_conditioning(self.pipeline, self.call, prompts, self.kwargs)
+
+    def field(self, conditioning: Conditioning) -> EulerField:
+        """The sampler's steps for samples with the rows of `conditioning`."""
+        denoiser, call, scale = denoiser_of(self.pipeline), self.call, self.call.guidance_scale
+        branches = {"conditional": conditioning.conditional, "unconditional": conditioning.unconditional}
+        conditioning = replace(conditioning, **{n: put_on(b, self.like.device) for n, b in branches.items()})
+
+        def velocity(x: torch.Tensor, step: int, rows: torch.Tensor) -> torch.Tensor:
+            timesteps = torch.full((len(x),), self.sampler.timesteps[step], dtype=torch.float64)
+            x_t = x.to(self.like.dtype)
+
+            def branch(unconditional: bool) -> torch.Tensor:
+                return replay(denoiser, call, x_t, timesteps, conditioning.rows(rows, x.device, unconditional))
+
+            found = combine_branches(branch(True), branch(False), scale) if self.guided else branch(False)
+            return found.to(x.dtype)
+
+        return EulerField(self.steps, velocity)
 
 
 def euler_steps(sampler: Sampler) -> list[float]:

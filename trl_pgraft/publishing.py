@@ -16,6 +16,7 @@
 
 import functools
 import hashlib
+import json
 import shlex
 import time
 from collections.abc import Callable
@@ -26,8 +27,17 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from peft import PeftConfig
 
-from .cards import CARD_FILE, GRID_FILE, ROUND_FILES, AdapterFacts, kind_of, write_adapter_card, write_samples_card
-from .hub import ADAPTER_FILES, read_switch
+from .cards import (
+    CARD_FILE,
+    GRID_FILE,
+    ROUND_FILES,
+    AdapterFacts,
+    kind_of,
+    write_adapter_card,
+    write_corrector_card,
+    write_samples_card,
+)
+from .hub import ADAPTER_FILES, CORRECTOR_FILE, NETWORK_FOLDER, PEFT_FILES, read_switch
 
 
 # Seconds before a push is tried again; the client itself repeats single requests as well.
@@ -79,16 +89,34 @@ def push_adapter_to_hub(
             kind = kind_of(PeftConfig.from_pretrained(str(folder)))
             write_adapter_card(folder, repo_id, AdapterFacts(switch, kind=kind))
 
-    def push(repo_id: str, api: HfApi) -> None:
-        api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            allow_patterns=[*ADAPTER_FILES, CARD_FILE, GRID_FILE],
-            commit_message=commit_message,
-            revision=revision,
-        )
+    files = [*ADAPTER_FILES, CARD_FILE, GRID_FILE]
+    return _push_model(write_card, files, folder, repo_id, private, token, commit_message, revision)
 
-    return _push(write_card, push, folder, repo_id, "model", private, token, revision)
+
+def push_corrector_to_hub(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    token: str | None = None,
+    commit_message: str = "Upload noise corrector",
+    revision: str | None = None,
+) -> str:
+    """
+    Push a folder of [`NoiseCorrectedPipeline.save_pretrained`] to a model repository on the Hub.
+
+    Arguments, result and errors are those of [`push_adapter_to_hub`].
+    """
+    folder = Path(folder)
+    if not (folder / CORRECTOR_FILE).is_file():
+        raise ValueError(f"push_corrector_to_hub: {folder} has no {CORRECTOR_FILE}, so it holds no noise corrector.")
+
+    def write_card(repo_id: str) -> None:
+        if not (folder / CARD_FILE).is_file():
+            write_corrector_card(folder, repo_id, json.loads((folder / CORRECTOR_FILE).read_text()))
+
+    files = [CORRECTOR_FILE, *PEFT_FILES, f"{NETWORK_FOLDER}/*", CARD_FILE]
+    return _push_model(write_card, files, folder, repo_id, private, token, commit_message, revision)
 
 
 def push_samples_to_hub(
@@ -207,6 +235,30 @@ def upload_command(folder: Path, repo_id: str, kind: str, private: bool = False,
     command = ["hf", "upload", repo_id, str(folder.resolve()), ".", "--repo-type", kind]
     command += ["--private"] if private else []
     return shlex.join(command + (["--revision", revision] if revision else []))
+
+
+def _push_model(
+    write_card: Callable[[str], None],
+    files: list[str],
+    folder: Path,
+    repo_id: str,
+    private: bool,
+    token: str | None,
+    commit_message: str,
+    revision: str | None,
+) -> str:
+    """Push the files of a folder that match one of the patterns `files` to a model repository."""
+
+    def push(repo_id: str, api: HfApi) -> None:
+        api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            allow_patterns=files,
+            commit_message=commit_message,
+            revision=revision,
+        )
+
+    return _push(write_card, push, folder, repo_id, "model", private, token, revision)
 
 
 def _push(

@@ -49,7 +49,7 @@ def sampling_fingerprint(pipeline: Any, arguments: dict[str, Any], position: int
     parts = [
         type(pipeline).__name__,
         {k: str(v) for k, v in sorted(pipeline.scheduler.config.items()) if not k.startswith("_")},
-        {k: content_of(v) for k, v in sorted(arguments.items())},
+        {k: stable(v) for k, v in sorted(arguments.items())},
         f"{weights:.3e}",
         position,
     ]
@@ -105,14 +105,14 @@ def fingerprint_of(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def content_of(value: Any) -> str:
+def stable(value: Any) -> str:
     """Text of an argument that is the same in another process: of images and tensors, their content."""
     if isinstance(value, Image.Image):
         value = value.tobytes()
     elif isinstance(value, torch.Tensor):
         value = value.detach().cpu().float().numpy().tobytes()
     elif isinstance(value, list | tuple):
-        return str([content_of(v) for v in value])
+        return str([stable(v) for v in value])
     return hashlib.blake2b(value, digest_size=8).hexdigest() if isinstance(value, bytes) else str(value)
 
 

@@ -26,7 +26,6 @@ from typing import Any
 
 import datasets
 import torch
-from diffusers.optimization import get_scheduler
 from peft import PeftConfig
 
 from .adapters import ADAPTER_NAME
@@ -50,7 +49,7 @@ from .ddpo import as_ddpo, hook_data
 from .denoiser_format import DenoiserFormat
 from .drawing import Batch
 from .engine import make_accelerator
-from .fine_tuning import FitReport
+from .fine_tuning import FitReport, learning_rates
 from .hub import save_pgraft_adapter
 from .pictures import before_after_grid, image_grid
 from .pipeline_inputs import check_held_out, takes_prompts
@@ -334,11 +333,8 @@ class PGraftTrainer:
         """
         config, start = self.config, self.progress.global_step
         length = self.progress.steps_per_round * self.epochs
-        unit = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-        plan = {"num_warmup_steps": config.warmup_steps, "num_training_steps": length}
-        factor = get_scheduler(config.lr_scheduler_type, unit, **plan).lr_lambdas[0]
-        # Rounds that accept more than the first stay at its end: beyond it, a cosine would rise again.
-        return lambda step: config.train_learning_rate * factor(min(start + step, length))
+        rate = learning_rates(config.lr_scheduler_type, config.train_learning_rate, config.warmup_steps, length)
+        return lambda step: rate(start + step)
 
     def _expected_steps(self) -> int:
         """Optimizer steps of a round in which `k` of each group is accepted, a quarter where nothing says more."""

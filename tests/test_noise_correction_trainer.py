@@ -1,0 +1,302 @@
+# Copyright 2026 The trl_pgraft authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Noise correction from data to corrector: what is learned, kept, resumed and refused."""
+
+import json
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+from test_inversion import tiny_flow
+from test_publishing import TOKEN
+from tiny_pipelines import tiny_flux, tiny_sd
+from tiny_transformers import tiny_sd3
+
+from trl_pgraft import InversionError, NoiseCorrectedPipeline, NoiseCorrectionConfig, NoiseCorrectionTrainer
+from trl_pgraft.corrector import make_network, transport
+from trl_pgraft.inverted_data import encode_images
+
+
+MEAN, STD, STEPS = 0.3, 0.8, 4
+
+
+def noise_of(count, shape=(1, 8, 8), seed=1):
+    return MEAN + STD * torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def flow_data(count=48):
+    """What the flow makes of noise that is not standard normal: real data for which the right noise is known."""
+    latents = tiny_flow()(latents=noise_of(count), num_inference_steps=STEPS, output_type="latent").images
+    return Dataset.from_dict({"latents": latents.numpy()})
+
+
+def make_config(tmp_path, **changes):
+    values = {
+        "output_dir": str(tmp_path / "out"), "corrector": "network", "network_channels": 8,
+        "num_inference_steps": STEPS, "tolerance": 1e-5, "max_steps": 6, "train_batch_size": 16, "warmup_steps": 0,
+        "inversion_batch_size": 20, "save_steps": 3, "logging_steps": 2, "learning_rate": 1e-3, **changes,
+    }  # fmt: skip
+    return NoiseCorrectionConfig(**values)
+
+
+def trainer_of(tmp_path, dataset=None, **changes):
+    return NoiseCorrectionTrainer(make_config(tmp_path, **changes), tiny_flow(), dataset or flow_data())
+
+
+def weights(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.corrector.parameters])
+
+
+def test_the_noise_of_the_data_is_found_and_reported(tmp_path):
+    trainer = trainer_of(tmp_path)
+    found = trainer.invert()
+    torch.testing.assert_close(found.noise, noise_of(48), rtol=0, atol=2e-4)
+    assert found.rows.tolist() == list(range(48))
+    assert found.residuals.max() <= 1e-5
+    report = json.loads((tmp_path / "out/inversion.json").read_text())
+    assert (report["samples"], report["left_out"]) == (48, 0)
+    assert report["evaluations_per_step"] > 1
+    assert report["gaussianity"]["std"] == pytest.approx(STD, abs=0.05)
+    assert report["gaussianity"]["normal_std"] == pytest.approx(1, abs=0.05)
+
+
+def test_the_corrector_learns_the_law_of_the_noise(tmp_path):
+    """Samples of the corrected pipeline are closer to the data, whose noise has mean 0.3 and deviation 0.8."""
+    data = flow_data(400)
+    trainer = trainer_of(
+        tmp_path, data, max_steps=150, train_batch_size=64, learning_rate=5e-3, inversion_batch_size=200,
+        save_steps=150, ema_decay=0.9,
+    )  # fmt: skip
+    corrected = trainer.train()
+    noise = torch.randn(2000, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+    found = transport(trainer.corrector, noise, None, {}, 2)
+    assert found.mean().item() == pytest.approx(MEAN, abs=0.05)
+    assert found.std().item() == pytest.approx(STD, abs=0.05)
+    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 150
+    # E|u|^2 is c^2 + s^2 (mean^2 + std^2) without a corrector; the best one cannot be below the noise in u given x.
+    uniform = 1 / 3 + 2 / 3 * (MEAN**2 + STD**2)
+    assert lines[-1]["held_out/loss_uncorrected"] == pytest.approx(uniform, abs=0.06)
+    assert lines[-1]["held_out/loss"] < lines[-1]["held_out/loss_uncorrected"] - 0.05
+    wanted = torch.tensor(data["latents"])
+    call = {"latents": noise, "num_inference_steps": STEPS, "output_type": "latent"}
+    samples = [corrected(**call, corrector_steps=steps).images for steps in (0, 2)]
+    plain, ours = ((s.mean() - wanted.mean()).abs() + (s.std() - wanted.std()).abs() for s in samples)
+    assert ours < plain / 4
+
+
+def test_what_is_inverted_is_not_inverted_again(tmp_path):
+    trainer = trainer_of(tmp_path)
+    first = trainer.invert()
+    files = sorted((tmp_path / "out/inverted").iterdir())
+    assert len(files) == 3
+    made = {path: path.stat().st_mtime_ns for path in files}
+    files[1].write_bytes(files[1].read_bytes()[:100])  # damaged
+    again = trainer_of(tmp_path).invert()
+    assert torch.equal(again.noise, first.noise)
+    assert [path for path in files if path.stat().st_mtime_ns != made[path]] == [files[1]]
+
+
+@pytest.mark.parametrize("change", [{"tolerance": 1e-4}, {"skipped_steps": 1}, {"data": True}, {"model": True}])
+def test_noise_of_something_else_is_not_taken(tmp_path, change):
+    first = trainer_of(tmp_path).invert()
+    pipeline, data = tiny_flow(seed=1 if "model" in change else 0), flow_data()
+    if "data" in change:
+        data = Dataset.from_dict({"latents": 0.9 * torch.tensor(data["latents"]).numpy()})
+    config = make_config(tmp_path, **{n: v for n, v in change.items() if n not in ("data", "model")})
+    again = NoiseCorrectionTrainer(config, pipeline, data).invert()
+    assert not torch.equal(again.noise, first.noise)
+
+
+def test_skipped_steps_start_from_noised_data(tmp_path):
+    """All but the first step skipped: what is inverted is one step from noised data, however they are batched."""
+    trainer = trainer_of(tmp_path, skipped_steps=STEPS - 1)
+    found = trainer.invert()
+    pipeline, sampler = trainer.pipeline, trainer.sampler
+    sigma = 1 + sampler.steps[0]
+    t = torch.full((48,), sampler.sampler.timesteps[0])
+    with torch.no_grad():
+        reached = found.noise + sampler.steps[0] * pipeline.unet(found.noise, t).sample
+    eps = (reached - (1 - sigma) * torch.tensor(trainer.train_dataset["latents"])) / sigma
+    assert (eps.mean().item(), eps.std().item()) == (pytest.approx(0, abs=0.05), pytest.approx(1, abs=0.05))
+    other = trainer_of(tmp_path / "other", skipped_steps=STEPS - 1, inversion_batch_size=7).invert()
+    torch.testing.assert_close(other.noise, found.noise, rtol=0, atol=1e-4)
+
+
+def steep_flow():
+    """A flow whose step cannot be inverted for data above a level: its output folds."""
+    pipeline = tiny_flow()
+    forward = pipeline.unet.forward
+
+    def folded(sample, timestep, *args, **kwargs):
+        output = forward(sample, timestep, *args, **kwargs)
+        output.sample = output.sample + 40 * (sample.clamp(min=7).square() - 49)
+        return output
+
+    pipeline.unet.forward = folded
+    return pipeline
+
+
+def test_samples_that_do_not_converge_stop_the_run_or_are_left_out(tmp_path):
+    latents = torch.tensor(flow_data()["latents"])
+    latents[[5, 30]] += 10
+    data = Dataset.from_dict({"latents": latents.numpy()})
+    strict = NoiseCorrectionTrainer(make_config(tmp_path), steep_flow(), data)
+    with pytest.raises(InversionError, match="1 of 20 samples did not converge at step 3") as error:
+        strict.invert()
+    assert "rows [5] of train_dataset" in error.value.__notes__[0]
+    lenient = NoiseCorrectionTrainer(make_config(tmp_path, max_unconverged=0.05), steep_flow(), data)
+    found = lenient.invert()
+    assert found.rows.tolist() == [row for row in range(48) if row not in (5, 30)]
+    assert json.loads((tmp_path / "out/inversion.json").read_text())["left_out"] == 2
+    between = NoiseCorrectionTrainer(make_config(tmp_path / "b", max_unconverged=0.03), steep_flow(), data)
+    with pytest.raises(InversionError) as error:
+        between.invert()
+    assert "rows [30] of train_dataset" in error.value.__notes__[0]
+    assert len(list((tmp_path / "b/out/inverted").iterdir())) == 1
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_a_resumed_fit_ends_as_an_uninterrupted_one(tmp_path, ema_decay):
+    straight = trainer_of(tmp_path / "a", ema_decay=ema_decay)
+    straight.train()
+    broken = trainer_of(tmp_path / "b", ema_decay=ema_decay)
+    original, count = broken.log, [0]
+
+    def stop_late(metrics):
+        original(metrics)
+        count[0] += 1
+        if count[0] == 2:
+            raise KeyboardInterrupt
+
+    broken.log = stop_late
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    resumed = trainer_of(tmp_path / "b", ema_decay=ema_decay, resume_from_checkpoint=True)
+    resumed.train()
+    assert torch.equal(weights(resumed), weights(straight))
+    assert resumed.fit.step == 6
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    trainer_of(tmp_path).train()
+    other = trainer_of(tmp_path, learning_rate=5e-4, resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="learning_rate was 0.001 and is 0.0005"):
+        other.train()
+
+
+@pytest.mark.parametrize("make", [tiny_sd3, tiny_flux])
+def test_a_lora_is_trained_on_prompts(tmp_path, make):
+    pipeline = make()
+    shape = (4, 8, 8) if make is tiny_sd3 else (16, 16)
+    prompts = ["a cat", "two", "a cat", "one"] * 3
+    data = Dataset.from_dict({"latents": noise_of(12, shape).numpy(), "prompt": prompts})
+    config = make_config(tmp_path, corrector="lora", lora_rank=4, tolerance=1e-4, gradient_checkpointing=True)
+    size = {"height": 16, "width": 16, "guidance_scale": 3.0}
+    trainer = NoiseCorrectionTrainer(config, pipeline, data, pipeline_kwargs=size)
+    before = weights(trainer).clone()
+    corrected = trainer.train()
+    assert not torch.equal(weights(trainer), before)
+    assert all(p.dtype == torch.float32 for p in trainer.corrector.parameters)
+    call = {**size, "num_inference_steps": 3, "prompt": "a cat", "output_type": "latent"}
+    images = [
+        corrected(**call, corrector_steps=n, generator=torch.Generator().manual_seed(0)).images for n in (0, 1)
+    ]
+    assert not torch.equal(*images)
+    loaded = NoiseCorrectedPipeline.from_pretrained(tmp_path / "out/corrector", make())
+    again = loaded(**call, generator=torch.Generator().manual_seed(0)).images
+    torch.testing.assert_close(again, images[1], rtol=0, atol=1e-5)
+
+
+def test_guided_inversion_is_asked_for(tmp_path):
+    data = Dataset.from_dict({"latents": noise_of(4, (4, 8, 8)).numpy(), "prompt": ["a cat"] * 4})
+    size = {"height": 16, "width": 16, "guidance_scale": 3.0}
+    found = []
+    for guided in (False, True):
+        config = make_config(tmp_path / str(guided), guided=guided, corrector="lora")
+        trainer = NoiseCorrectionTrainer(config, tiny_sd3(), data, pipeline_kwargs=size)
+        found.append(trainer.invert().noise)
+    assert not torch.allclose(*found, atol=1e-3)
+
+
+def test_images_are_encoded(tmp_path):
+    images = [Image.new("RGB", (8, 8), (level, 128, 0)) for level in (0, 255)]
+    found = encode_images(tiny_flow(), {}, images)
+    assert found.shape == (2, 1, 8, 8)
+    assert found[1].mean() - found[0].mean() == pytest.approx(2 * 0.299, abs=0.01)
+    pipeline = tiny_sd3()
+    latents = encode_images(pipeline, {"height": 16, "width": 16}, images)
+    assert latents.shape == (2, 4, 8, 8)
+    config = pipeline.vae.config
+    pixels = pipeline.image_processor.preprocess(images, 16, 16)
+    with torch.no_grad():
+        expected = (pipeline.vae.encode(pixels).latent_dist.mean - (config.shift_factor or 0)) * config.scaling_factor
+    torch.testing.assert_close(latents, expected)
+    pixels = torch.randint(256, (10, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    data = Dataset.from_dict({"image": [Image.fromarray(array) for array in pixels.numpy()]})
+    config = make_config(tmp_path, tolerance=1e-3, num_inference_steps=10)
+    assert len(NoiseCorrectionTrainer(config, tiny_flow(), data).invert().noise) == 10
+    own = NoiseCorrectionTrainer(
+        make_config(tmp_path / "own"), tiny_flow(), data, encode=lambda images: torch.zeros(len(images), 1, 8, 8)
+    )
+    assert own.invert().noise.std(0).max() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_network_of_the_users_is_trained(tmp_path):
+    network = make_network((1, 8, 8), 4)
+    config = make_config(tmp_path)
+    trainer = NoiseCorrectionTrainer(config, tiny_flow(), flow_data(), network=network)
+    trainer.train()
+    assert trainer.corrector.module is network
+    assert network.conv_out.weight.abs().max() > 0
+
+
+def test_it_is_pushed(tmp_path, hub):
+    trainer = trainer_of(tmp_path, push_to_hub=True, hub_model_id="fixer", hub_token=TOKEN["token"])
+    trainer.train()
+    assert json.loads(hub.repo("ann/fixer").files["noise_correction.json"])["trained_for"]["samples"] == 48
+    assert TOKEN["token"] not in "".join(p.read_text() for p in (tmp_path / "out").glob("*.json*"))
+
+
+def test_arguments_are_checked_before_anything_is_inverted(tmp_path):
+    data, config, lora = flow_data(2), make_config(tmp_path), make_config(tmp_path, corrector="lora")
+    refused = [
+        ((config, None, data), {}, "pipeline and train_dataset are required"),
+        ((config, tiny_flow(), data.rename_column("latents", "x")), {}, "needs `image`"),
+        ((config, tiny_flow(), data.select([])), {}, "empty"),
+        ((config, tiny_sd(), data), {"pipeline_kwargs": {"height": 16, "width": 16}}, "no Euler sampler of a flow"),
+        ((lora, tiny_flow(), data), {"network": make_network((1, 8, 8), 4)}, "network: given with corrector='lora'"),
+        ((config, tiny_flow(), data), {"peft_config": object()}, "peft_config: given with corrector='network'"),
+    ]
+    for arguments, further, message in refused:
+        with pytest.raises(ValueError, match=message):
+            NoiseCorrectionTrainer(*arguments, **further)
+    wrong = Dataset.from_dict({"latents": torch.zeros(2, 1, 4, 4).numpy()})
+    with pytest.raises(ValueError, match="latents have shape \\(2, 1, 4, 4\\)"):
+        NoiseCorrectionTrainer(config, tiny_flow(), wrong).invert()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("corrector", "unet"), ("tolerance", 0.0), ("tolerance", math.nan), ("max_unconverged", 1.0), ("max_steps", 0),
+        ("ema_decay", 1.0), ("corrector_steps", -1), ("skipped_steps", STEPS), ("mixed_precision", None),
+    ],
+)  # fmt: skip
+def test_fields_out_of_range_are_named(tmp_path, field, value):
+    with pytest.raises(ValueError, match=field):
+        make_config(tmp_path, **{field: value})

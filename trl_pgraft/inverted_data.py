@@ -1,0 +1,241 @@
+# Copyright 2026 The trl_pgraft authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""A data set mapped to noise by a sampler's exact inverse, kept on disk batch by batch."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+
+from .corrector import CORRECTION_ADAPTER
+from .denoiser_call import denoiser_of
+from .inversion import EulerField, FlowSampler, InversionError, invert
+from .noise_correction_config import NoiseCorrectionConfig
+from .rollout import seed_of
+from .samples import fingerprint_of, stable
+
+
+Encoder = Callable[[list[Image.Image]], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class InvertedData:
+    """
+    Noise that a data set was mapped to.
+
+    Args:
+        noise (`torch.Tensor` of shape `(N, ...)`, float32):
+            One state for each sample that converged.
+        rows (`torch.Tensor` of shape `(N,)`, int64):
+            Which rows of the data set these are.
+        residuals (`torch.Tensor` of shape `(N,)`, float64):
+            Largest residual of a sample's steps.
+        iterations (`torch.Tensor` of shape `(N,)`, int64):
+            Denoiser evaluations of all its steps.
+    """
+
+    noise: torch.Tensor
+    rows: torch.Tensor
+    residuals: torch.Tensor
+    iterations: torch.Tensor
+
+
+class DatasetInverter:
+    """
+    Invert a data set in files of `inversion_batch_size` samples; files that are there already are not made again.
+
+    Args:
+        sampler ([`FlowSampler`]):
+            What is inverted.
+        dataset (`datasets.Dataset`):
+            With a column `latents` or `image`, and `prompt` where the pipeline takes one.
+        encode (`Callable`):
+            PIL images to latents.
+        config ([`NoiseCorrectionConfig`]):
+            Tolerance and bounds.
+        folder (`Path`):
+            Where the files are kept.
+    """
+
+    def __init__(
+        self, sampler: FlowSampler, dataset: Any, encode: Encoder, config: NoiseCorrectionConfig, folder: Path
+    ):
+        self.sampler, self.dataset, self.encode, self.config, self.folder = sampler, dataset, encode, config, folder
+        self._starts = range(0, len(dataset), config.inversion_batch_size)
+        self._made_by = _made_by(sampler, config)
+        self._left_out = 0
+
+    def run(self, accelerator: Accelerator) -> InvertedData:
+        """
+        Invert what is not inverted yet, each process its part.
+
+        Raises:
+            [`InversionError`]: more samples than `max_unconverged` allows did not converge; what did is kept.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        own = self._starts[accelerator.process_index :: accelerator.num_processes]
+        for start in tqdm(own, desc="inverting", disable=not accelerator.is_local_main_process):
+            self._ensure(start)
+        accelerator.wait_for_everyone()
+        parts = [self._read(start, self._tag(self._batch(start))) for start in self._starts]
+        return InvertedData(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+    def _batch(self, start: int) -> dict[str, list[Any]]:
+        return self.dataset[start : start + self.config.inversion_batch_size]
+
+    def _ensure(self, start: int) -> None:
+        """Invert one batch, unless that was done."""
+        batch = self._batch(start)
+        tag, count = self._tag(batch), len(next(iter(batch.values())))
+        found = self._read(start, tag)
+        if found is None:
+            found = self._invert(start, batch, count)
+            path = self._path(start)
+            aside = path.with_suffix(".tmp")
+            save_file({n: tensor.contiguous() for n, tensor in found.items()}, aside, metadata={"made_from": tag})
+            os.replace(aside, path)
+        self._left_out += count - len(found["rows"])
+
+    def _invert(self, start: int, batch: dict[str, list[Any]], count: int) -> dict[str, torch.Tensor]:
+        """Noise of one batch; samples that do not converge are left out as far as that is allowed."""
+        latents = latents_of(batch, self.encode).to(self.sampler.like.device)
+        self.sampler.check_shape(latents)
+        latents = self._noised(latents, start)
+        field = self.sampler.field(self.sampler.record(batch.get("prompt") or [""] * count))
+        inverted, rows = field.steps[: len(field.steps) - self.config.skipped_steps], torch.arange(count)
+        while True:
+            part = EulerField(inverted, lambda x, step, active, rows=rows: field.velocity(x, step, rows[active]))
+            try:
+                found = invert(part, latents[rows], self.config.tolerance, self.config.max_iterations)
+            except InversionError as error:
+                rows = self._without(error, rows, start, count)
+            else:
+                return {
+                    "noise": found.noise.float().cpu(),
+                    "rows": start + rows,
+                    "residuals": found.residuals.amax(0),
+                    "iterations": found.iterations.sum(0),
+                }
+
+    def _noised(self, latents: torch.Tensor, start: int) -> torch.Tensor:
+        """The data as they are before the steps that are skipped."""
+        # The sampler ends at sigma 0, so what it has left to go is the level it is at.
+        sigma = -sum(self.sampler.steps[len(self.sampler.steps) - self.config.skipped_steps :])
+        noise = torch.empty_like(latents, device="cpu")
+        for i in range(len(latents)):
+            generator = torch.Generator().manual_seed(seed_of(self.config.seed, "skipped steps", start + i))
+            noise[i].normal_(generator=generator)
+        return (1 - sigma) * latents + sigma * noise.to(latents.device)
+
+    def _without(self, error: InversionError, rows: torch.Tensor, start: int, count: int) -> torch.Tensor:
+        """The rows of a batch that are left, if no more are lost than is allowed."""
+        left = rows[~torch.isin(torch.arange(len(rows)), error.samples)]
+        if not len(left) or self._left_out + count - len(left) > self.config.max_unconverged * len(self.dataset):
+            error.add_note(
+                f"These are rows {(start + rows[error.samples]).tolist()} of train_dataset. What was inverted before "
+                "is kept. `max_unconverged` is the share of samples that may be left out."
+            )
+            raise error
+        return left
+
+    def _tag(self, batch: dict[str, list[Any]]) -> str:
+        """Tells what a file is made from: the sampler with its model, and the batch bit for bit."""
+        digest = hashlib.blake2b(self._made_by.encode(), digest_size=16)
+        for name in ("latents", "image", "prompt"):
+            for value in batch.get(name, []):
+                digest.update(_bits(value))
+        return digest.hexdigest()
+
+    def _path(self, start: int) -> Path:
+        return self.folder / f"noise-{start:08d}.safetensors"
+
+    def _read(self, start: int, tag: str) -> dict[str, torch.Tensor] | None:
+        """A file's tensors, unless there is none, it is damaged, or it was made from something else."""
+        try:
+            with safe_open(self._path(start), framework="pt") as file:
+                if file.metadata() == {"made_from": tag}:
+                    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError):
+            pass
+        return None
+
+
+def _made_by(sampler: FlowSampler, config: NoiseCorrectionConfig) -> str:
+    """Tells the model bit for bit, its sampler, and how that is inverted."""
+    parameters = denoiser_of(sampler.pipeline).named_parameters()
+    # A corrector's adapter takes no part in the inversion, and PEFT renames the layers that it wraps.
+    own = {n.replace(".base_layer", ""): p for n, p in parameters if f".{CORRECTION_ADAPTER}." not in n}
+    parts = [
+        fingerprint_of(own),
+        {name: stable(value) for name, value in sorted(sampler.kwargs.items())},
+        [sampler.sampler.timesteps, list(sampler.steps), sampler.guided],
+        [config.tolerance, config.max_iterations, config.skipped_steps, config.seed if config.skipped_steps else None],
+    ]
+    return json.dumps(parts)
+
+
+def latents_of(batch: dict[str, list[Any]], encode: Encoder) -> torch.Tensor:
+    """Latents of some rows of a data set."""
+    if "latents" in batch:
+        return torch.stack([torch.as_tensor(value, dtype=torch.float32) for value in batch["latents"]])
+    return encode(batch["image"])
+
+
+def encode_images(pipeline: Any, kwargs: dict[str, Any], images: list[Image.Image]) -> torch.Tensor:
+    """
+    Latents of images, as far as public parts of the pipeline make them.
+
+    Args:
+        pipeline (`DiffusionPipeline`):
+            Its VAE and image processor are used; one without a VAE denoises pixels in [-1, 1].
+        kwargs (`dict`):
+            Arguments of the pipeline call, of which `height` and `width` are those of the images.
+        images (`list[PIL.Image.Image]`):
+            `B` images.
+
+    Returns:
+        `torch.Tensor` of shape `(B, C, H, W)`.
+    """
+    vae = getattr(pipeline, "vae", None)
+    if vae is None:
+        channels = denoiser_of(pipeline).config.in_channels
+        arrays = [np.asarray(image.convert("L" if channels == 1 else "RGB"), dtype=np.float32) for image in images]
+        pixels = torch.from_numpy(np.stack(arrays)) / 127.5 - 1
+        return pixels[:, None] if channels == 1 else pixels.permute(0, 3, 1, 2)
+    pixels = pipeline.image_processor.preprocess(images, kwargs.get("height"), kwargs.get("width"))
+    with torch.no_grad():
+        encoded = vae.encode(pixels.to(vae.device, vae.dtype))
+    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    return (latents.float() - shift) * vae.config.scaling_factor
+
+
+def _bits(value: Any) -> bytes:
+    if isinstance(value, str):
+        return value.encode()
+    if isinstance(value, Image.Image):
+        return f"{value.mode}{value.size}".encode() + value.tobytes()
+    return torch.as_tensor(value, dtype=torch.float32).contiguous().numpy().tobytes()

@@ -1,0 +1,221 @@
+# Copyright 2026 The trl_pgraft authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""A flow pipeline that starts from corrected noise: run, saved, loaded and pushed."""
+
+import inspect
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoModel
+from huggingface_hub import snapshot_download
+
+from .adapters import AdapterSwitch, adapter_parameters
+from .batch_axes import put_on
+from .corrector import CORRECTION_ADAPTER, AdapterCorrector, Corrector, NetworkCorrector, transport
+from .denoiser_call import DenoiserCall, branches_of, denoiser_of, first_calls
+from .denoiser_format import DenoiserFormat
+from .hub import CORRECTOR_FILE, NETWORK_FOLDER, PEFT_FILES, load_adapter_weights, save_adapter_weights
+from .pipeline_inputs import input_names, parameters_of
+from .probe import learn_denoiser_call
+from .publishing import push_corrector_to_hub
+
+
+# What changes nothing in how the pipeline calls its denoiser.
+NO_SETTINGS = {"prompt", "generator", "latents", "output_type", "return_dict", "batch_size", "num_images_per_prompt"}
+
+
+class NoiseCorrectedPipeline:
+    """
+    A flow pipeline whose noise a corrector makes like that of real data first.
+
+    A call takes what the pipeline's own call takes, and returns what that returns. Attributes of the pipeline are to
+    be had as well.
+
+    Args:
+        pipeline (`DiffusionPipeline`):
+            A flow pipeline whose call takes `latents`.
+        corrector ([`Corrector`]):
+            From [`NoiseCorrectionTrainer`], or loaded with [`~NoiseCorrectedPipeline.from_pretrained`].
+        corrector_steps (`int`, *optional*, defaults to `1`):
+            Steps of the corrector where a call names none. One evaluation of a network each, two of the denoiser
+            where the corrector is an adapter.
+        trained_for (`dict`, *optional*):
+            What the corrector was trained on: `base_model`, `num_inference_steps`, `samples`, for the model card.
+        denoiser_format (`type`, *optional*):
+            Subclass of [`DenoiserFormat`] for a denoiser that the default does not serve.
+
+    Example:
+
+    ```python
+    pipeline = StableDiffusion3Pipeline.from_pretrained("path/to/model")
+    corrected = NoiseCorrectedPipeline.from_pretrained("path/to/corrector", pipeline)
+    image = corrected("a cat", num_inference_steps=10, corrector_steps=1).images[0]
+    ```
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        corrector: Corrector,
+        corrector_steps: int = 1,
+        trained_for: dict[str, Any] | None = None,
+        denoiser_format: type[DenoiserFormat] | None = None,
+    ):
+        if "latents" not in parameters_of(pipeline):
+            raise ValueError(
+                f"{type(pipeline).__name__} does not take `latents`, so it cannot be started from corrected noise."
+            )
+        self.pipeline, self.corrector = pipeline, corrector
+        self.corrector_steps, self.trained_for = _checked(corrector_steps), trained_for or {}
+        self._format = denoiser_format
+        self._calls: dict[str, DenoiserCall] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "pipeline":  # not there yet, while it is copied or unpickled
+            raise AttributeError(name)
+        return getattr(self.pipeline, name)
+
+    def __call__(self, *args: Any, corrector_steps: int | None = None, **kwargs: Any) -> Any:
+        """
+        Sample from corrected noise.
+
+        Args:
+            args, kwargs:
+                Arguments of the pipeline's call. `latents` are taken as the noise before correction.
+            corrector_steps (`int`, *optional*):
+                Steps of the corrector; 0 is the pipeline's own call. Those of the pipeline where not given.
+        """
+        steps = self.corrector_steps if corrector_steps is None else _checked(corrector_steps)
+        inspect.signature(self.pipeline.__call__).bind(*args, **kwargs)  # raises where they do not fit
+        arguments = {**dict(zip(parameters_of(self.pipeline), args, strict=False)), **kwargs}
+        if steps == 0:
+            return self.pipeline(**arguments)
+        return self.pipeline(**{**arguments, "latents": self._corrected_noise(arguments, steps)})
+
+    def _corrected_noise(self, arguments: dict[str, Any], steps: int) -> torch.Tensor:
+        """The noise that the pipeline would start from, as its denoiser is given it, corrected."""
+        call = self._call_with(arguments)
+        calls = first_calls(self.pipeline, call.calls_per_step, lambda: self.pipeline(**arguments))
+        latents = call.format.latents(calls[0])
+        count = len(latents) * call.calls_per_step // call.branches
+        branch = branches_of(calls, call.format, call.batch_axes, count)[call.conditional_branch]
+        return transport(self.corrector, latents[:count], call, put_on(branch, latents.device), steps)
+
+    def _call_with(self, arguments: dict[str, Any]) -> DenoiserCall:
+        """How the pipeline calls its denoiser with these settings; asked once for each."""
+        ignored = input_names(self.pipeline) | NO_SETTINGS
+        settings = {name: value for name, value in arguments.items() if name not in ignored}
+        key = repr(sorted(settings.items()))
+        if key not in self._calls:
+            self._calls[key] = learn_denoiser_call(self.pipeline, settings, self._format)
+        return self._calls[key]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the corrector, without the pipeline, to a folder, which is made if missing."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        is_adapter = isinstance(self.corrector, AdapterCorrector)
+        if is_adapter:
+            save_adapter_weights(self.corrector.module, folder, CORRECTION_ADAPTER, {"format": "pt"})
+        else:
+            self.corrector.module.save_pretrained(folder / NETWORK_FOLDER)
+        facts = {
+            "corrector": "lora" if is_adapter else "network",
+            "corrector_steps": self.corrector_steps,
+            "trained_for": self.trained_for,
+        }
+        (folder / CORRECTOR_FILE).write_text(json.dumps(facts, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        pipeline: Any,
+        *,
+        denoiser_format: type[DenoiserFormat] | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> "NoiseCorrectedPipeline":
+        """
+        Load a corrector into the pipeline that it was trained for.
+
+        Args:
+            source (`str` or `Path`):
+                Folder of [`~NoiseCorrectedPipeline.save_pretrained`], or repository on the Hub.
+            pipeline (`DiffusionPipeline`):
+                The pipeline.
+            denoiser_format (`type`, *optional*):
+                See [`NoiseCorrectedPipeline`].
+            revision (`str`, *optional*):
+                Branch, tag or commit of the repository.
+            token (`str`, *optional*):
+                Token for a private repository; the one of `HF_TOKEN` or `hf auth login` where not given.
+
+        Raises:
+            `ValueError`: there is no corrector, or its weights do not fit the denoiser.
+        """
+        folder = Path(source)
+        if not folder.is_dir():
+            wanted = [CORRECTOR_FILE, *PEFT_FILES, f"{NETWORK_FOLDER}/*"]
+            folder = Path(snapshot_download(str(source), allow_patterns=wanted, revision=revision, token=token))
+        if not (folder / CORRECTOR_FILE).is_file():
+            raise ValueError(f"{source} has no {CORRECTOR_FILE}: it is no corrector of NoiseCorrectionTrainer.")
+        facts = json.loads((folder / CORRECTOR_FILE).read_text())
+        load = _load_adapter if facts["corrector"] == "lora" else _load_network
+        return cls(pipeline, load(pipeline, folder), facts["corrector_steps"], facts["trained_for"], denoiser_format)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        commit_message: str = "Upload noise corrector",
+        revision: str | None = None,
+    ) -> str:
+        """
+        Push the corrector, without the pipeline, to a model repository on the Hub, with a card.
+
+        Arguments, result and errors are those of [`push_adapter_to_hub`].
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push_corrector_to_hub(
+                folder, repo_id, private=private, token=token, commit_message=commit_message, revision=revision
+            )
+
+
+def _load_adapter(pipeline: Any, folder: Path) -> AdapterCorrector:
+    denoiser = denoiser_of(pipeline)
+    load_adapter_weights(denoiser, folder, CORRECTION_ADAPTER)
+    for parameter in adapter_parameters(denoiser, CORRECTION_ADAPTER):
+        parameter.data = parameter.data.to(denoiser.dtype)
+        parameter.requires_grad_(False)
+    AdapterSwitch(denoiser, CORRECTION_ADAPTER).turn(False)
+    return AdapterCorrector(denoiser)
+
+
+def _load_network(pipeline: Any, folder: Path) -> NetworkCorrector:
+    network = AutoModel.from_pretrained(str(folder / NETWORK_FOLDER))
+    return NetworkCorrector(network.to(denoiser_of(pipeline).device).requires_grad_(False))
+
+
+def _checked(steps: int) -> int:
+    if not isinstance(steps, int) or steps < 0:
+        raise ValueError(f"corrector_steps={steps} must be a whole number, 0 or more.")
+    return steps

@@ -1,0 +1,146 @@
+# Copyright 2026 The trl_pgraft authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Configuration of [`NoiseCorrectionTrainer`]."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from .config import option
+
+
+# What a resumed run may give otherwise.
+MAY_CHANGE = (
+    *("output_dir", "corrector_steps", "inversion_batch_size", "mixed_precision", "gradient_checkpointing"),
+    *("max_steps", "logging_steps", "save_steps", "resume_from_checkpoint"),
+    *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_token"),
+)
+
+
+@dataclass
+class NoiseCorrectionConfig:
+    r"""
+    Configuration class for the [`NoiseCorrectionTrainer`].
+
+    The data set is mapped to noise by the exact inverse of the sampler of `num_inference_steps` steps, and a corrector
+    is fitted to that noise. Each field's `help` says what it does.
+
+    Raises:
+        `ValueError`: a field is out of range; the message names the field.
+    """
+
+    output_dir: str = option(
+        "noise_correction_output", "Folder for the inverted noise, the checkpoint, metrics and the corrector."
+    )
+    seed: int = option(0, "Random seed of initial weights, batches and noise.")
+    corrector: str = option(
+        "lora",
+        "What is trained: a LoRA on the model itself, which knows the prompts and costs two denoiser evaluations a "
+        "step, or a small network of its own, which does not.",
+        choices=["lora", "network"],
+    )
+    corrector_steps: int = option(1, "Steps of the corrector when sampling, unless a call asks for others.")
+    lora_rank: int = option(16, "Rank of the default LoRA, where no `peft_config` is given.")
+    network_channels: int = option(64, "Channels of the default network, where no `network` is given.")
+    num_inference_steps: int = option(
+        20, "Steps of the sampler that is inverted. Fewer steps leave more to correct, and are harder to invert."
+    )
+    skipped_steps: int = option(
+        0,
+        "Last steps of the sampler that are not inverted. The data are noised to the level before them instead, by "
+        "the flow's own forward kernel. The last step ends in the mean of the data given its state, which is nearly "
+        "singular where few steps are made.",
+    )
+    guided: bool = option(
+        False, "Invert the sampler with the guidance that `pipeline_kwargs` ask for, not that of the prompts alone."
+    )
+    tolerance: float = option(1e-3, "Largest residual of an inverted step, in units of the latents.")
+    max_iterations: int = option(200, "Denoiser evaluations of an inverted step, per sample.")
+    max_unconverged: float = option(
+        0.0, "Largest share of the samples that may be left out because a step of theirs did not converge."
+    )
+    inversion_batch_size: int = option(64, "Samples inverted at a time, per process; also those of a file.")
+    held_out_fraction: float = option(0.05, "Share of the samples that are kept from training, to report the loss on.")
+    max_steps: int = option(
+        2000, "Optimizer steps; a run that is resumed for more goes on with the learning-rate schedule of that many."
+    )
+    train_batch_size: int = option(64, "Samples of an optimizer step, over all processes.")
+    learning_rate: float = option(1e-4, "Learning rate of AdamW.")
+    weight_decay: float = option(0.0, "Weight decay of AdamW.")
+    max_grad_norm: float = option(1.0, "Norm to which the gradient is clipped.")
+    ema_decay: float | None = option(0.999, "Decay of the weights' moving average, which is what is kept.")
+    lr_scheduler_type: str = option("cosine", "Learning-rate schedule of `diffusers.optimization.get_scheduler`.")
+    warmup_steps: int = option(100, "Optimizer steps of learning-rate warm-up.")
+    mixed_precision: str = option(
+        "no",
+        "Precision of the forward pass in training. The pipeline itself keeps the precision it comes in: an inverse "
+        "cannot be closer than that.",
+        choices=["no", "fp16", "bf16"],
+    )
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass.")
+    logging_steps: int = option(50, "Optimizer steps between lines of metrics.")
+    save_steps: int = option(500, "Optimizer steps between checkpoints.")
+    resume_from_checkpoint: bool = option(
+        False, "Go on from the checkpoint in `output_dir`, if there is one. Inverted noise is always taken up again."
+    )
+    push_to_hub: bool = option(False, "Push the corrector to the Hub at the end of training.")
+    hub_model_id: str | None = option(None, "Its repository; the name of the output folder where not given.")
+    hub_private_repo: bool = option(False, "Make the repository private; a public one is refused.")
+    hub_token: str | None = field(default=None, repr=False, metadata={"help": "Token for the Hub; never stored."})
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            value, choices = getattr(self, f.name), f.metadata.get("choices")
+            if choices and value not in choices:
+                raise ValueError(f"{f.name}={value!r} is not one of {', '.join(map(repr, choices))}.")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{f.name}={value} is not a finite number.")
+        for name in _AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("tolerance", "learning_rate", "max_grad_norm"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive.")
+        for name in ("corrector_steps", "weight_decay", "warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0.")
+        if not 0 <= self.skipped_steps < self.num_inference_steps:
+            raise ValueError(
+                f"skipped_steps={self.skipped_steps} must leave some of the {self.num_inference_steps} "
+                "num_inference_steps."
+            )
+        for name in ("max_unconverged", "held_out_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is outside [0, 1).")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay} is outside (0, 1).")
+
+    def shaping(self) -> dict[str, Any]:
+        """What the trained corrector depends on, and so must not change when a run is resumed."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in MAY_CHANGE}
+
+
+_AT_LEAST_ONE = (
+    "lora_rank",
+    "network_channels",
+    "num_inference_steps",
+    "max_iterations",
+    "inversion_batch_size",
+    "max_steps",
+    "train_batch_size",
+    "logging_steps",
+    "save_steps",
+)

@@ -1,0 +1,248 @@
+# Copyright 2026 The trl_pgraft authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Inverse noise correction: a flow model's noise is learned from real data, without a reward."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from .adapters import default_lora_config
+from .cards import repository_of
+from .corrector import AdapterCorrector, Corrector, NetworkCorrector, add_correction_adapter, make_network
+from .corrector_fit import CorrectorData, CorrectorFit
+from .denoiser_call import denoiser_of
+from .denoiser_format import DenoiserFormat
+from .gaussianity import gaussianity
+from .inversion import FlowSampler
+from .inverted_data import DatasetInverter, InvertedData, encode_images
+from .noise_correction import NoiseCorrectedPipeline
+from .noise_correction_config import NoiseCorrectionConfig
+from .rollout import seed_of
+
+
+MOST_COMPARED = 10_000
+
+
+class NoiseCorrectionTrainer:
+    """
+    Make a flow model's samples more like real data by correcting the noise that it starts from (arXiv 2510.02692).
+
+    Real data are mapped back to noise by the exact inverse of the sampler in use. Because the model is imperfect, that
+    noise is not standard normal. A corrector learns to generate it, and sampling runs corrector, then model. No reward
+    is needed.
+
+    Args:
+        config ([`NoiseCorrectionConfig`], *optional*):
+            Configuration.
+        pipeline (`DiffusionPipeline`):
+            A flow pipeline with an Euler scheduler (`FlowMatchEulerDiscreteScheduler`), whose call takes `latents`.
+        train_dataset (`datasets.Dataset`):
+            Real data: a column `image` of PIL images, or `latents` in the layout that the pipeline returns with
+            `output_type="latent"`; and a column `prompt` where the pipeline takes prompts.
+        peft_config (`PeftConfig`, *optional*):
+            Adapter for `corrector="lora"`; a LoRA on the attention projections where not given.
+        network (`torch.nn.Module`, *optional*):
+            For `corrector="network"`: a diffusers model called as `network(x, timestep).sample`; a small UNet where
+            not given.
+        pipeline_kwargs (`dict`, *optional*):
+            Further arguments of the pipeline call, `height` and `width` among them.
+        encode (`Callable`, *optional*):
+            List of PIL images to latents of shape `(B, ...)`; the pipeline's VAE where not given, or pixels in [-1, 1]
+            where it has none.
+        denoiser_format (`type`, *optional*):
+            Subclass of [`DenoiserFormat`] for a denoiser that the default does not serve.
+
+    Raises:
+        `ValueError`: the arguments do not fit together, or the sampler is not Euler's.
+
+    Example:
+
+    ```python
+    config = NoiseCorrectionConfig(num_inference_steps=10, corrector="network", max_unconverged=0.01)
+    trainer = NoiseCorrectionTrainer(config, pipeline, load_dataset("path/to/images", split="train"))
+    corrected = trainer.train()
+    image = corrected(num_inference_steps=10).images[0]
+    ```
+    """
+
+    def __init__(
+        self,
+        config: NoiseCorrectionConfig | None = None,
+        pipeline: Any = None,
+        train_dataset: Any = None,
+        *,
+        peft_config: Any = None,
+        network: torch.nn.Module | None = None,
+        pipeline_kwargs: dict[str, Any] | None = None,
+        encode: Callable[[list[Image.Image]], torch.Tensor] | None = None,
+        denoiser_format: type[DenoiserFormat] | None = None,
+    ):
+        self.config = config = config or NoiseCorrectionConfig()
+        _check_arguments(config, pipeline, train_dataset, peft_config, network)
+        self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
+        if config.train_batch_size % self.accelerator.num_processes:
+            raise ValueError(
+                f"train_batch_size={config.train_batch_size} is not divisible by the {self.accelerator.num_processes} "
+                "processes that share it."
+            )
+        self.pipeline, self.train_dataset = pipeline, train_dataset
+        self.output_dir = Path(config.output_dir)
+        pipeline.to(self.accelerator.device)
+        pipeline.set_progress_bar_config(disable=True)
+        for component in pipeline.components.values():
+            if isinstance(component, torch.nn.Module):
+                component.requires_grad_(False)
+        self.kwargs = {**(pipeline_kwargs or {}), "num_inference_steps": config.num_inference_steps}
+        self.sampler = FlowSampler.of(pipeline, self.kwargs, config.guided, denoiser_format)
+        self.encode = encode or partial(encode_images, pipeline, self.kwargs)
+        self.corrector = self._make_corrector(peft_config, network)
+        trained_for = {
+            "base_model": repository_of(pipeline),
+            "num_inference_steps": config.num_inference_steps,
+            "guided": config.guided,
+            "samples": len(train_dataset),
+        }
+        self.corrected = NoiseCorrectedPipeline(
+            pipeline, self.corrector, config.corrector_steps, trained_for, denoiser_format
+        )
+
+    def _make_corrector(self, peft_config: Any, network: torch.nn.Module | None) -> Corrector:
+        denoiser, seed = denoiser_of(self.pipeline), seed_of(self.config.seed, "corrector")
+        if self.config.corrector == "lora":
+            peft_config = peft_config or default_lora_config(denoiser, self.config.lora_rank)
+            add_correction_adapter(denoiser, peft_config, seed)
+            if self.config.gradient_checkpointing:
+                denoiser.enable_gradient_checkpointing()
+            return AdapterCorrector(denoiser)
+        if network is None:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                network = make_network(tuple(self.sampler.like.shape[1:]), self.config.network_channels)
+        if self.config.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        return NetworkCorrector(network.to(self.accelerator.device).requires_grad_(True))
+
+    def invert(self) -> InvertedData:
+        """
+        Map the data set to noise, and write to `inversion.json` how far that is from N(0, I).
+
+        What is on disk already, of this model, sampler and data, is not inverted again.
+
+        Raises:
+            [`InversionError`]: more samples than `max_unconverged` allows did not converge; its notes name them.
+        """
+        started = time.perf_counter()
+        inverter = DatasetInverter(
+            self.sampler, self.train_dataset, self.encode, self.config, self.output_dir / "inverted"
+        )
+        data = inverter.run(self.accelerator)
+        if self.accelerator.is_main_process:
+            report = {
+                "samples": len(data.rows),
+                "left_out": len(self.train_dataset) - len(data.rows),
+                "largest_residual": data.residuals.max().item(),
+                "evaluations_per_step": data.iterations.double().mean().item()
+                / (len(self.sampler.steps) - self.config.skipped_steps),
+                "seconds": time.perf_counter() - started,
+            }
+            if len(data.rows) >= 20:
+                found = gaussianity(data.noise[:MOST_COMPARED], self.config.seed)
+                self.accelerator.print(f"Inverted noise beside standard normal noise:\n{found}")
+                report["gaussianity"] = asdict(found)
+            (self.output_dir / "inversion.json").write_text(json.dumps(report, indent=2) + "\n")
+        return data
+
+    def train(self) -> NoiseCorrectedPipeline:
+        """
+        Invert the data, fit the corrector and save it to `corrector` in the output folder.
+
+        Returns:
+            [`NoiseCorrectedPipeline`]: the pipeline with its corrector.
+        """
+        data = self.invert()
+        self.fit = CorrectorFit(
+            self.accelerator, self.corrector, self._training_data(data), self.config, self.output_dir, self.log
+        )
+        self.fit.run()
+        self.save_model()
+        if self.config.push_to_hub:
+            self.push_to_hub()
+        return self.corrected
+
+    def _training_data(self, data: InvertedData) -> CorrectorData:
+        has_prompts = "prompt" in self.train_dataset.column_names
+        prompts = self.train_dataset["prompt"] if has_prompts else [""] * len(self.train_dataset)
+        unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        rows = torch.tensor([unique[prompts[row]] for row in data.rows.tolist()])
+        return CorrectorData(data.noise, rows, self.sampler.call, self.sampler.record(list(unique)))
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Append a line of metrics to `metrics.jsonl` in the output folder."""
+        if self.accelerator.is_main_process:
+            with open(self.output_dir / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(metrics) + "\n")
+
+    def save_model(self, output_dir: str | Path | None = None) -> None:
+        """Save the corrector to a folder; `corrector` in the output folder where none is given."""
+        if self.accelerator.is_main_process:
+            self.corrected.save_pretrained(output_dir or self.output_dir / "corrector")
+        self.accelerator.wait_for_everyone()
+
+    def push_to_hub(self, commit_message: str = "Upload noise corrector", revision: str | None = None) -> str | None:
+        """
+        Push the corrector to `config.hub_model_id`, from the main process.
+
+        Returns:
+            `str` or `None`: the repository, on the main process.
+
+        Raises:
+            [`PushError`]: the Hub did not take it; the message has the command that pushes it later.
+        """
+        config = self.config
+        if self.accelerator.is_main_process:
+            return self.corrected.push_to_hub(
+                config.hub_model_id or self.output_dir.resolve().name,
+                private=config.hub_private_repo,
+                token=config.hub_token,
+                commit_message=commit_message,
+                revision=revision,
+            )
+
+
+def _check_arguments(
+    config: NoiseCorrectionConfig, pipeline: Any, dataset: Any, peft_config: Any, network: Any
+) -> None:
+    if pipeline is None or dataset is None:
+        raise ValueError("pipeline and train_dataset are required: a diffusers flow pipeline, and real data.")
+    columns = getattr(dataset, "column_names", None) or []
+    if "image" not in columns and "latents" not in columns:
+        raise ValueError(
+            f"train_dataset has the columns {columns}; it needs `image` (PIL images) or `latents`, of a "
+            "datasets.Dataset."
+        )
+    if not len(dataset):
+        raise ValueError("train_dataset is empty.")
+    if network is not None and config.corrector != "network":
+        raise ValueError("network: given with corrector='lora'; set corrector='network'.")
+    if peft_config is not None and config.corrector != "lora":
+        raise ValueError("peft_config: given with corrector='network'; set corrector='lora'.")

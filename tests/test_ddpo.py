@@ -136,14 +136,6 @@ def test_without_lora_all_weights_are_trained_and_the_reference_is_kept(model, c
     assert not torch.allclose(sample(pipeline), base, atol=1e-3)
 
 
-def test_without_lora_the_memory_has_the_frozen_copy_in_it(model, config, capsys):
-    wrapper = DefaultDDPOStableDiffusionPipeline(model, use_lora=False)
-    weights = sum(p.numel() for p in wrapper.unet.parameters())
-    memory = DDPOTrainer(config(), brightness, prompt_fn, wrapper).policy.memory
-    assert memory.adapter == 4 * weights and memory.pipeline > memory.adapter
-    assert "float32 copy of layers of the denoiser; the reference has the frozen ones" in capsys.readouterr().out
-
-
 def test_without_lora_too_the_reference_takes_over_at_the_switch(model, config):
     trainer = DDPOTrainer(config(), brightness, prompt_fn, DefaultDDPOStableDiffusionPipeline(model, use_lora=False))
     computed = []

@@ -249,6 +249,12 @@ def test_a_folder_without_an_adapter_is_refused(config, tmp_path):
         make_trainer(config(), tmp_path)
 
 
+def test_a_noise_corrector_is_refused(config, plain):
+    (plain / "noise_correction.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds a noise corrector"):
+        make_trainer(config(tuned_fraction=1.0), plain)
+
+
 def test_an_adapter_of_another_model_is_refused(config, pgraft, plain, tmp_path):
     with pytest.raises(ValueError, match="do not fit FluxTransformer2DModel.*another model"):
         make_trainer(config(tuned_fraction=1.0), plain, tiny_flux())

@@ -108,7 +108,7 @@ class Policy:
         self.config, self.accelerator = config, accelerator
         self.pipeline = _checked_pipeline(sd_pipeline)
         self.denoiser = denoiser_of(self.pipeline)
-        _check_no_gate(self.denoiser)
+        _check_no_gate(denoiser_of(self.pipeline))
         self.is_full = getattr(sd_pipeline, "use_lora", True) is False
         self.start: StartingAdapter | None = None
         self.peft_config = self._choose_adapter(peft_config)
@@ -127,11 +127,6 @@ class Policy:
         self.fingerprint = sampling_fingerprint(self.pipeline, self.arguments, self.levels.position)
         self.memory = estimate_memory(self.pipeline, config, self.peft_config, asked_with, self.call)
         accelerator.print(self.memory)
-        if self.is_full:
-            accelerator.print(
-                "The adapter is a float32 copy of layers of the denoiser; the reference has the frozen ones, which "
-                "stay in memory beside it."
-            )
         self.optimizer: torch.optim.Optimizer | None = None
         if self.start is not None or not config.control_adapter:
             self._make_adapter()

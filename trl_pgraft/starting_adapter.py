@@ -30,7 +30,7 @@ from safetensors import safe_open
 from .adapters import ADAPTER_NAME, AdapterSwitch, active_adapters, remove_adapter, tuner_layers
 from .config import GraftConfig
 from .denoiser_call import denoiser_of
-from .hub import LORA_FILE, PEFT_FILES, SWITCH_FILE, read_adapter, read_switch
+from .hub import CORRECTOR_FILE, LORA_FILE, PEFT_FILES, SWITCH_FILE, read_adapter, read_switch
 from .levels import levels_of_sampler
 from .publishing import clean, redacted
 from .samplers import Sampler
@@ -123,6 +123,8 @@ def read_starting_adapter(pipeline: Any, source: str | Path, token: str | None =
     """
     local = Path(source).expanduser()
     folder = local if local.is_dir() else _downloaded(str(source), token)
+    if (folder / CORRECTOR_FILE).is_file():
+        raise ValueError(f"peft_config: {source} holds a noise corrector, which is no adapter to sample with.")
     if all((folder / name).is_file() for name in PEFT_FILES):
         weights, (peft_config, state) = PEFT_FILES[0], read_adapter(folder)
     elif (folder / LORA_FILE).is_file():
@@ -139,7 +141,8 @@ def read_starting_adapter(pipeline: Any, source: str | Path, token: str | None =
 
 def _downloaded(source: str, token: str | None) -> Path:
     try:
-        folder = Path(snapshot_download(source, allow_patterns=[SWITCH_FILE, *PEFT_FILES], token=clean(token)))
+        files = [SWITCH_FILE, CORRECTOR_FILE, *PEFT_FILES]
+        folder = Path(snapshot_download(source, allow_patterns=files, token=clean(token)))
         if not all((folder / name).is_file() for name in PEFT_FILES):
             snapshot_download(source, allow_patterns=[SWITCH_FILE, LORA_FILE], token=clean(token))
     except (OSError, ValueError) as error:

@@ -155,15 +155,27 @@ def load_pgraft_adapter(
 
 def load_adapter_weights(denoiser: torch.nn.Module, folder: str | Path, name: str) -> None:
     """Add the PEFT adapter stored in `folder` to the denoiser as `name`, trainable and in float32."""
-    state = load_file(Path(folder) / "adapter_model.safetensors")
-    add_adapter(denoiser, PeftConfig.from_pretrained(str(folder)), name)
+    put_adapter(denoiser, *read_adapter(folder), name, folder)
+
+
+def read_adapter(folder: str | Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
+    """Configuration and weights of the PEFT adapter stored in `folder`."""
+    state = load_file(Path(folder) / PEFT_FILES[0])
     state = {key.removeprefix(PEFT_PREFIX): value for key, value in state.items()}
+    return PeftConfig.from_pretrained(str(folder)), state
+
+
+def put_adapter(
+    denoiser: torch.nn.Module, peft_config: PeftConfig, state: dict[str, torch.Tensor], name: str, source: str | Path
+) -> None:
+    """Add an adapter with these weights, which were read from `source`, as `name`, trainable and in float32."""
+    add_adapter(denoiser, peft_config, name)
     own = get_peft_model_state_dict(denoiser, adapter_name=name)
     amiss = [key for key in own.keys() | state.keys() if _shape(own, key) != _shape(state, key)]
     if amiss:
         remove_adapter(denoiser, name)
         raise ValueError(
-            f"{folder}: {len(amiss)} weights do not fit {type(denoiser).__name__}, e.g. {min(amiss)}. Was the adapter "
+            f"{source}: {len(amiss)} weights do not fit {type(denoiser).__name__}, e.g. {min(amiss)}. Was the adapter "
             "trained for another model?"
         )
     set_peft_model_state_dict(denoiser, state, adapter_name=name)

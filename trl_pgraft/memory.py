@@ -109,7 +109,8 @@ def estimate_memory(
     # The model without weights says how many an adapter of any kind has, and where.
     with torch.device("meta"):
         shell = type(denoiser).from_config(denoiser.config)
-        add_adapter(shell, copy.deepcopy(peft_config), ADAPTER_NAME)
+    # Not on the meta device, where some adapters (BOFT) cannot be made: PEFT puts them beside their layers by itself.
+    add_adapter(shell, copy.deepcopy(peft_config), ADAPTER_NAME, seed=0)
     trained = sum(parameter.numel() for parameter in adapter_parameters(shell, ADAPTER_NAME))
     layers = {id(layer) for layer in tuner_layers(shell, ADAPTER_NAME)}
     adapted = [denoiser.get_submodule(path) for path, module in shell.named_modules() if id(module) in layers]

@@ -114,6 +114,30 @@ def _check_required(pipeline: Any, call: dict[str, Any]) -> None:
         )
 
 
+def check_held_out(pipeline: Any, example: dict[str, Any], held_out: dict[str, Any]) -> None:
+    """
+    Check that held-out prompts have the images, labels and the like that the pipeline is handed in training.
+
+    Args:
+        pipeline (`DiffusionPipeline`):
+            The pipeline.
+        example (`dict`):
+            Its inputs for a prompt of training, from [`inputs_of`].
+        held_out (`dict`):
+            Its inputs for a held-out prompt.
+
+    Raises:
+        `ValueError`: it would lack some; the message names them.
+    """
+    missing = sorted(name for name in example.keys() - held_out.keys() if "prompt" not in name)
+    if missing:
+        raise ValueError(
+            f"{type(pipeline).__name__} is handed {', '.join(missing)} for each prompt of training, which the "
+            f"held-out prompts do not have. In place of eval_prompts give the trainer an eval_dataset with "
+            f"{'columns' if len(missing) > 1 else 'a column'} {', '.join(missing)}."
+        )
+
+
 def _collated(inputs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     names = dict.fromkeys(name for row in inputs for name in row)
     lacking = [name for name in names if any(name not in row for row in inputs)]

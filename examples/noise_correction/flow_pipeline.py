@@ -62,7 +62,8 @@ class FlowPipeline(DiffusionPipeline):
             shape = (batch_size, self.unet.config.in_channels, size, size)
             latents = randn_tensor(shape, generator=generator, device=self.device, dtype=self.unet.dtype)
         x = latents.to(self.device, self.unet.dtype)
-        self.scheduler.set_timesteps(num_inference_steps, device=self.device)
+        sigmas = torch.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist()
+        self.scheduler.set_timesteps(sigmas=sigmas, device=self.device)
         for t in self.progress_bar(self.scheduler.timesteps):
             velocity = self.unet(x, t.expand(len(x))).sample
             x = self.scheduler.step(velocity, t, x, return_dict=False)[0]

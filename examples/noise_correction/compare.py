@@ -1,0 +1,275 @@
+# Copyright 2026 The trl_pgraft authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Compare a flow model with and without noise correction: Frechet distance over FLOPs per image.
+
+    python -m examples.noise_correction.compare --flow outputs/fm/flow --classifier outputs/fm/classifier \
+        --output outputs/fm/compare
+
+For each number of sampling steps: the model from N(0, I); with correctors trained on inverted training images; from a
+Gaussian fitted to the inverted noise, which is the simplest corrector; and from the inverted noise itself, which is
+what a perfect corrector would give. Every result is appended to `results.jsonl` in the output folder, and what is
+there already is not computed again. `report.py` makes the table and the figure of it.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Array3D, Dataset, Features
+from torch.utils.flop_counter import FlopCounterMode
+
+from examples.noise_correction.data import DOMAINS, centred, dequantise, load_images, to_bytes
+from examples.noise_correction.flow_pipeline import FlowPipeline
+from examples.noise_correction.frechet import (
+    CODE,
+    FEATURES,
+    feature_extractor,
+    features_of,
+    frechet_distance,
+)
+from examples.noise_correction.report import write_report
+from trl_pgraft import NoiseCorrectedPipeline, NoiseCorrectionConfig, NoiseCorrectionTrainer
+
+
+Sampler = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class GaussianCorrector:
+    """
+    Noise of the mean and covariance of `fitted`, from standard normal noise.
+
+    Args:
+        mean (`torch.Tensor` of shape `(d,)`): the mean.
+        root (`torch.Tensor` of shape `(d, d)`): the symmetric root of the covariance.
+    """
+
+    mean: torch.Tensor
+    root: torch.Tensor
+
+    @staticmethod
+    def fitted(noise: torch.Tensor) -> "GaussianCorrector":
+        """Fit to samples `(N, ...)`."""
+        flat = noise.flatten(1).double()
+        values, vectors = torch.linalg.eigh(flat.T.cov())
+        root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+        return GaussianCorrector(flat.mean(0).float(), root.float())
+
+    def __call__(self, noise: torch.Tensor) -> torch.Tensor:
+        """Correct noise `(B, ...)`."""
+        return torch.addmm(self.mean, noise.flatten(1), self.root).reshape(noise.shape)
+
+
+class Comparison:
+    """
+    Models and real images that all results share.
+
+    Args:
+        args (`argparse.Namespace`): the command line.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.device = args, "cuda" if torch.cuda.is_available() else "cpu"
+        self.path = args.output / "results.jsonl"
+        args.output.mkdir(parents=True, exist_ok=True)
+        weights = {"domain": args.classifier, "inception": args.inception_weights}
+        self.extractors = {
+            name: feature_extractor(name, weights.get(name), self.device, args.efficientnet_size)
+            for name in args.features
+        }
+        real = load_images(args.domain, "test", args.data).pixels
+        self.real = {name: self._features(name, real) for name in self.extractors}
+        self.pipeline = self.new_pipeline()
+        size = self.pipeline.unet.config.sample_size
+        self.shape = (self.pipeline.unet.config.in_channels, size, size)
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self.done = {_key(json.loads(line)) for line in lines}
+
+    def new_pipeline(self) -> FlowPipeline:
+        """The flow model, fresh from disk."""
+        pipeline = FlowPipeline.from_pretrained(self.args.flow).to(self.device)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def _features(self, name: str, pixels: torch.Tensor) -> torch.Tensor:
+        return features_of(centred(pixels), self.extractors[name], self.device)
+
+    def noise(self, seed: int) -> torch.Tensor:
+        """The same standard normal noise for all samplers of a seed."""
+        generator = torch.Generator().manual_seed(1_000_000 + seed)
+        return torch.randn(self.args.images, *self.shape, generator=generator)
+
+    def is_done(self, **key: Any) -> bool:
+        """Whether this result is on disk."""
+        return _key(key) in self.done
+
+    def measure(self, sampler: Sampler, noise: torch.Tensor, **key: Any) -> None:
+        """Draw an image from each row of noise, and append FLOPs and distances to the results."""
+        if self.is_done(**key):
+            return
+        started = time.perf_counter()
+        flops = flops_per_image(sampler, noise[:1].to(self.device))
+        parts = noise.split(self.args.batch)
+        pixels = torch.cat([to_bytes(self.pipeline.decode(sampler(x.to(self.device))).cpu()) for x in parts])
+        distances = {name: frechet_distance(self._features(name, pixels), self.real[name]) for name in self.real}
+        seconds = round(time.perf_counter() - started, 1)
+        facts = {"images": len(pixels), "real_images": len(next(iter(self.real.values()))), "seconds": seconds}
+        line = json.dumps({**key, "flops": flops, "frechet": distances, **facts, "frechet_code": CODE})
+        with open(self.path, "a") as file:
+            file.write(line + "\n")
+        self.done.add(_key(key))
+        print(line, flush=True)
+
+
+def _key(record: dict[str, Any]) -> tuple:
+    return tuple(record[name] for name in ("arm", "steps", "corrector_steps", "seed"))
+
+
+def flops_per_image(sampler: Sampler, noise: torch.Tensor) -> int:
+    """Floating-point operations of drawing one image, all networks that take part included."""
+    sampler(noise)  # what a pipeline finds out in its first call is not counted
+    with FlopCounterMode(display=False) as counter:
+        sampler(noise)
+    return counter.get_total_flops()
+
+
+def sampler_of(pipeline: Any, steps: int, **options: Any) -> Sampler:
+    """Noise to final states in `steps` steps of a pipeline."""
+    return lambda x: pipeline(latents=x, num_inference_steps=steps, output_type="latent", **options).images
+
+
+def training_latents(comparison: Comparison) -> Dataset:
+    """Dequantised training images in the layout of the pipeline's latents."""
+    args = comparison.args
+    pixels = load_images(args.domain, "train", args.data, args.inverted_images).pixels
+    latents = comparison.pipeline.encode(dequantise(pixels, torch.Generator().manual_seed(0)))
+    features = Features({"latents": Array3D(comparison.shape, "float32")})
+    return Dataset.from_dict({"latents": list(latents.numpy())}, features).with_format("numpy")
+
+
+def new_trainer(comparison: Comparison, dataset: Dataset, arm: str, steps: int, seed: int) -> NoiseCorrectionTrainer:
+    """A trainer of one corrector; the inverted noise of one number of steps is shared by all."""
+    args = comparison.args
+    config = NoiseCorrectionConfig(
+        output_dir=str(args.output / f"steps_{steps}"),
+        seed=seed,
+        corrector=arm,
+        num_inference_steps=steps,
+        network_channels=args.network_channels,
+        lora_rank=args.lora_rank,
+        tolerance=args.tolerance,
+        skipped_steps=args.skipped_steps,
+        max_unconverged=args.max_unconverged,
+        inversion_batch_size=args.batch,
+        max_steps=args.training_steps,
+        train_batch_size=args.training_batch,
+        learning_rate=args.learning_rate,
+    )
+    return NoiseCorrectionTrainer(config, comparison.new_pipeline(), dataset)
+
+
+def corrected_pipeline(
+    comparison: Comparison, dataset: Dataset, arm: str, steps: int, seed: int
+) -> NoiseCorrectedPipeline:
+    """Train a corrector, or load it where it was trained already."""
+    folder = comparison.args.output / f"steps_{steps}" / f"{arm}_{seed}"
+    if not folder.exists():
+        trainer = new_trainer(comparison, dataset, arm, steps, seed)
+        trainer.train()
+        trainer.save_model(folder)
+    return NoiseCorrectedPipeline.from_pretrained(folder, comparison.new_pipeline())
+
+
+def compare_at(comparison: Comparison, dataset: Dataset, steps: int) -> None:
+    """All that starts from corrected noise, at one number of steps."""
+    args, pipeline = comparison.args, comparison.pipeline
+    inverted = new_trainer(comparison, dataset, "network", steps, 0).invert().noise
+    plain = sampler_of(pipeline, steps)
+    key = {"steps": steps, "corrector_steps": 0}
+    comparison.measure(plain, inverted[: args.images], arm="inverted", seed=args.seeds[0], **key)
+    gaussian = GaussianCorrector.fitted(inverted)
+    gaussian = GaussianCorrector(gaussian.mean.to(comparison.device), gaussian.root.to(comparison.device))
+    for seed in args.seeds:
+        noise = comparison.noise(seed)
+        comparison.measure(lambda x: plain(gaussian(x)), noise, arm="gaussian", seed=seed, **key)
+        for arm in args.correctors:
+            counts = [n for n in args.corrector_steps if not comparison.is_done(**_with(arm, steps, n, seed))]
+            if counts:
+                corrected = corrected_pipeline(comparison, dataset, arm, steps, seed)
+            for n in counts:
+                sampler = sampler_of(corrected, steps, corrector_steps=n)
+                comparison.measure(sampler, noise, **_with(arm, steps, n, seed))
+
+
+def _with(arm: str, steps: int, corrector_steps: int, seed: int) -> dict[str, Any]:
+    return {"arm": arm, "steps": steps, "corrector_steps": corrector_steps, "seed": seed}
+
+
+def uncorrected(comparison: Comparison) -> None:
+    """The model from N(0, I), for every number of steps and seed."""
+    for steps in comparison.args.steps:
+        for seed in comparison.args.seeds:
+            sampler = sampler_of(comparison.pipeline, steps)
+            comparison.measure(sampler, comparison.noise(seed), **_with("uncorrected", steps, 0, seed))
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run what is not there yet, then write the report."""
+    comparison = Comparison(args)
+    uncorrected(comparison)
+    dataset = training_latents(comparison)
+    for steps in args.corrected:
+        compare_at(comparison, dataset, steps)
+    write_report(args.output)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--domain", choices=DOMAINS, default="fashion_mnist")
+    parser.add_argument("--data", type=Path, help="folder of Fashion-MNIST's files")
+    parser.add_argument("--flow", type=Path, required=True, help="folder of train_flow.py")
+    parser.add_argument("--classifier", type=Path, help="folder of train_classifier.py")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--steps", type=int, nargs="+", default=(2, 3, 4, 5, 6, 8, 10, 14, 20), help="uncorrected")
+    parser.add_argument("--corrected", type=int, nargs="*", default=(2, 3, 5, 10), help="steps that are corrected")
+    parser.add_argument("--correctors", nargs="*", choices=("network", "lora"), default=("network", "lora"))
+    parser.add_argument("--corrector-steps", type=int, nargs="+", default=(1, 2))
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
+    parser.add_argument("--images", type=int, default=10_000, help="drawn for each distance")
+    parser.add_argument("--inverted-images", type=int, help="training images that are inverted; all where not given")
+    parser.add_argument("--tolerance", type=float, default=1e-2)
+    parser.add_argument("--skipped-steps", type=int, default=1, help="last steps that are not inverted")
+    parser.add_argument("--max-unconverged", type=float, default=0.01)
+    parser.add_argument("--network-channels", type=int, default=32)
+    parser.add_argument("--lora-rank", type=int, default=16)
+    parser.add_argument("--training-steps", type=int, default=5000, help="of each corrector")
+    parser.add_argument("--training-batch", type=int, default=256)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--batch", type=int, default=500, help="images drawn or inverted at a time")
+    parser.add_argument("--features", nargs="+", choices=FEATURES, default=("domain",))
+    parser.add_argument("--efficientnet-size", type=int, default=224)
+    parser.add_argument("--inception-weights", type=Path)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main(parse())

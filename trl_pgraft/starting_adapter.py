@@ -30,6 +30,7 @@ from safetensors import safe_open
 from .adapters import ADAPTER_NAME, AdapterSwitch, active_adapters, remove_adapter, tuner_layers
 from .config import GraftConfig
 from .denoiser_call import denoiser_of
+from .denoiser_format import uncompiled
 from .hub import CORRECTOR_FILE, LORA_FILE, PEFT_FILES, SWITCH_FILE, read_adapter, read_switch
 from .levels import levels_of_sampler
 from .publishing import clean, redacted
@@ -162,7 +163,7 @@ def _read_with_diffusers(pipeline: Any, folder: Path, source: str | Path) -> tup
             "at a noise level. Fuse it into the pipeline (`load_lora_weights`, `fuse_lora`, `unload_lora_weights`), "
             "which makes it part of the reference, or give an adapter of the denoiser alone."
         )
-    denoiser = denoiser_of(pipeline)
+    denoiser = uncompiled(denoiser_of(pipeline))
     if not hasattr(pipeline, "load_lora_weights"):
         raise ValueError(f"peft_config: {type(pipeline).__name__} reads no {LORA_FILE}; give the adapter as PEFT's.")
     active = active_adapters(denoiser)

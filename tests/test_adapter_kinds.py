@@ -33,6 +33,7 @@ KINDS = {
     "LoKr": peft.LoKrConfig(r=2, alpha=4, target_modules=ATTENTION),
     "OFT": peft.OFTConfig(r=0, oft_block_size=4, target_modules=ATTENTION),
     "IA3": peft.IA3Config(target_modules=["to_k", "to_v"], feedforward_modules=[]),
+    "BOFT": peft.BOFTConfig(boft_block_size=4, target_modules=ATTENTION),
     "HRA": peft.HRAConfig(r=2, target_modules=ATTENTION),
 }
 
@@ -77,11 +78,14 @@ def test_adapters_of_every_kind_are_trained_saved_and_loaded(tmp_path, make_trai
     loaded = make()
     load_pgraft_adapter(loaded, tmp_path / "adapter")
     torch.testing.assert_close(sample(loaded), expected, rtol=0, atol=1e-6)
+    continued = make_trainer(tmp_path / "continued", make(), tmp_path / "adapter")
+    with continued.sampler() as pipeline:
+        assert torch.equal(sample(pipeline), expected)
     in_diffusers_format = (tmp_path / "adapter" / "pytorch_lora_weights.safetensors").is_file()
     assert in_diffusers_format == (type(KINDS[kind]) is peft.LoraConfig)
 
 
-@pytest.mark.parametrize("kind", ["DoRA", "LoHa", "OFT"])
+@pytest.mark.parametrize("kind", ["DoRA", "LoHa", "OFT", "BOFT"])
 def test_runs_with_other_adapters_resume(tmp_path, make_trainer, kind):
     whole = make_trainer(tmp_path / "whole", tiny_sd(), KINDS[kind], num_epochs=2)
     whole.train()
@@ -100,5 +104,9 @@ def test_a_kind_that_peft_cannot_put_into_a_denoiser_is_refused(tmp_path, make_t
 
 
 def test_a_control_takes_plain_loras_alone(tmp_path, make_trainer):
-    with pytest.raises(ValueError, match="LoraConfig with use_dora"):
-        make_trainer(tmp_path, tiny_sd(), KINDS["DoRA"], control_adapter=True)
+    with_bias = peft.LoraConfig(r=2, target_modules=["to_out.0"], lora_bias=True)
+    for peft_config, named in ((KINDS["DoRA"], "use_dora"), (with_bias, "lora_bias")):
+        with pytest.raises(ValueError, match=f"LoraConfig with {named}. Give a plain LoraConfig"):
+            make_trainer(tmp_path, tiny_sd(), peft_config, control_adapter=True)
+    with pytest.raises(ValueError, match="this is a LoHaConfig. Give a plain LoraConfig"):
+        make_trainer(tmp_path, tiny_sd(), KINDS["LoHa"], control_adapter=True)

@@ -18,6 +18,7 @@ import torch
 import yaml
 from huggingface_hub import HfApi, ModelCard
 from markdown_it import MarkdownIt
+from PIL import Image
 from test_samples import as_dataset, random_round
 from tiny_pipelines import tiny_sd
 
@@ -25,6 +26,7 @@ from trl_pgraft import SwitchLevel
 from trl_pgraft.cards import (
     AdapterFacts,
     as_code,
+    label_of,
     metrics_of,
     plain,
     repository_of,
@@ -154,7 +156,7 @@ def test_no_prompt_breaks_a_dataset(prompt, tmp_path):
     write_samples_card(tmp_path, "ann/samples")
     found = datasets.load_dataset(str(tmp_path), split="train", cache_dir=str(tmp_path / "cache"))
     assert found["prompt"][:] == [prompt] * 4 + ["a dog"] * 4
-    assert some_prompts(None, None, tmp_path) == [prompt, "a dog"]
+    assert some_prompts([], None, tmp_path) == [(prompt, {}), ("a dog", {})]
 
 
 def test_the_viewer_finds_the_rounds_and_their_features(tmp_path):
@@ -201,8 +203,28 @@ def test_a_local_path_is_no_base_model(tmp_path, monkeypatch):
 
 
 def test_held_out_prompts_are_shown_first(tmp_path):
-    samples = datasets.Dataset.from_dict({"prompt": ["a", "a", "b"]})
-    assert some_prompts(["x", "y", "x"], samples, tmp_path) == ["x", "y"]
-    assert some_prompts(None, samples, tmp_path) == ["a", "b"]
-    assert some_prompts(None, None, tmp_path) == []
-    assert len(some_prompts([str(i) for i in range(99)], None, tmp_path)) == 8
+    groups = {"round": [0, 0, 0, 1], "group": [1, 1, 0, 0]}
+    samples = datasets.Dataset.from_dict({"prompt": ["a", "a", "b", "a"], **groups})
+    assert some_prompts([("x", {}), ("y", {}), ("x", {})], samples, tmp_path) == [("x", {}), ("y", {})]
+    assert some_prompts([], samples, tmp_path) == [("a", {}), ("b", {})]
+    assert some_prompts([], None, tmp_path) == []
+    assert len(some_prompts([(str(i), {}) for i in range(99)], None, tmp_path)) == 8
+
+
+def test_a_prompt_with_other_inputs_is_another_one(tmp_path):
+    black, same, white = (Image.new("RGB", (4, 4), colour) for colour in ("black", "black", "white"))
+    rows = [("a", {"image": black}), ("a", {"image": same}), ("a", {"image": white})]
+    assert some_prompts(rows, None, tmp_path) == [rows[1], rows[2]]
+    groups = {"round": [0] * 3, "group": [0, 1, 2], "input_class_labels": [3, 7, 3]}
+    samples = datasets.Dataset.from_dict({"prompt": [""] * 3, **groups})
+    shown = some_prompts([], samples, tmp_path)
+    assert shown == [("", {"class_labels": 3}), ("", {"class_labels": 7})]
+    assert [label_of(prompt) for prompt in [*shown, *rows[:1]]] == ["class_labels 3", "class_labels 7", "a"]
+
+
+def test_the_snippet_leaves_open_what_it_cannot_know(tmp_path):
+    assert (
+        "pipeline(class_labels=..., guidance_scale=4.0)"
+        in write(tmp_path, takes_prompts=False, inputs=["class_labels"], arguments={"guidance_scale": 4.0}).text
+    )
+    assert "pipeline('a fox', image=...)" in write(tmp_path, prompts=["a fox"], inputs=["image"]).text

@@ -14,11 +14,11 @@
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LNTuningConfig, LoraConfig
 from tiny_pipelines import ATTENTION
 
 from trl_pgraft import GraftConfig, estimate_memory
-from trl_pgraft.adapters import adapter_parameters, add_adapter
+from trl_pgraft.adapters import adapter_parameters, add_adapter, full_copy_config
 from trl_pgraft.denoiser_call import record_conditioning, replay
 from trl_pgraft.probe import learn_denoiser_call
 
@@ -82,6 +82,23 @@ def test_an_estimate_is_readable_and_says_what_it_leaves_out(sd):
     text = str(estimate(sd))
     assert text.startswith("Memory of a process, at least ") and "KiB" in text and "Not counted" in text
     assert all(part in text for part in ("pipeline", "adapter", "gradients", "optimizer", "activations"))
+
+
+def test_full_fine_tuning_is_a_second_set_of_weights(sd):
+    found = estimate(sd, full_copy_config(sd.unet))
+    assert found.adapter == 4 * sum(p.numel() for p in sd.unet.parameters())
+    assert found.is_full_copy and "copy of all weights of the denoiser, a whole second set" in str(found)
+    norms = LNTuningConfig(target_modules=["norm1", "norm2", "norm3"])
+    for lesser in (estimate(sd), estimate(sd, norms)):
+        assert not lesser.is_full_copy and "second set" not in str(lesser)
+
+
+def test_of_an_offloaded_pipeline_the_denoiser_alone_counts(sd):
+    plain = estimate(sd)
+    sd.enable_model_cpu_offload(device="cpu")
+    found = estimate(sd)
+    assert found.pipeline == 4 * sum(p.numel() for p in sd.unet.parameters()) < plain.pipeline
+    assert (found.adapter, found.activations) == (plain.adapter, plain.activations)
 
 
 def test_asking_leaves_the_pipeline_alone(sd):

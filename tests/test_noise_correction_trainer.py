@@ -170,9 +170,9 @@ def test_samples_that_do_not_converge_stop_the_run_or_are_left_out(tmp_path):
     assert found.rows.tolist() == [row for row in range(48) if row not in (5, 30)]
     assert json.loads((tmp_path / "out/inversion.json").read_text())["left_out"] == 2
     alone = NoiseCorrectionTrainer(
-        make_config(tmp_path / "alone", max_unconverged=0.05, inversion_batch_size=1), steep_flow(), data
+        make_config(tmp_path / "alone", max_unconverged=0.5, inversion_batch_size=1), steep_flow(), data.select([4, 5])
     )
-    assert alone.invert().rows.tolist() == found.rows.tolist()
+    assert alone.invert().rows.tolist() == [0]
     between = NoiseCorrectionTrainer(make_config(tmp_path / "b", max_unconverged=0.03), steep_flow(), data)
     with pytest.raises(InversionError) as error:
         between.invert()
@@ -230,6 +230,22 @@ def test_a_lora_is_trained_on_prompts(tmp_path, make):
     loaded = NoiseCorrectedPipeline.from_pretrained(tmp_path / "out/corrector", make())
     again = loaded(**call, generator=torch.Generator().manual_seed(0)).images
     torch.testing.assert_close(again, images[1], rtol=0, atol=1e-5)
+
+
+def test_a_compiled_denoiser_is_corrected_alike(tmp_path):
+    data = Dataset.from_dict({"latents": noise_of(8, (4, 8, 8)).numpy(), "prompt": ["a cat", "two"] * 4})
+    size, found = {"height": 16, "width": 16, "guidance_scale": 1.0}, []
+    for is_compiled in (False, True):
+        pipeline = tiny_sd3()
+        if is_compiled:
+            pipeline.transformer = torch.compile(pipeline.transformer, backend="eager")
+        config = make_config(tmp_path / str(is_compiled), corrector="lora", lora_rank=4, tolerance=1e-4, max_steps=2)
+        trainer = NoiseCorrectionTrainer(config, pipeline, data, pipeline_kwargs=size)
+        trainer.train()
+        found.append(weights(trainer))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+    loaded = NoiseCorrectedPipeline.from_pretrained(tmp_path / "True/out/corrector", tiny_sd3())
+    torch.testing.assert_close(torch.cat([p.flatten() for p in loaded.corrector.parameters]), found[1])
 
 
 def test_guided_inversion_is_asked_for(tmp_path):

@@ -31,6 +31,13 @@ def test_grid_shows_each_pair_above_each_other():
     assert grid.getpixel((first, below + 16)) == (30,) * 3
 
 
+def test_of_videos_the_middle_frame_is_shown():
+    videos = torch.stack([images(10, 20, 30), images(40, 50, 60)])
+    assert image_grid(videos, ["", ""], size=16).tobytes() == image_grid(videos[:, 1], ["", ""], size=16).tobytes()
+    pairs = before_after_grid(videos, videos.flip(0), ["", ""], size=16)
+    assert pairs.tobytes() == before_after_grid(videos[:, 1], videos.flip(0)[:, 1], ["", ""], size=16).tobytes()
+
+
 def test_grid_takes_any_prompt():
     labels = ["x" * 10_000, "<b>&\x00\x1b[31m\n\u202e", ""]
     grid = before_after_grid(images(1, 2, 3), images(4, 5, 6), labels, size=16)

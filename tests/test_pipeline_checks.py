@@ -24,6 +24,7 @@ from tiny_transformers import tiny_lumina2, tiny_qwen_image, tiny_z_image
 from worked_overrides import overrides
 
 from trl_pgraft import DenoiserFormat, GraftConfig, PGraftTrainer
+from trl_pgraft.adapters import add_adapter
 from trl_pgraft.pipeline_checks import check_call, check_peft_config, few_step_warning
 from trl_pgraft.probe import learn_denoiser_call
 from trl_pgraft.rollout import sampling_arguments
@@ -67,6 +68,18 @@ def test_few_steps_without_guidance_are_noticed(sd):
     assert "4 steps without guidance on trailing timesteps" in message
     (message,) = warned(tiny_flux(), num_inference_steps=4)
     assert "4 steps without guidance." in message
+
+
+def test_a_distilled_model_is_trained_with_the_warning(sd, config):
+    """As LCM's: the guidance scale goes into the denoiser, and is replayed with the rest."""
+    sd.unet = tiny_unet(time_cond_proj_dim=8)
+    sd.scheduler = LCMScheduler.from_config(sd.scheduler.config)
+    options = {"reward_function": brightness, "prompt_function": lambda: ("a", {}), "sd_pipeline": sd}
+    with pytest.warns(UserWarning, match="looks like a few-step distilled model"):
+        trainer = PGraftTrainer(config(tuned_fraction=1.0), **options)
+    (metrics,) = trainer.train()
+    assert metrics["skipped_steps"] == 0 and metrics["loss"] > 0
+    assert "timestep_cond" in trainer.policy.training_set(trainer.rounds.draw(0)[0], 0).conditioning.conditional
 
 
 @pytest.mark.parametrize(
@@ -125,9 +138,56 @@ def test_an_adapter_on_the_text_encoder_is_refused(sd):
         PGraftTrainer(GraftConfig(), sd_pipeline=sd, peft_config=LoraConfig(target_modules=["q_proj"]), **options)
 
 
-def test_modules_that_nobody_has_are_named(sd):
+def test_a_pattern_for_the_text_encoder_is_refused(sd):
+    with pytest.raises(ValueError, match=r"target_modules \.\*q_proj are modules of text_encoder"):
+        check_peft_config(sd, LoraConfig(target_modules=".*q_proj"))
+
+
+def test_a_lora_that_the_text_encoder_has_stays_as_it_is(sd, config):
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    sd.text_encoder.add_adapter(lora)
+    before = {name: p.clone() for name, p in sd.text_encoder.named_parameters()}
+    options = {"reward_function": brightness, "prompt_function": lambda: ("a", {})}
+    trainer = PGraftTrainer(config(), sd_pipeline=sd, **options)
+    plain = PGraftTrainer(config(), sd_pipeline=tiny_sd(), **options)
+    drawn, without = (t.evaluate(["a"], reference=True).images for t in (trainer, plain))
+    assert not torch.equal(drawn, without), "it takes part"
+    trainer.train()
+    after = dict(sd.text_encoder.named_parameters())
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert not any(p.requires_grad or p.grad is not None for p in after.values())
+    assert torch.equal(trainer.evaluate(["a"], reference=True).images, drawn)
+
+
+@pytest.mark.parametrize("targets", [["nonesuch"], "nonesuch"])
+def test_modules_that_nobody_has_are_named(sd, targets):
     with pytest.raises(ValueError, match="UNet2DConditionModel has no modules nonesuch"):
-        check_peft_config(sd, LoraConfig(target_modules=["nonesuch"]))
+        check_peft_config(sd, LoraConfig(target_modules=targets))
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the frozen weights"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' changes"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora' changes"),
+        ({"bias": "all"}, "bias='all' trains biases of the model itself"),
+        ({"modules_to_save": ["conv_in"]}, r"modules_to_save=\['conv_in'\] are no part of an adapter"),
+    ],
+)
+def test_adapters_that_cannot_be_taken_out_are_refused(sd, options, named):
+    with pytest.raises(ValueError, match=f"peft_config: {named}"):
+        check_peft_config(sd, LoraConfig(target_modules=["to_q"], **options))
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "mica"])
+def test_other_initialisations_leave_the_reference_alone(sd, start):
+    config = LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=start)
+    check_peft_config(sd, config)
+    before = {name: p.detach().clone() for name, p in sd.unet.named_parameters()}
+    add_adapter(sd.unet, config, "pgraft")
+    kept = {n.replace("base_layer.", ""): p for n, p in sd.unet.named_parameters() if "lora_" not in n}
+    assert kept.keys() == before.keys() and all(torch.equal(kept[name], before[name]) for name in before)
 
 
 def test_adapters_of_the_denoiser_are_taken(sd):

@@ -16,11 +16,12 @@ import datasets
 import pytest
 import torch
 from PIL import Image
-from test_pipelines import BLACK, CASES, PROMPTS, WHITE, Case, brightness, make_trainer
+from test_pipelines import BLACK, CASES, LEFT, PROMPTS, WHITE, Case, brightness, make_trainer
 from tiny_pipelines import tiny_ddpm, tiny_flux, tiny_image_to_image, tiny_sd, tiny_sdxl
 from tiny_transformers import tiny_dit, tiny_qwen_image
 
 from trl_pgraft import GraftConfig, PGraftTrainer
+from trl_pgraft.adapters import adapter_parameters
 from trl_pgraft.denoiser_call import record_conditioning
 from trl_pgraft.pipeline_inputs import as_batch, input_names, inputs_of, prompt_arguments
 from trl_pgraft.probe import learn_denoiser_call
@@ -128,6 +129,42 @@ def test_embeddings_come_in_the_pipelines_precision():
     torch.testing.assert_close(sample(pipeline, GUIDED, inputs), sample(pipeline, GUIDED), rtol=0, atol=1e-5)
 
 
+def trained_with(make, dataset, folder):
+    options = {"num_epochs": 1, "sample_num_steps": 4, "sample_guidance_scale": 3.0, "samples_per_prompt": 2}
+    options |= {"sample_batch_size": 2, "acceptance_kwargs": {"k": 1}, "train_timestep_fraction": 0.25}
+    config = GraftConfig(**options, output_dir=str(folder))
+    trainer = PGraftTrainer(
+        config, brightness, sd_pipeline=make(), train_dataset=datasets.Dataset.from_dict(dataset)
+    )
+    (metrics,) = trainer.train()
+    return metrics["loss"], trainer
+
+
+def test_embeddings_train_as_their_prompts_do(tmp_path):
+    """Without a column `prompt`, too; the adapters are equal."""
+    embeds, negative = embeddings_of(tiny_sd(), PROMPTS)
+    columns = {"prompt_embeds": embeds.tolist(), "negative_prompt_embeds": negative.tolist()}
+    expected, by_prompts = trained_with(tiny_sd, {"prompt": PROMPTS}, tmp_path / "prompts")
+    loss, by_embeddings = trained_with(tiny_sd, columns, tmp_path / "embeddings")
+    assert loss == pytest.approx(expected, rel=1e-5)
+    adapters = [adapter_parameters(t.denoiser, "pgraft") for t in (by_prompts, by_embeddings)]
+    for one, other in zip(*adapters, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["negative_prompt", "prompt_2", "negative_prompt_2"])
+def test_further_prompts_are_trained_with(name, tmp_path):
+    # All else is the same for both; without a negative prompt SDXL takes zeros for both encoders.
+    columns = {"prompt": ["a cat"] * 2, "negative_prompt": ["ugly"] * 2, name: ["a house", "an old tree"]}
+    loss, trainer = trained_with(tiny_sdxl, columns, tmp_path)
+    assert loss > 0 and trainer.progress.global_step > 0
+    conditioning = trainer.policy.training_set(trainer.rounds.draw(0)[0], 0).conditioning
+    changed = conditioning.conditional if name == "prompt_2" else conditioning.unconditional
+    for part in (conditioning.conditional, conditioning.unconditional):
+        one, other = part["encoder_hidden_states"]
+        assert torch.allclose(one, other, atol=1e-5) != (part is changed)
+
+
 def test_a_second_prompt_reaches_its_text_encoder():
     for pipeline in (tiny_sdxl(), tiny_flux()):
         call = learn_denoiser_call(pipeline, GUIDED)
@@ -205,6 +242,79 @@ def test_evaluation_takes_columns(tmp_path):
     trainer = make_trainer(CASES["DiT"], tmp_path)
     one, other = (trainer.evaluate(["", ""], columns={"class_labels": labels}) for labels in ([3, 3], [3, 7]))
     assert torch.equal(one.images[0], other.images[0]) and not torch.equal(one.images[1], other.images[1])
+
+
+FURTHER = {
+    "image to image": {"image": [WHITE, BLACK]},
+    "inpainting": {"image": [WHITE, BLACK], "mask_image": [LEFT, LEFT]},
+    "DiT": {"class_labels": [5, 9]},
+    "Wan": {},
+}
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_held_out_images_are_drawn_with_their_inputs(name, tmp_path):
+    """In evaluations, in a tracker's pictures and on the card, where a run has no other prompts than its samples'."""
+    case, columns = CASES[name], FURTHER[name]
+    prompts = {"prompt": ["a fox", "a fox"]} if name != "DiT" else {}
+    held_out = datasets.Dataset.from_dict({**prompts, **columns})
+    options = {"log_with": "tensorboard", "logdir": "logs", "num_epochs": 1}
+    trainer = make_trainer(case, tmp_path / "run", eval_dataset=held_out, **options)
+    base = trainer.evaluate(reference=True)
+    trainer.train()
+    assert [record["epoch"] for record in trainer.history if "eval/reward" in record] == [0, 1]
+    assert torch.equal(trainer.rounds.draw_pictures(trainer.held_out, True), base.images)
+    given = trainer.evaluate(held_out["prompt"] if prompts else ["", ""], True, columns)
+    assert torch.equal(given.images, base.images)
+    swapped = trainer.evaluate(["a fox"] * 2, True, {column: values[::-1] for column, values in columns.items()})
+    assert torch.equal(swapped.images, base.images) == (name == "Wan")
+    trainer.held_out = []
+    trainer.create_model_card()
+    with Image.open(trainer.adapter_dir / "before_after.png") as grid:
+        assert grid.width == 56 + 2 * 132, "the two prompts that were trained on"
+    assert any((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
+def test_held_out_prompts_without_inputs_are_refused_before_anything_is_drawn(tmp_path):
+    with pytest.raises(ValueError, match="is handed image, mask_image for each prompt .*columns image, mask_image"):
+        make_trainer(CASES["inpainting"], tmp_path, eval_prompts=["a fox"])
+    with pytest.raises(ValueError, match="DiTPipeline is handed class_labels.*an eval_dataset with a column class_l"):
+        make_trainer(CASES["DiT"], tmp_path, eval_prompts=[""])
+    same_for_all = Case(tiny_image_to_image, {"strength": 0.75, "image": BLACK})
+    trainer = make_trainer(same_for_all, tmp_path, eval_prompts=["a fox"])
+    assert [row["skipped_steps"] for row in trainer.train() if "reward" in row] == [0]
+
+
+def test_held_out_prompts_reach_the_rewards_with_their_columns(tmp_path):
+    seen = []
+
+    def reward(*, images, prompts, **columns):
+        seen.append((prompts, columns.get("answer")))
+        return [0.5] * len(images)
+
+    held_out = datasets.Dataset.from_dict({"prompt": ["a fox", "a hen"], "answer": [1, 2]})
+    PGraftTrainer(
+        GraftConfig(output_dir=str(tmp_path), sample_batch_size=2, sample_num_steps=2),
+        sd_pipeline=tiny_sd(),
+        reward_funcs=reward,
+        prompt_function=lambda: ("a", {}),
+        eval_dataset=held_out,
+    ).evaluate()
+    assert seen == [(["a fox", "a hen"], [1, 2])]
+
+
+@pytest.mark.parametrize(
+    "eval_dataset, prompts, message",
+    [
+        (datasets.Dataset.from_dict({"prompt": ["a"]}), ["b"], "eval_dataset and config.eval_prompts both"),
+        (datasets.Dataset.from_dict({"text": ["a"]}), None, "eval_dataset has no column `prompt`; it has text"),
+        (datasets.Dataset.from_dict({"prompt": []}), None, "eval_dataset is empty"),
+        (datasets.DatasetDict({"test": datasets.Dataset.from_dict({"prompt": ["a"]})}), None, "is a DatasetDict"),
+    ],
+)
+def test_held_out_prompts_are_checked(tmp_path, eval_dataset, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(CASES["SD 1.5"], tmp_path, eval_dataset=eval_dataset, eval_prompts=prompts)
 
 
 def test_steps_that_an_image_skips_are_not_tuned(tmp_path):

@@ -181,7 +181,7 @@ def brightness(images, prompts, metadata):
     return images.flatten(1).mean(1), {}
 
 
-def make_trainer(case: Case, folder: Any, **options: Any) -> PGraftTrainer:
+def make_trainer(case: Case, folder: Any, eval_dataset: Any = None, **options: Any) -> PGraftTrainer:
     defaults = {
         "num_epochs": 1,
         "sample_num_steps": 4,
@@ -204,6 +204,7 @@ def make_trainer(case: Case, folder: Any, **options: Any) -> PGraftTrainer:
         brightness,
         sd_pipeline=pipeline,
         train_dataset=datasets.Dataset.from_dict({**columns, **case.columns}),
+        eval_dataset=eval_dataset,
         pipeline_kwargs=case.kwargs,
         denoiser_format=case.denoiser_format,
     )

@@ -235,8 +235,8 @@ def test_a_card_without_a_push(hub, config):
     assert "- `a cat`" in card.text and "](before_after.png)" in card.text and hub.requests == []
     with Image.open(trainer.adapter_dir / "before_after.png") as grid:
         assert grid.size[0] > 128
-    first, last = trainer.rounds.draw_pictures(["a cat"], True), trainer.evaluate(["a cat"], reference=True).images
-    assert torch.equal(first, last), "the pictures are those of an evaluation"
+    pictures = trainer.rounds.draw_pictures([("a cat", {})], reference=True)
+    assert torch.equal(pictures, trainer.evaluate(["a cat"], reference=True).images)
 
 
 @pytest.mark.parametrize("prompt", [*(MALICIOUS[i] for i in (0, 2, 5, 7, 9)), "x" * 20_000], ids=range(6))

@@ -77,7 +77,7 @@ def _inject(denoiser: torch.nn.Module, peft_config: PeftConfig, name: str) -> No
     except Exception as error:
         raise ValueError(
             f"peft_config: PEFT cannot put a {type(peft_config).__name__} into this {type(denoiser).__name__} "
-            f"({type(error).__name__}: {error}). LoRA, DoRA, LoHa, LoKr, OFT, IA3 and HRA were tried."
+            f"({type(error).__name__}: {error}). LoRA, DoRA, LoHa, LoKr, OFT, BOFT, IA3 and HRA were tried."
         ) from error
 
 

@@ -34,6 +34,8 @@ ADAPTER_TEMPLATE = """\
 
 {{ what }} {{ base }}, fine-tuned on rewards with {{ method }} in trl_pgraft: groups of images were drawn, the best of
 each group accepted, and the adapter fitted to the noisy states that they came from.
+{%- if start %} Training continued {{ start }}; its
+reference is the base model without it.{% endif %}
 {% if grid %}
 ![Base model above, tuned model below, same prompts and seeds]({{ grid }})
 {% endif %}
@@ -51,7 +53,7 @@ It is stored in PEFT's format alone, which diffusers' own loaders do not read.
 {% endif %}{% if metrics %}
 ## Results
 
-Mean rewards on {{ metrics_source }}, base model -> tuned model:
+Mean rewards on {{ metrics_source }}, {{ "adapter that was continued" if start else "base model" }} -> tuned model:
 
 {% for line in metrics %}- {{ line }}
 {% endfor %}{% endif %}{% if rewards or settings or prompts %}

@@ -21,12 +21,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow.parquet as pq
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import LNTuningConfig, LoraConfig, PeftConfig
 
 from .card_templates import ADAPTER_TEMPLATE, CITATION, CORRECTOR_TEMPLATE, SAMPLES_TEMPLATE
+from .pipeline_inputs import takes_prompts
+from .prompts import Prompt
+from .samples import prompts_of_samples, stable
 from .timestep_gate import SwitchLevel
 
 
@@ -74,6 +78,10 @@ class AdapterFacts:
             The base model's repository, where it has one.
         prompts (`Sequence[str]`, *optional*):
             Some of the prompts.
+        inputs (`Sequence[str]`, *optional*):
+            What the pipeline is handed for each image beside the prompt, in the snippet left open.
+        takes_prompts (`bool`, *optional*, defaults to `True`):
+            Whether the pipeline is handed a prompt.
         rewards (`dict[str, float]`, *optional*):
             Reward functions and their weights.
         metrics (`dict[str, tuple[float or None, float]]`, *optional*):
@@ -90,11 +98,15 @@ class AdapterFacts:
             Repository of the samples or of the prompts.
         kind (`str`, *optional*, defaults to `"LoRA"`):
             What was trained: `"LoRA"`, `"full copy"` of the denoiser's weights, or PEFT's name of another adapter.
+        start (`str`, *optional*):
+            The adapter that training went on from, in Markdown; the rewards before are then its own.
     """
 
     switch: SwitchLevel
     base_model: str | None = None
     prompts: Sequence[str] = ()
+    inputs: Sequence[str] = ()
+    takes_prompts: bool = True
     rewards: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, tuple[float | None, float]] = field(default_factory=dict)
     metrics_source: str = "held-out prompts"
@@ -103,6 +115,7 @@ class AdapterFacts:
     tags: Sequence[str] = ()
     dataset: str | None = None
     kind: str = LORA
+    start: str | None = None
 
 
 def write_adapter_card(folder: str | Path, repo_id: str, facts: AdapterFacts, title: str | None = None) -> None:
@@ -134,6 +147,7 @@ def write_adapter_card(folder: str | Path, repo_id: str, facts: AdapterFacts, ti
         grid=GRID_FILE if (Path(folder) / GRID_FILE).is_file() else None,
         snippet=_snippet(repo_id, facts),
         switch=_switch_sentence(facts.switch),
+        start=facts.start,
         metrics=[f"{as_code(name)}: {_change(*values)}" for name, values in facts.metrics.items()],
         metrics_source=facts.metrics_source,
         rewards=[f"{as_code(name)}, weight {weight:g}" for name, weight in facts.rewards.items()],
@@ -206,25 +220,35 @@ def as_code(text: str) -> str:
     return f"{fence}{pad}{line}{pad}{fence}"
 
 
-def facts_of(trainer: Any, dataset: str | None, tags: Sequence[str]) -> AdapterFacts:
-    """What a [`PGraftTrainer`] knows about the adapter that it trains."""
+def facts_of(trainer: Any, shown: Sequence[Prompt], dataset: str | None, tags: Sequence[str]) -> AdapterFacts:
+    """What a [`PGraftTrainer`] knows about the adapter that it trains, and the prompts that are shown."""
     config, rewards = trainer.config, {reward.name: reward.weight for reward in trainer.rewards}
     source, metrics = metrics_of(trainer.history, list(rewards))
     settings = config.to_dict()
-    shown = ("num_inference_steps", "guidance_scale", "height", "width")
+    told = ("num_inference_steps", "guidance_scale", "height", "width")
     return AdapterFacts(
         switch=trainer.policy.switch,
         base_model=repository_of(trainer.pipeline),
-        prompts=some_prompts(config.eval_prompts, trainer.samples_dataset, trainer.output_dir / "samples"),
+        prompts=[prompt for prompt in dict.fromkeys(prompt for prompt, _ in shown) if prompt],
+        inputs=list(dict.fromkeys(name for _, columns in shown for name in trainer.policy.inputs_of(columns))),
+        takes_prompts=takes_prompts(trainer.pipeline),
         rewards=rewards,
         metrics=metrics,
         metrics_source=source,
         settings={name: settings[name] for name in SETTINGS if settings[name] not in (None, {})},
-        arguments={n: value for n, value in trainer.policy.arguments.items() if n in shown and value is not None},
+        arguments={n: value for n, value in trainer.policy.arguments.items() if n in told and value is not None},
         tags=tags,
         dataset=dataset,
         kind=kind_of(trainer.policy.peft_config),
+        start=_start_of(trainer.policy.start),
     )
+
+
+def _start_of(start: Any) -> str | None:
+    if start is None:
+        return None
+    repository = start.repository
+    return f"[{repository}](https://huggingface.co/{repository})" if repository else "an adapter on disk"
 
 
 def kind_of(peft_config: PeftConfig) -> str:
@@ -235,14 +259,21 @@ def kind_of(peft_config: PeftConfig) -> str:
 
 
 def some_prompts(
-    eval_prompts: Sequence[str] | None, samples: Any, folder: Path, count: int = SHOWN_PROMPTS
-) -> list[str]:
+    held_out: Sequence[Prompt], samples: datasets.Dataset | None, folder: Path, count: int = SHOWN_PROMPTS
+) -> list[Prompt]:
     """Different prompts to show: held-out ones, or those of the samples trained on, or of the newest round kept."""
-    prompts: Sequence[str] = eval_prompts or (samples["prompt"] if samples is not None else [])
     files = sorted(folder.glob(ROUND_FILES))
-    if not prompts and files:
-        prompts = pq.read_table(files[-1], columns=["prompt"])["prompt"].to_pylist()
-    return list(dict.fromkeys(prompts))[:count]
+    if not held_out and samples is None and files:
+        samples = datasets.Dataset(pq.read_table(files[-1]))
+    prompts = held_out or ([] if samples is None else prompts_of_samples(samples))
+    different = {(prompt, *(f"{n} {stable(v)}" for n, v in row.items())): (prompt, row) for prompt, row in prompts}
+    return list(different.values())[:count]
+
+
+def label_of(prompt: Prompt) -> str:
+    """What is written under a picture: the prompt, or the numbers and words that stand for one, such as a class."""
+    text, columns = prompt
+    return text or ", ".join(f"{name} {value}" for name, value in columns.items() if isinstance(value, int | str))
 
 
 def repository_of(pipeline: Any) -> str | None:
@@ -294,8 +325,9 @@ def _adapter_metadata(title: str, facts: AdapterFacts) -> ModelCardData:
 def _snippet(repo_id: str, facts: AdapterFacts) -> str:
     prompt = plain(facts.prompts[0] if facts.prompts else "a photo of a cat")
     # ascii() quotes for Python; a run of backticks would end the block of code.
-    quoted = ascii(prompt).replace("`", "\\x60")
-    arguments = "".join(f", {name}={value}" for name, value in facts.arguments.items())
+    arguments = [ascii(prompt).replace("`", "\\x60")] if facts.takes_prompts else []
+    arguments += [f"{name}=..." for name in facts.inputs]
+    arguments += [f"{name}={value}" for name, value in facts.arguments.items()]
     base = facts.base_model or "path/to/the/base/model"
     return f"""\
 from diffusers import DiffusionPipeline
@@ -303,7 +335,7 @@ from trl_pgraft import load_pgraft_adapter
 
 pipeline = DiffusionPipeline.from_pretrained("{base}")
 gate = load_pgraft_adapter(pipeline, "{repo_id}")  # at work until gate.remove()
-image = pipeline({quoted}{arguments}).images[0]
+image = pipeline({", ".join(arguments)}).images[0]
 image.save("image.png")"""
 
 

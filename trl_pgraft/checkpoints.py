@@ -222,10 +222,14 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
 
 def load_optimizer_tensors(tensors: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
     """Put the state that [`optimizer_tensors`] returned into `optimizer`."""
-    state: dict[int, dict[str, torch.Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
+        index, *nesting, name = key.split(".")
+        values = state.setdefault(int(index), {})
+        for part in nesting:
+            values = values.setdefault(part, {})
+        # bitsandbytes counts its steps in an int, AdamW in a float tensor.
+        values[name] = value.item() if value.dtype == torch.int64 and value.ndim == 0 else value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
@@ -261,10 +265,13 @@ def prune_checkpoints(folder: Path, limit: int) -> None:
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """State of an optimizer as tensors with names."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{name}": torch.as_tensor(value).contiguous()
-        for index, values in state.items()
-        for name, value in values.items()
-        if value is not None
-    }
+    return dict(_tensors_of(optimizer.state_dict()["state"]))
+
+
+def _tensors_of(state: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors of nested dicts, by the path to them. They are copies, for bitsandbytes shares some between weights."""
+    for name, value in state.items():
+        if isinstance(value, dict):
+            yield from _tensors_of(value, f"{prefix}{name}.")
+        elif value is not None:
+            yield f"{prefix}{name}", torch.as_tensor(value).clone(memory_format=torch.contiguous_format)

@@ -204,9 +204,15 @@ class GraftConfig:
         None, "Seconds that one call of a reward function may take. None: as long as it likes."
     )
     eval_prompts: list[str] | None = field(
-        default=None, metadata={"help": "Held-out prompts, drawn with the same seeds at every evaluation."}
+        default=None,
+        metadata={
+            "help": "Held-out prompts, drawn with the same seeds at every evaluation; with further columns, give the "
+            "trainer an `eval_dataset` in their place."
+        },
     )
-    eval_freq: int = option(1, "Rounds between evaluations on `eval_prompts`; the base is evaluated first.")
+    eval_freq: int = option(
+        1, "Rounds between evaluations on held-out prompts; what training starts as is evaluated first."
+    )
     output_dir: str = option("pgraft_output", "Folder for checkpoints, samples and metrics.")
     resume_from_checkpoint: str | None = option(
         None, "TRL's name for `resume_from`; True takes the newest checkpoint of `output_dir`, if there is one."

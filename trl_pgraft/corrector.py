@@ -113,9 +113,9 @@ class NetworkCorrector:
         model: Callable[..., Any] | None = None,
     ) -> torch.Tensor:
         """See [`Corrector`]."""
-        timesteps = TIMESTEPS * (1 - signal)
+        model, timesteps = self.module if model is None else model, TIMESTEPS * (1 - signal)
         dtype = next(self.module.parameters()).dtype
-        return (model or self.module)(x.to(dtype), timesteps.to(x.device, dtype)).sample.float()
+        return model(x.to(dtype), timesteps.to(x.device, dtype)).sample.float()
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class AdapterCorrector:
         arguments = (call, x.to(self.module.dtype), TIMESTEPS * (1 - signal), conditioning)
         with torch.no_grad(), without_adapters(self.module, [CORRECTION_ADAPTER]):
             reference = replay(self.module, *arguments)
-        return replay(model or self.module, *arguments).float() - reference.float()
+        return replay(self.module if model is None else model, *arguments).float() - reference.float()
 
 
 def add_correction_adapter(denoiser: torch.nn.Module, peft_config: PeftConfig, seed: int | None = None) -> None:

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from .batch_axes import put_on, take_rows
-from .denoiser_format import DenoiserFormat
+from .denoiser_format import DenoiserFormat, uncompiled
 from .pipeline_inputs import prompt_arguments
 
 
@@ -132,7 +132,7 @@ def denoiser_name_of(pipeline: Any) -> str:
 
 
 def denoiser_of(pipeline: Any) -> torch.nn.Module:
-    """The module that predicts noise, data or velocity in `pipeline`."""
+    """What `pipeline` calls to predict noise, data or velocity: a module, or what `torch.compile` made of it."""
     return getattr(pipeline, denoiser_name_of(pipeline))
 
 
@@ -277,7 +277,7 @@ def record_trajectory(pipeline: Any, call: DenoiserCall, position: int, batch_si
 @contextmanager
 def observe_calls(denoiser: torch.nn.Module, observer: Callable[[dict[str, Any]], None]) -> Iterator[None]:
     """Show `observer` the named arguments of every call of `denoiser` made inside the block."""
-    signature = inspect.signature(type(denoiser).forward)
+    signature = inspect.signature(type(uncompiled(denoiser)).forward)
     further = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
 
     def hook(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -329,7 +329,8 @@ def run_until_recorded(
 def until_recorded(pipeline: Any) -> Iterator[None]:
     """Stop at [`CallRecorded`], and put the pipeline's components back where they were."""
     try:
-        with torch.no_grad():
+        # Not compiled: a few calls of sizes that nothing else uses, with hooks on layers that a compiled graph skips.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     except CallRecorded:
         pipeline.maybe_free_model_hooks()

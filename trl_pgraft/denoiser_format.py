@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,14 @@ class DenoiserFormat:
         return output[0] if isinstance(output, tuple) else output.sample
 
 
+def uncompiled(denoiser: torch.nn.Module) -> torch.nn.Module:
+    """The module that `torch.compile` wrapped: with its own signature, names of parameters, and PEFT's attributes."""
+    return extract_model_from_parallel(denoiser, keep_torch_compile=False)
+
+
 def argument_names(denoiser: torch.nn.Module) -> tuple[str, str]:
     """Names of the denoiser's arguments for the noisy latents and for the timestep."""
+    denoiser = uncompiled(denoiser)
     names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
     timestep = next((name for name in names if name in ("timestep", "timesteps", "t")), None)
     if timestep is None:

@@ -27,6 +27,7 @@ import torch
 from .fit_work import LEAST_PARTS, pilot_adapter, pilot_loss, to_learn
 from .levels import TunedLevels, tuned_levels
 from .pilot import Pilot, complete, draw_pilot, is_stochastic, probe
+from .placement import on_device
 from .rollout import Group, form_groups
 from .samplers import sampler_of
 from .trainer import PGraftTrainer
@@ -135,7 +136,8 @@ def choose_intermediate_step(
             held = [_held(trainer, pilot, c.position, completions if stochastic else 1) for c in candidates]
         with pilot_adapter(trainer) as parameters:
             loss = pilot_loss(trainer, pilot)
-            learnt = [to_learn(trainer, replace(loss, levels=c.levels), pilot, parameters) for c in candidates]
+            with on_device(trainer.pipeline, trainer.denoiser, trainer.accelerator):
+                learnt = [to_learn(trainer, replace(loss, levels=c.levels), pilot, parameters) for c in candidates]
     rows = [c.to_row() | left | right for c, left, right in zip(candidates, held, learnt, strict=True)]
     curves = scored(rows)
     _warn_if_unresolved(curves)

@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
 from .config import GraftConfig
+from .placement import offload_device
 
 
 def make_accelerator(config: GraftConfig, output_dir: Path) -> Accelerator:
@@ -46,10 +47,23 @@ def _best_precision() -> str:
     return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
 
 
-def place_pipeline(pipeline: Any, accelerator: Accelerator) -> None:
-    """Move the pipeline to the device, its frozen weights in the mixed precision, and stop its own progress bars."""
-    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
-    pipeline.to(accelerator.device, dtype=dtypes.get(accelerator.mixed_precision))
+def weights_dtype(accelerator: Accelerator) -> torch.dtype | None:
+    """Precision of frozen weights in the accelerator's mixed precision; `None` leaves them in their own."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
+
+
+def place_pipeline(pipeline: Any, device: torch.device, dtype: torch.dtype | None = None) -> None:
+    """
+    Move the pipeline to the device, or leave it offloaded; its weights frozen, in `dtype` where that is given, and
+    without its own progress bars.
+    """
+    if offload_device(pipeline) is None:
+        pipeline.to(device, dtype=dtype)
+    else:
+        if dtype is not None:
+            pipeline.to(dtype=dtype)
+        # To the device of this process, where the pipeline may have named the first of all.
+        pipeline.enable_model_cpu_offload(device=device)
     pipeline.set_progress_bar_config(disable=True)
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):

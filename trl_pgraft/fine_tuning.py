@@ -28,6 +28,7 @@ from diffusers.optimization import get_scheduler
 from .adapters import tuner_layers, without_adapters
 from .batch_axes import choose_rows, same_shapes
 from .denoiser_call import Conditioning, DenoiserCall, replay
+from .denoiser_format import uncompiled
 from .levels import TunedLevels
 from .losses import corrected_target, guided, weighted_mse
 from .parameterizations import renoise
@@ -255,12 +256,19 @@ def prepared(
     # Only the adapters' own dropout is wanted: a denoiser in training mode may drop its class labels, unseeded.
     for layer in tuner_layers(denoiser):
         layer.train()
+    forwards = [(module, vars(module).get("forward")) for module in (denoiser, uncompiled(denoiser))]
     model, stepper = accelerator.prepare(denoiser, optimizer)
     try:
         yield model, stepper
     finally:
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         accelerator.free_memory()
+        # In mixed precision accelerate leaves a compiled module its autocast, and others a `forward` without the
+        # decorators of their class's.
+        for module, forward in forwards:
+            vars(module).pop("forward", None)
+            if forward is not None:
+                module.forward = forward
         denoiser.train(was_training)
 
 

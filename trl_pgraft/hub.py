@@ -29,6 +29,8 @@ from safetensors.torch import load_file, save_file
 
 from .adapters import ADAPTER_NAME, adapter_parameters, add_adapter, remove_adapter
 from .denoiser_call import denoiser_name_of, denoiser_of
+from .denoiser_format import uncompiled
+from .placement import check_adaptable
 from .timestep_gate import SwitchLevel, TimestepGate
 
 
@@ -59,7 +61,7 @@ def save_pgraft_adapter(pipeline: Any, folder: str | Path, switch: SwitchLevel, 
         name (`str`, *optional*, defaults to `"pgraft"`):
             Name of the adapter in the pipeline.
     """
-    folder, denoiser = Path(folder), denoiser_of(pipeline)
+    folder, denoiser = Path(folder), uncompiled(denoiser_of(pipeline))
     metadata = {"format": "pt", "pgraft": json.dumps(asdict(switch))}
     state = save_adapter_weights(denoiser, folder, name, metadata)
     config = denoiser.peft_config[name]
@@ -127,12 +129,17 @@ def load_pgraft_adapter(
 
     Returns:
         [`TimestepGate`]: at work until its `remove()`.
+
+    Raises:
+        `ValueError`: the folder has no switch level, its weights do not fit, or the denoiser takes no adapter as it is
+            offloaded or compiled.
     """
     folder = Path(source)
     if not folder.is_dir():
         files = [SWITCH_FILE, *PEFT_FILES]
         folder = Path(snapshot_download(str(source), allow_patterns=files, revision=revision, token=token))
-    switch, denoiser = read_switch(folder), denoiser_of(pipeline)
+    check_adaptable(denoiser_of(pipeline))
+    switch, denoiser = read_switch(folder), uncompiled(denoiser_of(pipeline))
     if switch.tuned_guidance_scale is not None:
         warnings.warn(
             f"{source} was trained for guidance {switch.tuned_guidance_scale} above its switch level, which the gate "
@@ -143,20 +150,32 @@ def load_pgraft_adapter(
     for parameter in adapter_parameters(denoiser, name):
         parameter.data = parameter.data.to(denoiser.dtype)
         parameter.requires_grad_(False)
-    return TimestepGate(denoiser, name, switch.switch_timestep, switch.clock, pipeline)
+    return TimestepGate(denoiser_of(pipeline), name, switch.switch_timestep, switch.clock, pipeline)
 
 
 def load_adapter_weights(denoiser: torch.nn.Module, folder: str | Path, name: str) -> None:
     """Add the PEFT adapter stored in `folder` to the denoiser as `name`, trainable and in float32."""
-    state = load_file(Path(folder) / "adapter_model.safetensors")
-    add_adapter(denoiser, PeftConfig.from_pretrained(str(folder)), name)
+    put_adapter(denoiser, *read_adapter(folder), name, folder)
+
+
+def read_adapter(folder: str | Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
+    """Configuration and weights of the PEFT adapter stored in `folder`."""
+    state = load_file(Path(folder) / PEFT_FILES[0])
     state = {key.removeprefix(PEFT_PREFIX): value for key, value in state.items()}
+    return PeftConfig.from_pretrained(str(folder)), state
+
+
+def put_adapter(
+    denoiser: torch.nn.Module, peft_config: PeftConfig, state: dict[str, torch.Tensor], name: str, source: str | Path
+) -> None:
+    """Add an adapter with these weights, which were read from `source`, as `name`, trainable and in float32."""
+    add_adapter(denoiser, peft_config, name)
     own = get_peft_model_state_dict(denoiser, adapter_name=name)
     amiss = [key for key in own.keys() | state.keys() if _shape(own, key) != _shape(state, key)]
     if amiss:
         remove_adapter(denoiser, name)
         raise ValueError(
-            f"{folder}: {len(amiss)} weights do not fit {type(denoiser).__name__}, e.g. {min(amiss)}. Was the adapter "
+            f"{source}: {len(amiss)} weights do not fit {type(denoiser).__name__}, e.g. {min(amiss)}. Was the adapter "
             "trained for another model?"
         )
     set_peft_model_state_dict(denoiser, state, adapter_name=name)

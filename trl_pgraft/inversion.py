@@ -27,6 +27,7 @@ from .denoiser_call import Conditioning, DenoiserCall, calls_of_first_step, deno
 from .denoiser_format import DenoiserFormat
 from .losses import guided as combine_branches
 from .noise_schedules import NoiseSchedule
+from .placement import device_of
 from .probe import learn_denoiser_call
 from .samplers import Sampler, sampler_of
 
@@ -149,7 +150,7 @@ def invert_flow(
     sampler = FlowSampler.of(model, pipeline_kwargs or {}, guided, denoiser_format)
     sampler.check_shape(latents)
     conditioning = sampler.record(list(prompts) if prompts is not None else [""] * len(latents))
-    return invert(sampler.field(conditioning), latents.to(denoiser_of(model).device), tolerance, max_iterations)[0]
+    return invert(sampler.field(conditioning), latents.to(device_of(model)), tolerance, max_iterations)[0]
 
 
 def invert(

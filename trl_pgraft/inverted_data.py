@@ -33,8 +33,10 @@ from tqdm.auto import tqdm
 
 from .corrector import CORRECTION_ADAPTER
 from .denoiser_call import denoiser_of
+from .denoiser_format import uncompiled
 from .inversion import EulerField, FlowSampler, InversionError, invert
 from .noise_correction_config import NoiseCorrectionConfig
+from .placement import device_of
 from .rollout import seed_of
 from .samples import fingerprint_of, stable
 
@@ -123,7 +125,7 @@ class DatasetInverter:
 
     def _invert(self, start: int, batch: dict[str, list[Any]], count: int) -> dict[str, torch.Tensor]:
         """Noise of one batch; samples that do not converge are left out as far as that is allowed."""
-        latents = latents_of(batch, self.encode).to(self.sampler.like.device)
+        latents = latents_of(batch, self.encode).to(device_of(self.sampler.pipeline))
         self.sampler.check_shape(latents)
         latents = self._noised(latents, start)
         field = self.sampler.field(self.sampler.record(batch.get("prompt") or [""] * count))
@@ -181,7 +183,7 @@ class DatasetInverter:
 
 def _made_by(sampler: FlowSampler, config: NoiseCorrectionConfig) -> str:
     """Tells the model bit for bit, its sampler, and how that is inverted."""
-    parameters = denoiser_of(sampler.pipeline).named_parameters()
+    parameters = uncompiled(denoiser_of(sampler.pipeline)).named_parameters()
     # A corrector's adapter takes no part in the inversion, and PEFT renames the layers that it wraps.
     own = {n.replace(".base_layer", ""): p for n, p in parameters if f".{CORRECTION_ADAPTER}." not in n}
     parts = [

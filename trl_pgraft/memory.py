@@ -27,6 +27,8 @@ from peft import PeftConfig
 from .adapters import ADAPTER_NAME, adapter_parameters, add_adapter, default_lora_config, tuner_layers
 from .config import GraftConfig
 from .denoiser_call import DenoiserCall, denoiser_of
+from .denoiser_format import uncompiled
+from .placement import offload_device
 from .probe import learn_denoiser_call
 from .rollout import sampling_arguments
 from .samplers import sampler_of
@@ -39,7 +41,8 @@ class MemoryEstimate:
 
     Args:
         pipeline (`int`):
-            Weights of all components, in the precision they are in.
+            Weights of all components, in the precision they are in; with `enable_model_cpu_offload` of the denoiser
+            alone, which is what a fit has on the device.
         adapter (`int`):
             Trainable weights, float32.
         gradients (`int`):
@@ -49,6 +52,8 @@ class MemoryEstimate:
         activations (`int`):
             What the adapted layers keep of one microbatch for the backward pass; 0 with gradient checkpointing, which
             computes it again.
+        is_full_copy (`bool`, *optional*, defaults to `False`):
+            Whether the adapter is a copy of all weights of the denoiser.
     """
 
     pipeline: int
@@ -56,16 +61,23 @@ class MemoryEstimate:
     gradients: int
     optimizer: int
     activations: int
+    is_full_copy: bool = False
 
     @property
     def total(self) -> int:
         return self.pipeline + self.adapter + self.gradients + self.optimizer + self.activations
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {_readable(value)}" for name, value in vars(self).items())
+        names = ("pipeline", "adapter", "gradients", "optimizer", "activations")
+        parts = ", ".join(f"{name} {_readable(getattr(self, name))}" for name in names)
+        copied = (
+            "The adapter is a copy of all weights of the denoiser, a whole second set beside the frozen one. "
+            if self.is_full_copy
+            else ""
+        )
         return (
-            f"Memory of a process, at least {_readable(self.total)}: {parts}. Not counted: activations of frozen "
-            "layers and of attention, workspaces, images and the VAE's decoding, the allocator's reserve."
+            f"Memory of a process, at least {_readable(self.total)}: {parts}. {copied}Not counted: activations of "
+            "frozen layers and of attention, workspaces, images and the VAE's decoding, the allocator's reserve."
         )
 
 
@@ -91,13 +103,14 @@ def estimate_memory(
         call ([`DenoiserCall`], *optional*):
             How the pipeline calls its denoiser, where that is known.
     """
-    denoiser, arguments = denoiser_of(pipeline), sampling_arguments(config, pipeline, pipeline_kwargs)
+    denoiser, arguments = uncompiled(denoiser_of(pipeline)), sampling_arguments(config, pipeline, pipeline_kwargs)
     peft_config = peft_config or default_lora_config(denoiser, config.lora_rank)
     call = call or learn_denoiser_call(pipeline, arguments)
     # The model without weights says how many an adapter of any kind has, and where.
     with torch.device("meta"):
         shell = type(denoiser).from_config(denoiser.config)
-        add_adapter(shell, copy.deepcopy(peft_config), ADAPTER_NAME)
+    # Not on the meta device, where some adapters (BOFT) cannot be made: PEFT puts them beside their layers by itself.
+    add_adapter(shell, copy.deepcopy(peft_config), ADAPTER_NAME, seed=0)
     trained = sum(parameter.numel() for parameter in adapter_parameters(shell, ADAPTER_NAME))
     layers = {id(layer) for layer in tuner_layers(shell, ADAPTER_NAME)}
     adapted = [denoiser.get_submodule(path) for path, module in shell.named_modules() if id(module) in layers]
@@ -106,6 +119,7 @@ def estimate_memory(
     passes = 2 if call.is_guided and config.guidance_loss == "combined" else 1
     activations = 0 if config.gradient_checkpointing else sum(kept) // call.branches * config.train_batch_size * passes
     modules = [m for m in pipeline.components.values() if isinstance(m, torch.nn.Module)]
+    modules = modules if offload_device(pipeline) is None else [denoiser]
     weights = {id(p): p.numel() * p.element_size() for module in modules for p in module.parameters()}
     return MemoryEstimate(
         pipeline=sum(weights.values()),
@@ -113,6 +127,7 @@ def estimate_memory(
         gradients=4 * trained,
         optimizer=(2 if config.train_use_8bit_adam else 8) * trained,
         activations=activations,
+        is_full_copy=trained == sum(parameter.numel() for parameter in denoiser.parameters()),
     )
 
 

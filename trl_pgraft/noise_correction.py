@@ -28,9 +28,10 @@ from .adapters import AdapterSwitch, adapter_parameters
 from .batch_axes import put_on
 from .corrector import CORRECTION_ADAPTER, AdapterCorrector, Corrector, NetworkCorrector, transport
 from .denoiser_call import DenoiserCall, branches_of, denoiser_of, first_calls
-from .denoiser_format import DenoiserFormat
+from .denoiser_format import DenoiserFormat, uncompiled
 from .hub import CORRECTOR_FILE, NETWORK_FOLDER, PEFT_FILES, load_adapter_weights, save_adapter_weights
 from .pipeline_inputs import input_names, parameters_of
+from .placement import check_adaptable, device_of
 from .probe import learn_denoiser_call
 from .publishing import push_corrector_to_hub
 
@@ -131,7 +132,7 @@ class NoiseCorrectedPipeline:
         folder.mkdir(parents=True, exist_ok=True)
         is_adapter = isinstance(self.corrector, AdapterCorrector)
         if is_adapter:
-            save_adapter_weights(self.corrector.module, folder, CORRECTION_ADAPTER, {"format": "pt"})
+            save_adapter_weights(uncompiled(self.corrector.module), folder, CORRECTION_ADAPTER, {"format": "pt"})
         else:
             self.corrector.module.save_pretrained(folder / NETWORK_FOLDER)
         facts = {
@@ -201,18 +202,20 @@ class NoiseCorrectedPipeline:
 
 
 def _load_adapter(pipeline: Any, folder: Path) -> AdapterCorrector:
-    denoiser = denoiser_of(pipeline)
+    called = denoiser_of(pipeline)
+    check_adaptable(called)
+    denoiser = uncompiled(called)
     load_adapter_weights(denoiser, folder, CORRECTION_ADAPTER)
     for parameter in adapter_parameters(denoiser, CORRECTION_ADAPTER):
         parameter.data = parameter.data.to(denoiser.dtype)
         parameter.requires_grad_(False)
     AdapterSwitch(denoiser, CORRECTION_ADAPTER).turn(False)
-    return AdapterCorrector(denoiser)
+    return AdapterCorrector(called)
 
 
 def _load_network(pipeline: Any, folder: Path) -> NetworkCorrector:
     network = AutoModel.from_pretrained(str(folder / NETWORK_FOLDER))
-    return NetworkCorrector(network.to(denoiser_of(pipeline).device).requires_grad_(False))
+    return NetworkCorrector(network.to(device_of(pipeline)).requires_grad_(False))
 
 
 def _checked(steps: int) -> int:

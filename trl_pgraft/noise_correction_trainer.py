@@ -31,12 +31,14 @@ from .cards import repository_of
 from .corrector import AdapterCorrector, Corrector, NetworkCorrector, add_correction_adapter, make_network
 from .corrector_fit import CorrectorData, CorrectorFit
 from .denoiser_call import denoiser_of
-from .denoiser_format import DenoiserFormat
+from .denoiser_format import DenoiserFormat, uncompiled
+from .engine import place_pipeline
 from .gaussianity import gaussianity
 from .inversion import FlowSampler
 from .inverted_data import DatasetInverter, InvertedData, encode_images
 from .noise_correction import NoiseCorrectedPipeline
 from .noise_correction_config import NoiseCorrectionConfig
+from .placement import check_adaptable, on_device
 from .rollout import seed_of
 
 
@@ -107,11 +109,8 @@ class NoiseCorrectionTrainer:
             )
         self.pipeline, self.train_dataset = pipeline, train_dataset
         self.output_dir = Path(config.output_dir)
-        pipeline.to(self.accelerator.device)
-        pipeline.set_progress_bar_config(disable=True)
-        for component in pipeline.components.values():
-            if isinstance(component, torch.nn.Module):
-                component.requires_grad_(False)
+        # In its own precision: an inverse cannot be closer than that.
+        place_pipeline(pipeline, self.accelerator.device)
         self.kwargs = {**(pipeline_kwargs or {}), "num_inference_steps": config.num_inference_steps}
         self.sampler = FlowSampler.of(pipeline, self.kwargs, config.guided, denoiser_format)
         self.encode = encode or partial(encode_images, pipeline, self.kwargs)
@@ -129,8 +128,9 @@ class NoiseCorrectionTrainer:
     def _make_corrector(self, peft_config: Any, network: torch.nn.Module | None) -> Corrector:
         denoiser, seed = denoiser_of(self.pipeline), seed_of(self.config.seed, "corrector")
         if self.config.corrector == "lora":
-            peft_config = peft_config or default_lora_config(denoiser, self.config.lora_rank)
-            add_correction_adapter(denoiser, peft_config, seed)
+            check_adaptable(denoiser)
+            peft_config = peft_config or default_lora_config(uncompiled(denoiser), self.config.lora_rank)
+            add_correction_adapter(uncompiled(denoiser), peft_config, seed)
             if self.config.gradient_checkpointing:
                 denoiser.enable_gradient_checkpointing()
             return AdapterCorrector(denoiser)
@@ -183,7 +183,8 @@ class NoiseCorrectionTrainer:
         self.fit = CorrectorFit(
             self.accelerator, self.corrector, self._training_data(data), self.config, self.output_dir, self.log
         )
-        self.fit.run()
+        with on_device(self.pipeline, denoiser_of(self.pipeline), self.accelerator):
+            self.fit.run()
         self.save_model()
         if self.config.push_to_hub:
             self.push_to_hub()

@@ -43,7 +43,7 @@ def before_after_grid(
 
     Args:
         before, after (`torch.Tensor` of shape `(N, 3, H, W)`, uint8):
-            Images of the same prompts and seeds.
+            Images of the same prompts and seeds; of videos `(N, F, 3, H, W)` the middle frame is shown.
         labels (`Sequence[str]`):
             `N` prompts.
         columns (`int`, *optional*, defaults to `8`):
@@ -59,7 +59,7 @@ def before_after_grid(
     width = margin + min(columns, len(labels)) * (size + gap)
     grid = Image.new("RGB", (width, rows * pair + gap), "white")
     draw = ImageDraw.Draw(grid)
-    for index, images in enumerate(zip(to_pil(before), to_pil(after), strict=True)):
+    for index, images in enumerate(zip(_stills(before), _stills(after), strict=True)):
         x, y = margin + (index % columns) * (size + gap), gap + (index // columns) * pair
         for line, image in enumerate(images):
             grid.paste(image.resize((size, size), Image.LANCZOS), (x, y + line * (size + gap)))
@@ -120,7 +120,7 @@ def image_grid(
 
     Args:
         images (`torch.Tensor` of shape `(N, 3, H, W)`, uint8):
-            Images.
+            Images; of videos `(N, F, 3, H, W)` the middle frame is shown.
         captions (`Sequence[str]`):
             `N` captions.
         columns (`int`, *optional*, defaults to `8`):
@@ -131,7 +131,7 @@ def image_grid(
             Images drawn; the rest is left out.
     """
     gap, text = 4, 60
-    shown = list(zip(to_pil(images[:most]), captions, strict=False))
+    shown = list(zip(_stills(images[:most]), captions, strict=False))
     columns = min(columns, len(shown))
     grid = Image.new("RGB", (columns * (size + gap) + gap, -(-len(shown) // columns) * (size + text)), "white")
     draw = ImageDraw.Draw(grid)
@@ -140,6 +140,10 @@ def image_grid(
         grid.paste(image.resize((size, size), Image.LANCZOS), (x, y))
         _write(draw, (x, y + size + 2), caption)
     return grid
+
+
+def _stills(images: torch.Tensor) -> list[Image.Image]:
+    return to_pil(images[:, images.shape[1] // 2] if images.ndim == 5 else images)
 
 
 def _write(draw: ImageDraw.ImageDraw, position: tuple[int, int], text: str) -> None:

@@ -15,6 +15,7 @@
 
 """What is asked of a pipeline before anything is drawn: refusals in words, and a warning about distilled models."""
 
+import re
 import warnings
 from typing import Any
 
@@ -29,6 +30,8 @@ from .pipeline_inputs import parameters_of
 
 
 FEW_STEPS = 8
+# LoRA initialisations by which PEFT takes the adapter's share out of the frozen weights.
+TAKEN_FROM_THE_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def check_call(call: DenoiserCall, config: GraftConfig, pipeline: Any) -> None:
@@ -85,30 +88,52 @@ def few_step_warning(pipeline: Any, call: DenoiserCall, arguments: dict[str, Any
 
 def check_peft_config(pipeline: Any, peft_config: PeftConfig) -> None:
     """
-    Check that an adapter's modules are the denoiser's.
+    Check that an adapter's modules are the denoiser's, and that without it the denoiser is what it was.
 
     Raises:
-        `ValueError`: they are a text encoder's, or nobody's.
+        `ValueError`: they are a text encoder's, or nobody's; or more than the adapter is changed.
     """
+    _check_that_it_can_be_taken_out(peft_config)
     targets = getattr(peft_config, "target_modules", None)
-    if not isinstance(targets, list | set | tuple):
+    if not targets or targets == "all-linear":
         return
     if _has_any(denoiser_of(pipeline), targets):
         return
     encoders = {n: m for n, m in pipeline.components.items() if n.startswith("text_encoder") and m is not None}
     found = [name for name, module in encoders.items() if _has_any(module, targets)]
+    asked = targets if isinstance(targets, str) else ", ".join(sorted(targets))
     if found:
         raise ValueError(
-            f"peft_config: target_modules {', '.join(sorted(targets))} are modules of {' and '.join(found)}. An "
+            f"peft_config: target_modules {asked} are modules of {' and '.join(found)}. An "
             "adapter on a text encoder is not supported: the conditioning is recorded once for each prompt, and "
             "cannot be switched at a noise level, because the text is encoded before the first step. Name modules of "
             f"the {type(denoiser_of(pipeline)).__name__}."
         )
-    raise ValueError(
-        f"peft_config: {type(denoiser_of(pipeline)).__name__} has no modules {', '.join(sorted(targets))}."
-    )
+    raise ValueError(f"peft_config: {type(denoiser_of(pipeline)).__name__} has no modules {asked}.")
+
+
+def _check_that_it_can_be_taken_out(peft_config: PeftConfig) -> None:
+    """The reference is the denoiser with the adapter off: nothing may stay behind."""
+    start, bias = getattr(peft_config, "init_lora_weights", None), getattr(peft_config, "bias", "none")
+    if isinstance(start, str) and start.lower().startswith(TAKEN_FROM_THE_WEIGHTS):
+        raise ValueError(
+            f"peft_config: init_lora_weights={start!r} changes the frozen weights, and the reference is the model as "
+            "it was handed in. Use another initialisation, such as 'gaussian'."
+        )
+    if bias != "none":
+        raise ValueError(
+            f"peft_config: bias={bias!r} trains biases of the model itself, which cannot be switched off at a noise "
+            "level. Use bias='none'."
+        )
+    if getattr(peft_config, "modules_to_save", None):
+        raise ValueError(
+            f"peft_config: modules_to_save={list(peft_config.modules_to_save)} are no part of an adapter that is "
+            "switched at a noise level. Name them in target_modules, or leave them out."
+        )
 
 
 def _has_any(module: torch.nn.Module, targets: Any) -> bool:
     names = [name for name, _ in module.named_modules()]
+    if isinstance(targets, str):  # to PEFT, a regular expression
+        return any(re.fullmatch(targets, name) for name in names)
     return any(name == target or name.endswith(f".{target}") for name in names for target in targets)

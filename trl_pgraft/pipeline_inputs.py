@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from .placement import device_of
+
 
 def parameters_of(pipeline: Any) -> dict[str, inspect.Parameter]:
     """Parameters of the pipeline's call by name."""
@@ -112,6 +114,30 @@ def _check_required(pipeline: Any, call: dict[str, Any]) -> None:
         )
 
 
+def check_held_out(pipeline: Any, example: dict[str, Any], held_out: dict[str, Any]) -> None:
+    """
+    Check that held-out prompts have the images, labels and the like that the pipeline is handed in training.
+
+    Args:
+        pipeline (`DiffusionPipeline`):
+            The pipeline.
+        example (`dict`):
+            Its inputs for a prompt of training, from [`inputs_of`].
+        held_out (`dict`):
+            Its inputs for a held-out prompt.
+
+    Raises:
+        `ValueError`: it would lack some; the message names them.
+    """
+    missing = sorted(name for name in example.keys() - held_out.keys() if "prompt" not in name)
+    if missing:
+        raise ValueError(
+            f"{type(pipeline).__name__} is handed {', '.join(missing)} for each prompt of training, which the "
+            f"held-out prompts do not have. In place of eval_prompts give the trainer an eval_dataset with "
+            f"{'columns' if len(missing) > 1 else 'a column'} {', '.join(missing)}."
+        )
+
+
 def _collated(inputs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     names = dict.fromkeys(name for row in inputs for name in row)
     lacking = [name for name in names if any(name not in row for row in inputs)]
@@ -128,10 +154,10 @@ def as_batch(values: list[Any]) -> Any:
 
 
 def _placed(value: Any, pipeline: Any) -> Any:
-    """Tensors where the pipeline is and in its precision, which not every pipeline sees to."""
+    """Tensors where the pipeline computes and in its precision, which not every pipeline sees to."""
     if not isinstance(value, torch.Tensor):
         return value
-    return value.to(pipeline.device, pipeline.dtype if value.is_floating_point() else None)
+    return value.to(device_of(pipeline), pipeline.dtype if value.is_floating_point() else None)
 
 
 def _repeated(value: Any, count: int) -> Any:

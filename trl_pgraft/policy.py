@@ -19,13 +19,14 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from peft import LoraConfig, PeftConfig
+from peft import LNTuningConfig, LoraConfig, PeftConfig
 from tqdm.auto import tqdm
 
 from .adapters import (
@@ -42,20 +43,23 @@ from .adapters import (
 )
 from .config import GraftConfig
 from .denoiser_call import Conditioning, denoiser_of, record_conditioning
-from .denoiser_format import DenoiserFormat
-from .engine import make_optimizer, place_pipeline
+from .denoiser_format import DenoiserFormat, uncompiled
+from .engine import make_optimizer, place_pipeline, weights_dtype
 from .fine_tuning import FitReport, GraftLoss, count_microbatches, fit
-from .hub import load_adapter_weights
+from .hub import load_adapter_weights, put_adapter
 from .levels import tuned_levels
 from .memory import estimate_memory
 from .parameterizations import prediction_type_of
 from .pipeline_checks import check_call, check_peft_config, few_step_warning
 from .pipeline_inputs import as_batch, inputs_of
+from .placement import check_adaptable, on_device
 from .probe import learn_denoiser_call
 from .rollout import sampling_arguments, seed_of
+from .samplers import sampler_of
 from .samples import fingerprint_of, sampling_fingerprint
 from .selection import Round, SelectedRows
-from .timestep_gate import SwitchLevel, TimestepGate, TunedGuidance
+from .starting_adapter import StartingAdapter, read_starting_adapter
+from .timestep_gate import SwitchLevel, TimestepGate, TunedGuidance, gate_on
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,9 @@ class Policy:
             How to sample and fit.
         accelerator (`Accelerator`):
             Where to.
-        peft_config (`PeftConfig`, *optional*):
-            The adapter; a LoRA on the attention projections where it is not given.
+        peft_config (`PeftConfig`, `str` or `Path`, *optional*):
+            The adapter, or the folder or repository of one to go on from; a LoRA on the attention projections where
+            it is not given.
         pipeline_kwargs (`dict`, *optional*):
             Further arguments of the pipeline call.
         denoiser_format (`type`, *optional*):
@@ -96,17 +101,20 @@ class Policy:
         sd_pipeline: Any,
         config: GraftConfig,
         accelerator: Accelerator,
-        peft_config: PeftConfig | None = None,
+        peft_config: PeftConfig | str | Path | None = None,
         pipeline_kwargs: dict[str, Any] | None = None,
         denoiser_format: type[DenoiserFormat] | None = None,
         example: dict[str, Any] | None = None,
     ):
         self.config, self.accelerator = config, accelerator
         self.pipeline = _checked_pipeline(sd_pipeline)
-        self.denoiser = denoiser_of(self.pipeline)
+        check_adaptable(denoiser_of(self.pipeline))
+        _check_no_gate(denoiser_of(self.pipeline))
+        self.denoiser = uncompiled(denoiser_of(self.pipeline))
         self.is_full = getattr(sd_pipeline, "use_lora", True) is False
+        self.start: StartingAdapter | None = None
         self.peft_config = self._choose_adapter(peft_config)
-        place_pipeline(self.pipeline, accelerator)
+        place_pipeline(self.pipeline, accelerator.device, weights_dtype(accelerator))
         self.arguments = sampling_arguments(config, self.pipeline, pipeline_kwargs)
         own = {name: as_batch([value]) for name, value in self.inputs_of(example or {}).items()}
         asked_with = {**own, **self.arguments}
@@ -116,12 +124,15 @@ class Policy:
         self.prediction_type = prediction_type_of(self.pipeline.scheduler)
         self.levels, self.switch = tuned_levels(config, self.pipeline, self.call, asked_with)
         _hand_over(self.switch, sd_pipeline)
+        if self.start is not None:
+            self.start.check_level(self.switch, config, lambda: sampler_of(self.pipeline, asked_with))
         self.fingerprint = sampling_fingerprint(self.pipeline, self.arguments, self.levels.position)
         self.memory = estimate_memory(self.pipeline, config, self.peft_config, asked_with, self.call)
         accelerator.print(self.memory)
         self.optimizer: torch.optim.Optimizer | None = None
-        if not config.control_adapter:
+        if self.start is not None or not config.control_adapter:
             self._make_adapter()
+        if not config.control_adapter:
             self.optimizer = make_optimizer(adapter_parameters(self.denoiser, ADAPTER_NAME), config)
         if config.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
@@ -135,30 +146,40 @@ class Policy:
         """Whether there is a policy apart from the reference: with a control adapter, after the first round."""
         return ADAPTER_NAME in getattr(self.denoiser, "peft_config", {})
 
-    def _choose_adapter(self, peft_config: PeftConfig | None) -> PeftConfig:
+    def _choose_adapter(self, peft_config: PeftConfig | str | Path | None) -> PeftConfig:
         """What is trained: the adapter that is given, the one that the pipeline has, all weights, or a LoRA."""
         if peft_config is not None and self.is_full:
             raise ValueError("peft_config: the pipeline says use_lora=False, which trains all weights. Choose one.")
         if peft_config is not None and self.has_adapter:
             raise ValueError(f"peft_config: the pipeline has an adapter {ADAPTER_NAME!r} already, which is trained.")
+        if isinstance(peft_config, str | Path):
+            self.start = read_starting_adapter(self.pipeline, peft_config, self.config.hub_token)
+            peft_config = self.start.peft_config
         if self.has_adapter:
             peft_config = self.denoiser.peft_config[ADAPTER_NAME]
         elif peft_config is None and self.is_full:
             peft_config = full_copy_config(self.denoiser)
         peft_config = peft_config or default_lora_config(self.denoiser, self.config.lora_rank)
-        is_plain_lora = isinstance(peft_config, LoraConfig) and not peft_config.use_dora
-        if self.config.control_adapter and not is_plain_lora:
+        is_lora = isinstance(peft_config, LoraConfig)
+        extras = [name for name in ("use_dora", "lora_bias") if is_lora and getattr(peft_config, name)]
+        if self.config.control_adapter and (extras or not is_lora):
             raise ValueError(
                 "peft_config: control_adapter=True subtracts one LoRA from another; this is a "
-                f"{type(peft_config).__name__}{' with use_dora' if isinstance(peft_config, LoraConfig) else ''}. Give "
-                "a plain LoraConfig, or set control_adapter=False."
+                f"{' with '.join([type(peft_config).__name__, *extras])}. Give a plain LoraConfig, or set "
+                "control_adapter=False."
             )
         check_peft_config(self.pipeline, peft_config)
+        self.is_full = self.is_full or isinstance(peft_config, LNTuningConfig)  # see `full_copy_config`
         return peft_config
 
     def _make_adapter(self) -> None:
-        """Add the adapter, or go on with the one that the pipeline has."""
-        if not self.has_adapter:
+        """Add the adapter, or go on with the one that is given or that the pipeline has."""
+        if self.start is not None:
+            peft_config = copy.deepcopy(self.peft_config)
+            put_adapter(self.denoiser, peft_config, self.start.state, ADAPTER_NAME, self.start.source)
+            self.accelerator.print(f"Training {self.start}.")
+            self.start = replace(self.start, state={})  # the denoiser has it now
+        elif not self.has_adapter:
             seed = seed_of(self.config.seed, "adapter")
             add_adapter(self.denoiser, copy.deepcopy(self.peft_config), ADAPTER_NAME, seed)
         make_trainable(self.denoiser, ADAPTER_NAME)
@@ -192,6 +213,7 @@ class Policy:
     @contextmanager
     def sampler(self, reference: bool = False) -> Iterator[Any]:
         """The pipeline as the policy samples with it, gate and guidance included, or as the reference does."""
+        called = denoiser_of(self.pipeline)
         with ExitStack() as stack:
             if self.is_full:
                 # The trained copy is in float32 also where the frozen weights are not.
@@ -199,10 +221,10 @@ class Policy:
             if self.has_adapter:
                 where = (ADAPTER_NAME, self.switch.switch_timestep, self.call.clock, self.pipeline)
                 off = without_adapters(self.denoiser, [ADAPTER_NAME])
-                stack.enter_context(off if reference else TimestepGate(self.denoiser, *where))
+                stack.enter_context(off if reference else TimestepGate(called, *where))
             if self.config.tuned_guidance_scale is not None and not reference:
                 scales = (self.call.guidance_scale, self.tuned_guidance_scale)
-                stack.enter_context(TunedGuidance(self.denoiser, self.call, *scales, self.switch.switch_timestep))
+                stack.enter_context(TunedGuidance(called, self.call, *scales, self.switch.switch_timestep))
             yield self.pipeline
 
     # Fitting.
@@ -268,7 +290,6 @@ class Policy:
     ) -> FitReport:
         """Fit adapter `name` to the rows of `passes`."""
         config, parameters = self.config, adapter_parameters(self.denoiser, name)
-        average = EMAModel(parameters, decay=config.ema_decay) if config.ema_decay else None
         total = count_microbatches(len(data.rows), config, self.accelerator.num_processes)
         hidden = not self.accelerator.is_local_main_process
 
@@ -279,19 +300,21 @@ class Policy:
                 bar.update()
             on_event(event)
 
-        with tqdm(total=total, desc=f"training {name}", leave=False, disable=hidden) as bar:
+        bar = tqdm(total=total, desc=f"training {name}", leave=False, disable=hidden)
+        with bar, on_device(self.pipeline, self.denoiser, self.accelerator, optimizer):
+            average = EMAModel(parameters, decay=config.ema_decay) if config.ema_decay else None
             loss = self.loss(name, data.conditioning)
             parts = (self.accelerator, loss, data.states, passes, optimizer, config, learning_rate)
             report = fit(*parts, on_event=notice)
-        if average is not None:
-            average.copy_to(parameters)
+            if average is not None:
+                average.copy_to(parameters)
         return report
 
     def loss(self, name: str, conditioning: Conditioning) -> GraftLoss:
         """The loss by which adapter `name` is fitted."""
         adapters = [n for n in dict.fromkeys([ADAPTER_NAME, name]) if n in self.denoiser.peft_config]
         return GraftLoss(
-            self.denoiser,
+            denoiser_of(self.pipeline),
             self.call,
             conditioning,
             self.levels,
@@ -307,6 +330,17 @@ def _checked_pipeline(sd_pipeline: Any) -> Any:
     if sd_pipeline is None:
         raise ValueError("sd_pipeline is required: the diffusers pipeline to fine-tune.")
     return getattr(sd_pipeline, "sd_pipeline", sd_pipeline)
+
+
+def _check_no_gate(denoiser: torch.nn.Module) -> None:
+    """Another gate would switch its adapter also where the reference is asked, and refuses batches of training."""
+    gate = gate_on(denoiser)
+    if gate is not None:
+        raise ValueError(
+            f"sd_pipeline: a gate is on its denoiser and switches the adapter {gate.adapter_name!r}, as "
+            "load_pgraft_adapter leaves it. Training puts a gate of its own there: to go on from an adapter, hand in "
+            "the pipeline without it and give its folder as peft_config; otherwise call the gate's `remove()` first."
+        )
 
 
 def _hand_over(switch: SwitchLevel, sd_pipeline: Any) -> None:

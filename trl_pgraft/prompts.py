@@ -13,9 +13,9 @@
 # limitations under the License.
 
 
-"""Where a round's prompts come from: a function, as in DDPO, or a dataset, as in TRL."""
+"""Where a round's prompts come from: a function, as in DDPO, or a dataset, as in TRL; and the held-out ones."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import datasets
@@ -24,7 +24,9 @@ import torch
 from .rollout import seed_of
 
 
-PromptSource = Callable[[int, int], Iterator[tuple[str, dict[str, Any]]]]
+# A prompt and its further columns.
+Prompt = tuple[str, dict[str, Any]]
+PromptSource = Callable[[int, int], Iterator[Prompt]]
 
 
 def prompts_from_function(prompt_function: Callable[[], tuple[str, Any]]) -> PromptSource:
@@ -46,22 +48,57 @@ def prompts_from_dataset(train_dataset: datasets.Dataset, seed: int, required: b
     """
     Source that goes through the `prompt` column in a seeded order, anew for each pass over the dataset.
 
-    The column may be missing where prompts are not `required`; they are empty then.
+    The column may be missing where prompts are not `required`, or are given as `prompt_embeds`; they are empty then.
     """
-    columns = list(train_dataset.column_names)
-    if "prompt" not in columns and required:
-        raise ValueError(f"train_dataset has no column `prompt`; it has {', '.join(columns)}.")
-    if len(train_dataset) == 0:
-        raise ValueError("train_dataset is empty: there is no prompt to draw images for.")
+    _check_dataset("train_dataset", train_dataset, required)
 
     def source(epoch: int, count: int) -> Iterator[tuple[str, dict[str, Any]]]:
         for position in range(epoch * count, (epoch + 1) * count):
             pass_, index = divmod(position, len(train_dataset))
             generator = torch.Generator().manual_seed(seed_of(seed, "prompts", pass_))
-            row = dict(train_dataset[torch.randperm(len(train_dataset), generator=generator)[index].item()])
-            yield row.pop("prompt", ""), row
+            yield _as_prompt(train_dataset[torch.randperm(len(train_dataset), generator=generator)[index].item()])
 
     return source
+
+
+def _check_dataset(name: str, dataset: datasets.Dataset, required: bool) -> None:
+    columns = list(dataset.column_names)
+    # Embeddings stand for prompts.
+    if required and not {"prompt", "prompt_embeds"} & set(columns):
+        raise ValueError(f"{name} has no column `prompt`; it has {', '.join(columns)}.")
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty: there is no prompt to draw images for.")
+
+
+def _as_prompt(row: dict[str, Any]) -> Prompt:
+    return row.get("prompt", ""), {name: value for name, value in row.items() if name != "prompt"}
+
+
+def held_out_prompts(
+    eval_prompts: Sequence[str] | None, eval_dataset: datasets.Dataset | None, required: bool = True
+) -> list[Prompt]:
+    """
+    The prompts of an evaluation, from the one of both that is given; none where neither is.
+
+    Args:
+        eval_prompts (`Sequence[str]` or `None`):
+            Prompts without further columns.
+        eval_dataset (`datasets.Dataset` or `None`):
+            Prompts with columns as those of `train_dataset`.
+        required (`bool`, *optional*, defaults to `True`):
+            Whether it needs a column `prompt`.
+
+    Raises:
+        `ValueError`: both are given, or the dataset is none, is empty or has no prompts.
+    """
+    if eval_dataset is None:
+        return [(prompt, {}) for prompt in eval_prompts or []]
+    if eval_prompts:
+        raise ValueError("eval_dataset and config.eval_prompts both say what is held out; give one of them.")
+    if not isinstance(eval_dataset, datasets.Dataset):
+        raise ValueError(f"eval_dataset is a {type(eval_dataset).__name__}; give a `datasets.Dataset`, one split.")
+    _check_dataset("eval_dataset", eval_dataset, required)
+    return [_as_prompt(row) for row in eval_dataset]
 
 
 def choose_prompt_source(
@@ -74,7 +111,7 @@ def choose_prompt_source(
     """
     The one source of prompts that was given; `None` for `samples_dataset`, whose samples are drawn already.
 
-    A dataset needs a column `prompt` unless `required` is `False`: the pipeline takes none.
+    A dataset needs a column `prompt` or `prompt_embeds` unless `required` is `False`: the pipeline takes none.
 
     Raises:
         `ValueError`: none or more than one was given.

@@ -28,6 +28,7 @@ from .acceptance import get_acceptance
 from .config import GraftConfig
 from .drawing import Batch, draw_and_score, in_order
 from .policy import Policy
+from .prompts import Prompt
 from .rewards import Patience, Reward, Scorer, to_pil
 from .rollout import Drawn, Group, Sample, draw, form_groups, samples_of, seed_of
 from .samples import to_dataset
@@ -111,18 +112,16 @@ class Rounds:
         return round_, batches
 
     def draw_evaluation(
-        self, prompts: Sequence[str], reference: bool, columns: dict[str, list] | None = None
+        self, prompts: Sequence[Prompt], reference: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
-        One image of each prompt, with seeds that depend on its place alone; `columns` are the prompts' further ones.
+        One image of each prompt, with seeds that depend on its place alone.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: weighted rewards `(P,)` and values `(P, F)` of all
             processes, and the uint8 images of this one.
         """
-        rows = [{name: values[i] for name, values in (columns or {}).items()} for i in range(len(prompts))]
-        groups = [Group(i, prompt, 1, row) for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))]
-        samples = samples_of(groups, self.config.seed, "evaluation")
+        groups, samples = self._evaluated(prompts)
         own = samples[self._own_share(len(samples))]
         with self.policy.sampler(reference):
             # A process without a share draws one too, because nothing has no shape.
@@ -130,11 +129,15 @@ class Rounds:
         values = torch.tensor(gather_object(values[: len(own)].tolist()), dtype=torch.float64)
         return self.combine(values, groups), values, drawn.images[: len(own)]
 
-    def draw_pictures(self, prompts: Sequence[str], reference: bool) -> torch.Tensor:
+    def draw_pictures(self, prompts: Sequence[Prompt], reference: bool) -> torch.Tensor:
         """The images of an evaluation, unscored and drawn by this process alone: uint8, `(P, 3, H, W)`."""
-        samples = samples_of([Group(i, p, 1, {}) for i, p in enumerate(prompts)], self.config.seed, "evaluation")
+        _, samples = self._evaluated(prompts)
         with self.policy.sampler(reference):
             return torch.cat([drawn.images for _, drawn in self._draw(samples)])
+
+    def _evaluated(self, prompts: Sequence[Prompt]) -> tuple[list[Group], list[Sample]]:
+        groups = [Group(i, prompt, 1, columns) for i, (prompt, columns) in enumerate(prompts)]
+        return groups, samples_of(groups, self.config.seed, "evaluation")
 
     def draw_and_score(self, samples: Sequence[Sample], unfinished: UnfinishedRound | None = None) -> list[Batch]:
         """Batches of images, states and rewards of some samples; with `unfinished`, on disk as they come."""

@@ -17,7 +17,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import datasets
@@ -26,6 +26,7 @@ from PIL import Image
 
 from .adapters import ADAPTER_NAME
 from .denoiser_call import denoiser_of
+from .prompts import Prompt
 from .rewards.functions import to_pil
 from .rollout import Drawn, Sample
 
@@ -122,6 +123,15 @@ def example_columns(dataset: Any) -> dict[str, Any]:
     row = dataset[0]
     stored = {n.removeprefix(INPUT_PREFIX): value for n, value in row.items() if n.startswith(INPUT_PREFIX)}
     return stored if "x_I" in row else row
+
+
+def prompts_of_samples(samples: datasets.Dataset) -> Iterator[Prompt]:
+    """A prompt for each group of samples, with what the pipeline was handed beside it."""
+    kept = samples.select_columns([n for n in samples.column_names if n == "prompt" or n.startswith(INPUT_PREFIX)])
+    first = {group: i for i, group in reversed(list(enumerate(zip(samples["round"], samples["group"], strict=True))))}
+    for row in sorted(first.values()):
+        columns = dict(kept[row])
+        yield columns.pop("prompt"), {name.removeprefix(INPUT_PREFIX): value for name, value in columns.items()}
 
 
 def to_dataset(

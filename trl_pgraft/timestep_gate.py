@@ -15,6 +15,7 @@
 
 """Run a fine-tuned adapter above a noise level and not below it, whatever the sampler and its number of steps."""
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +92,8 @@ class TimestepGate:
         self._observer = observe_calls(denoiser, self._on_call)
         self._observer.__enter__()
         self._after_call = denoiser.register_forward_hook(self._restore_after_failure, always_call=True)
+        self.denoiser = denoiser
+        _at_work.add(self)
 
     def __enter__(self) -> "TimestepGate":
         return self
@@ -105,6 +108,7 @@ class TimestepGate:
             self._after_call.remove()
             self._observer = None
             self._adapter.restore()
+            _at_work.discard(self)
 
     def is_on_at(self, timestep: float) -> bool:
         """Whether the adapter takes part at a training timestep."""
@@ -130,6 +134,15 @@ class TimestepGate:
     def _restore_after_failure(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
         if output is None:
             self._adapter.restore()
+
+
+# Denoisers keep their gates alive by their hooks; nothing else needs to.
+_at_work: weakref.WeakSet = weakref.WeakSet()
+
+
+def gate_on(denoiser: torch.nn.Module) -> TimestepGate | None:
+    """A gate that is on `denoiser`, if one is."""
+    return next((gate for gate in _at_work if gate.denoiser is denoiser), None)
 
 
 class TunedGuidance:

@@ -30,7 +30,7 @@ from peft import PeftConfig
 
 from .adapters import ADAPTER_NAME
 from .callbacks import Callbacks
-from .cards import GRID_FILE, facts_of, write_adapter_card
+from .cards import GRID_FILE, facts_of, label_of, some_prompts, write_adapter_card
 from .checkpoints import (
     Progress,
     adapter_values,
@@ -52,9 +52,9 @@ from .engine import make_accelerator
 from .fine_tuning import FitReport, learning_rates
 from .hub import save_pgraft_adapter
 from .pictures import before_after_grid, image_grid
-from .pipeline_inputs import takes_prompts
+from .pipeline_inputs import check_held_out, takes_prompts
 from .policy import Policy
-from .prompts import choose_prompt_source
+from .prompts import choose_prompt_source, held_out_prompts
 from .publisher import Publisher
 from .rewards import choose_rewards
 from .rounds import Rounds
@@ -111,10 +111,16 @@ class PGraftTrainer:
         train_dataset (`datasets.Dataset`, *optional*):
             Prompts in a column `prompt`; further columns go to the rewards, and those that the pipeline's call takes
             for each prompt (`image`, `negative_prompt`, `prompt_2`, `class_labels`, ...) to the pipeline as well.
+        eval_dataset (`datasets.Dataset`, *optional*):
+            Held-out prompts with columns as those of `train_dataset`, where `config.eval_prompts`, which has none,
+            does not do.
         samples_dataset (`datasets.Dataset`, *optional*):
             Samples that a run kept, of one or several rounds; they are trained on without drawing.
-        peft_config (`PeftConfig`, *optional*):
-            The adapter; a LoRA on the attention projections where it is not given.
+        peft_config (`PeftConfig`, `str` or `Path`, *optional*):
+            The adapter; a LoRA on the attention projections where it is not given. A folder, or a repository of the
+            Hub, continues the adapter that it holds, in PEFT's or in diffusers' format, and the reference is the
+            pipeline without it. An adapter of this library must have the configuration's switch level; another one
+            has run at all noise levels, so that it needs `tuned_fraction=1.0`.
         pipeline_kwargs (`dict`, *optional*):
             Further arguments of the pipeline call, such as `height`.
         callbacks (`list[TrainerCallback]`, *optional*):
@@ -140,8 +146,9 @@ class PGraftTrainer:
         reward_funcs: Any = None,
         reward_weights: Sequence[float] | None = None,
         train_dataset: datasets.Dataset | None = None,
+        eval_dataset: datasets.Dataset | None = None,
         samples_dataset: datasets.Dataset | None = None,
-        peft_config: PeftConfig | None = None,
+        peft_config: PeftConfig | str | Path | None = None,
         pipeline_kwargs: dict[str, Any] | None = None,
         callbacks: Sequence[Any] | None = None,
         denoiser_format: type[DenoiserFormat] | None = None,
@@ -154,6 +161,7 @@ class PGraftTrainer:
         prompt_source = choose_prompt_source(
             config.seed, prompt_function, train_dataset, samples_dataset, required=has_prompts
         )
+        self.held_out = held_out_prompts(config.eval_prompts, eval_dataset, required=has_prompts)
         self.image_samples_hook = image_samples_hook
         self.callbacks = Callbacks(callbacks or [], config)
         self.accelerator = make_accelerator(config, self.output_dir)
@@ -164,6 +172,8 @@ class PGraftTrainer:
             sd_pipeline, config, self.accelerator, peft_config, pipeline_kwargs, denoiser_format, example
         )
         self.pipeline, self.denoiser = self.policy.pipeline, self.policy.denoiser
+        for _, columns in self.held_out:
+            check_held_out(self.pipeline, self.policy.inputs_of(example), self.policy.inputs_of(columns))
         self.rounds = Rounds(self.policy, self.rewards, prompt_source, config, self.accelerator, self.output_dir)
         self.samples_dataset = samples_dataset
         if samples_dataset is not None:
@@ -174,9 +184,9 @@ class PGraftTrainer:
         self.epochs = config.num_epochs
         self.has_begun = False
         self._resume(config.resume_from or config.resume_from_checkpoint)
-        self.accelerator.init_trackers(
-            config.tracker_project_name, config=tracker_values(config.to_dict()), init_kwargs=tracker_arguments(config)
-        )
+        start = self.policy.start
+        values = tracker_values({**config.to_dict(), "starting_adapter": start.source if start else None})
+        self.accelerator.init_trackers(config.tracker_project_name, values, tracker_arguments(config))
         self.callbacks.begin(self.accelerator, model=self.denoiser, optimizer=self.policy.optimizer)
 
     # The run.
@@ -228,7 +238,7 @@ class PGraftTrainer:
         state.epoch, state.global_step = self.progress.epoch, self.progress.global_step
         state.max_steps = (self.progress.steps_per_round or self._expected_steps()) * epochs
         self.callbacks.notify("on_train_begin")
-        if self.config.eval_prompts and self.progress.epoch == 0:
+        if self.held_out and self.progress.epoch == 0:
             self._log_evaluation(epoch=0)
         for epoch in range(self.progress.epoch, epochs):
             self.callbacks.notify("on_epoch_begin")
@@ -236,7 +246,7 @@ class PGraftTrainer:
             self.callbacks.notify("on_epoch_end")
             last = epoch + 1 == epochs or self.callbacks.should_stop
             asked_to_evaluate, asked_to_save = self.callbacks.asked("evaluate"), self.callbacks.asked("save")
-            if self.config.eval_prompts and (last or asked_to_evaluate or (epoch + 1) % self.config.eval_freq == 0):
+            if self.held_out and (last or asked_to_evaluate or (epoch + 1) % self.config.eval_freq == 0):
                 self._log_evaluation(epoch + 1)
             if last or asked_to_save or (epoch + 1) % self.config.save_freq == 0:
                 self.save_checkpoint()
@@ -361,16 +371,18 @@ class PGraftTrainer:
 
         Args:
             prompts (`Sequence[str]`, *optional*):
-                Prompts; `config.eval_prompts` where not given.
+                Prompts; those of `eval_dataset` or `config.eval_prompts` where not given.
             reference (`bool`, *optional*, defaults to `False`):
                 Draw with the reference model in place of the policy.
             columns (`dict[str, list]`, *optional*):
                 Further columns of the prompts, as those of `train_dataset`.
         """
-        prompts = list(prompts if prompts is not None else self.config.eval_prompts or [])
-        if not prompts:
-            raise ValueError("evaluate: no prompts given, and config.eval_prompts is empty.")
-        return Evaluation(*self.rounds.draw_evaluation(prompts, reference, columns))
+        rows = self.held_out
+        if prompts is not None:
+            rows = [(p, {name: values[i] for name, values in (columns or {}).items()}) for i, p in enumerate(prompts)]
+        if not rows:
+            raise ValueError("evaluate: no prompts given, and neither eval_dataset nor config.eval_prompts has any.")
+        return Evaluation(*self.rounds.draw_evaluation(rows, reference))
 
     def _log_evaluation(self, epoch: int) -> None:
         result = self.evaluate()
@@ -433,11 +445,12 @@ class PGraftTrainer:
         if not self.accelerator.is_main_process:
             return
         tags = [tags] if isinstance(tags, str) else tags or []
-        facts = facts_of(self, dataset_name or self.publisher.dataset_id, tags)
+        shown = some_prompts(self.held_out, self.samples_dataset, self.output_dir / "samples")
+        facts = facts_of(self, shown, dataset_name or self.publisher.dataset_id, tags)
         self.adapter_dir.mkdir(parents=True, exist_ok=True)
-        if facts.prompts:
-            before, after = (self.rounds.draw_pictures(facts.prompts, reference) for reference in (True, False))
-            before_after_grid(before, after, facts.prompts).save(self.adapter_dir / GRID_FILE)
+        if shown:
+            before, after = (self.rounds.draw_pictures(shown, reference) for reference in (True, False))
+            before_after_grid(before, after, [*map(label_of, shown)]).save(self.adapter_dir / GRID_FILE)
         write_adapter_card(self.adapter_dir, self.publisher.model_id, facts, model_name)
 
     def push_to_hub(
@@ -498,7 +511,9 @@ class PGraftTrainer:
         """What the run's result depends on."""
         values = self.config.shaping(self.accelerator.num_processes)
         rewards = {reward.name: reward.weight for reward in self.rewards}
+        start = self.policy.start
         adapter = {"adapter": adapter_values(self.policy.peft_config), "rewards": rewards}
+        adapter["weights of the starting adapter"] = start.fingerprint if start else None
         return {**values, **adapter, "model, scheduler and sampling arguments": self.policy.fingerprint}
 
     def _begin(self) -> None:

@@ -16,8 +16,9 @@
 
 """What is measured on a model's images: the verifier, a judge nobody trained on, fidelity and diversity."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -25,7 +26,7 @@ import torch
 
 from examples.emoji.evaluate import read_prompts, sample
 from examples.emoji.judge import Judge
-from examples.emoji.scenes import Renderer, layout, parse_prompt
+from examples.emoji.scenes import FOLDER as EMOJI, Renderer, layout, parse_prompt
 from examples.emoji.verifier import Verifier
 
 
@@ -41,6 +42,8 @@ def frechet_distance(features: torch.Tensor, others: torch.Tensor) -> float:
     negative because the product is similar to a positive semi-definite matrix.
     """
     first, second = features.double(), others.double()
+    if first.isnan().any() or second.isnan().any():
+        return float("nan")
     squares = torch.linalg.eigvals(first.T.cov() @ second.T.cov()).real.clamp(min=0)
     traces = first.T.cov().trace() + second.T.cov().trace() - 2 * squares.sqrt().sum()
     return ((first.mean(0) - second.mean(0)).square().sum() + traces).item()
@@ -83,7 +86,9 @@ class Evaluation:
         steps (`int`): sampler steps.
         batch (`int`, *optional*, defaults to `512`): images a pipeline call.
         limit (`int`, *optional*): only the first prompts.
-        judge (`str`, *optional*): folder of the judge; the committed one where not given.
+        judge (`str`, *optional*): folder of the judge; the committed one where not given. Without weights there, what
+            the judge and its features measure is NaN.
+        categories (`Sequence[str]`, *optional*): only prompts of these.
     """
 
     def __init__(
@@ -94,12 +99,15 @@ class Evaluation:
         batch: int = 512,
         limit: int | None = None,
         judge: str | None = None,
+        categories: Sequence[str] | None = None,
     ):
-        self.rows, self.repeats, self.steps, self.batch = read_prompts(split)[:limit], images_per_prompt, steps, batch
+        rows = [row for row in read_prompts(split) if categories is None or row["category"] in categories]
+        self.rows, self.repeats, self.steps, self.batch = rows[:limit], images_per_prompt, steps, batch
         self.prompts = [row["prompt"] for row in self.rows for _ in range(images_per_prompt)]
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.verifier = Verifier.load().to(self.device)
-        self.judge = (Judge.load(judge) if judge else Judge.load()).to(self.device)
+        folder = Path(judge or EMOJI / "judge")
+        self.judge = Judge.load(folder).to(self.device) if (folder / "judge.safetensors").exists() else None
         self.real = self._features(self._rendered())
 
     def _rendered(self) -> torch.Tensor:
@@ -107,6 +115,8 @@ class Evaluation:
         return Renderer(self.device)(scenes, torch.Generator(self.device).manual_seed(0)).cpu()
 
     def _features(self, images: torch.Tensor) -> torch.Tensor:
+        if self.judge is None:
+            return torch.full((len(images), 1), torch.nan)
         return torch.cat([self.judge.features(batch.to(self.device)).cpu() for batch in images.split(self.batch)])
 
     def _scores(self, judge: Callable, images: torch.Tensor) -> np.ndarray:
@@ -120,7 +130,7 @@ class Evaluation:
         images = sample(pipeline, self.prompts, self.steps, guidance, seeds, self.batch, **options)
         features = self._features(images)
         score, soft = self._scores(self.verifier.score, images), self._scores(self.verifier.soft_score, images)
-        judged = self._scores(self.judge.score, images)
+        judged = self._scores(self.judge.score, images) if self.judge else np.full_like(score, np.nan)
         best = soft.argmax(1)[:, None]
         columns = {"score": score.mean(1), "soft_score": soft.mean(1), "judge": judged.mean(1)}
         columns |= {"best_score": np.take_along_axis(score, best, 1)[:, 0]}

@@ -72,7 +72,8 @@ class Recorder:
         plan = run["evaluation"]
         self.run, self.folder, self.tables = run, folder, []
         common = {"split": plan["split"], "steps": plan["steps"], "batch": plan["batch"], "limit": plan.get("limit")}
-        common |= {"judge": plan.get("judge")}
+        common |= {"judge": plan.get("judge"), "categories": plan.get("categories")}
+        self.prompts = load_prompts("train", plan.get("categories") or CATEGORIES)
         self.curve = Evaluation(images_per_prompt=plan["curve_images"], **common)
         self.final = Evaluation(images_per_prompt=plan["final_images"], **common)
         self.options = {"guidance": plan["guidance"], **run["fields"].pop("evaluation_options", {})}
@@ -162,7 +163,7 @@ def train_pgraft(fields: dict[str, Any], recorder: Recorder) -> None:
         config,
         make_reward(),
         sd_pipeline=quiet_pipeline(),
-        train_dataset=datasets.Dataset.from_dict({"prompt": load_prompts("train", CATEGORIES)}),
+        train_dataset=datasets.Dataset.from_dict({"prompt": recorder.prompts}),
         peft_config=lora_config(config.lora_rank, targets),
     )
     kl = 0.0
@@ -188,7 +189,7 @@ def train_ddpo(fields: dict[str, Any], recorder: Recorder) -> None:
     PartialState()  # its pipeline logs through accelerate before it makes an Accelerator
     adapter, rank = fields.pop("adapter"), fields.pop("lora_rank", 16)
     repeats = fields.pop("prompt_repeats", 1)
-    prompts, source = load_prompts("train", CATEGORIES), random.Random(fields["seed"])
+    prompts, source = recorder.prompts, random.Random(fields["seed"])
     order = itertools.chain.from_iterable([source.choice(prompts)] * repeats for _ in itertools.count())
 
     class WithAdapter(DefaultDDPOStableDiffusionPipeline):

@@ -31,9 +31,10 @@ from run_in_process import at, kill
 from test_inversion import tiny_flow
 from test_noise_correction_trainer import flow_data, make_config
 
-from trl_pgraft import NoiseCorrectionTrainer, inverted_data
-from trl_pgraft.corrector import make_network
-from trl_pgraft.corrector_fit import CorrectorFit
+from trl_pgraft import NoiseCorrectionTrainer
+from trl_pgraft.noise_correction import inverted_data
+from trl_pgraft.noise_correction.corrector import make_network
+from trl_pgraft.noise_correction.fit import CorrectorFit
 
 
 def main() -> None:

@@ -22,7 +22,8 @@ from test_inversion import tiny_flow
 from tiny_transformers import tiny_sd3
 
 from trl_pgraft.adapters import active_adapters, default_lora_config
-from trl_pgraft.corrector import (
+from trl_pgraft.denoiser_call import record_conditioning, replay
+from trl_pgraft.noise_correction.corrector import (
     CORRECTION_ADAPTER,
     AdapterCorrector,
     NetworkCorrector,
@@ -31,7 +32,6 @@ from trl_pgraft.corrector import (
     perturb,
     transport,
 )
-from trl_pgraft.denoiser_call import record_conditioning, replay
 from trl_pgraft.probe import learn_denoiser_call
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from scipy import stats
 
-from trl_pgraft.gaussianity import gaussianity
+from trl_pgraft.noise_correction.gaussianity import gaussianity
 
 
 STATISTICS = ("mean", "std", "element_std", "skewness", "kurtosis", "neighbour_correlation", "radius", "accuracy")

@@ -22,7 +22,7 @@ from tiny_pipelines import tiny_flux, tiny_sd
 from tiny_transformers import tiny_sana, tiny_sd3
 
 from trl_pgraft import invert_flow
-from trl_pgraft.inversion import InversionError, euler_steps
+from trl_pgraft.noise_correction.inversion import InversionError, euler_steps
 from trl_pgraft.samplers import sampler_of
 
 

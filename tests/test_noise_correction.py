@@ -25,8 +25,13 @@ from tiny_transformers import tiny_sd3
 
 from trl_pgraft import NoiseCorrectedPipeline
 from trl_pgraft.adapters import default_lora_config
-from trl_pgraft.corrector import AdapterCorrector, NetworkCorrector, add_correction_adapter, make_network
 from trl_pgraft.denoiser_call import denoiser_of
+from trl_pgraft.noise_correction.corrector import (
+    AdapterCorrector,
+    NetworkCorrector,
+    add_correction_adapter,
+    make_network,
+)
 from trl_pgraft.publishing import push_corrector_to_hub
 
 

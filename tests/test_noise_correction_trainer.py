@@ -32,8 +32,8 @@ from tiny_pipelines import tiny_flux, tiny_sd
 from tiny_transformers import tiny_sd3
 
 from trl_pgraft import InversionError, NoiseCorrectedPipeline, NoiseCorrectionConfig, NoiseCorrectionTrainer
-from trl_pgraft.corrector import make_network, transport
-from trl_pgraft.inverted_data import encode_images
+from trl_pgraft.noise_correction.corrector import make_network, transport
+from trl_pgraft.noise_correction.inverted_data import encode_images
 
 
 MEAN, STD, STEPS = 0.3, 0.8, 4

@@ -29,13 +29,18 @@ from .config import GraftConfig
 from .ddpo import DefaultDDPOStableDiffusionPipeline
 from .denoiser_format import DenoiserFormat
 from .diagnostics import choose_intermediate_step
-from .gaussianity import Gaussianity, gaussianity
 from .hub import load_pgraft_adapter, save_pgraft_adapter
-from .inversion import Inversion, InversionError, invert_flow
 from .memory import MemoryEstimate, estimate_memory
-from .noise_correction import NoiseCorrectedPipeline
-from .noise_correction_config import NoiseCorrectionConfig
-from .noise_correction_trainer import NoiseCorrectionTrainer
+from .noise_correction import (
+    Gaussianity,
+    Inversion,
+    InversionError,
+    NoiseCorrectedPipeline,
+    NoiseCorrectionConfig,
+    NoiseCorrectionTrainer,
+    gaussianity,
+    invert_flow,
+)
 from .parameterizations import renoise
 from .publishing import push_adapter_to_hub, push_samples_to_hub
 from .rewards import get_reward, list_rewards, register_reward

@@ -19,7 +19,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from .config import option
+from ..config import option
 
 
 # What a resumed run may give otherwise.

@@ -32,9 +32,9 @@ import torch
 from diffusers import UNet2DModel
 from peft import PeftConfig
 
-from .adapters import AdapterSwitch, adapter_parameters, add_adapter, without_adapters
-from .denoiser_call import DenoiserCall, replay
-from .noise_schedules import expand
+from ..adapters import AdapterSwitch, adapter_parameters, add_adapter, without_adapters
+from ..denoiser_call import DenoiserCall, replay
+from ..noise_schedules import expand
 
 
 CORRECTION_ADAPTER = "noise_correction"

@@ -28,13 +28,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from .checkpoints import load_optimizer_tensors, optimizer_tensors, refuse_changes
+from ..checkpoints import load_optimizer_tensors, optimizer_tensors, refuse_changes
+from ..denoiser_call import Conditioning, DenoiserCall
+from ..fine_tuning import learning_rates, prepared, take_step
+from ..rollout import seed_of
+from ..samples import fingerprint_of
+from .config import NoiseCorrectionConfig
 from .corrector import Corrector, perturb
-from .denoiser_call import Conditioning, DenoiserCall
-from .fine_tuning import learning_rates, prepared, take_step
-from .noise_correction_config import NoiseCorrectionConfig
-from .rollout import seed_of
-from .samples import fingerprint_of
 
 
 CHECKPOINT_FILE = "checkpoint.safetensors"

@@ -31,14 +31,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from ..denoiser_call import denoiser_of
+from ..denoiser_format import uncompiled
+from ..placement import device_of
+from ..rollout import seed_of
+from ..samples import fingerprint_of, stable
+from .config import NoiseCorrectionConfig
 from .corrector import CORRECTION_ADAPTER
-from .denoiser_call import denoiser_of
-from .denoiser_format import uncompiled
 from .inversion import EulerField, FlowSampler, InversionError, invert
-from .noise_correction_config import NoiseCorrectionConfig
-from .placement import device_of
-from .rollout import seed_of
-from .samples import fingerprint_of, stable
 
 
 Encoder = Callable[[list[Image.Image]], torch.Tensor]

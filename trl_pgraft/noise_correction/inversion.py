@@ -22,14 +22,14 @@ from typing import Any
 
 import torch
 
-from .batch_axes import put_on
-from .denoiser_call import Conditioning, DenoiserCall, calls_of_first_step, denoiser_of, record_conditioning, replay
-from .denoiser_format import DenoiserFormat
-from .losses import guided as combine_branches
-from .noise_schedules import NoiseSchedule
-from .placement import device_of
-from .probe import learn_denoiser_call
-from .samplers import Sampler, sampler_of
+from ..batch_axes import put_on
+from ..denoiser_call import Conditioning, DenoiserCall, calls_of_first_step, denoiser_of, record_conditioning, replay
+from ..denoiser_format import DenoiserFormat
+from ..losses import guided as combine_branches
+from ..noise_schedules import NoiseSchedule
+from ..placement import device_of
+from ..probe import learn_denoiser_call
+from ..samplers import Sampler, sampler_of
 
 
 ANDERSON_DEPTH = 8

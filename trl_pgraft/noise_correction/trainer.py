@@ -26,20 +26,20 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from .adapters import default_lora_config
-from .cards import repository_of
+from ..adapters import default_lora_config
+from ..cards import repository_of
+from ..denoiser_call import denoiser_of
+from ..denoiser_format import DenoiserFormat, uncompiled
+from ..engine import place_pipeline
+from ..placement import check_adaptable, on_device
+from ..rollout import seed_of
+from .config import NoiseCorrectionConfig
 from .corrector import AdapterCorrector, Corrector, NetworkCorrector, add_correction_adapter, make_network
-from .corrector_fit import CorrectorData, CorrectorFit
-from .denoiser_call import denoiser_of
-from .denoiser_format import DenoiserFormat, uncompiled
-from .engine import place_pipeline
+from .fit import CorrectorData, CorrectorFit
 from .gaussianity import gaussianity
 from .inversion import FlowSampler
 from .inverted_data import DatasetInverter, InvertedData, encode_images
-from .noise_correction import NoiseCorrectedPipeline
-from .noise_correction_config import NoiseCorrectionConfig
-from .placement import check_adaptable, on_device
-from .rollout import seed_of
+from .pipeline import NoiseCorrectedPipeline
 
 
 MOST_COMPARED = 10_000

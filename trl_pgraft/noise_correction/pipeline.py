@@ -24,16 +24,16 @@ import torch
 from diffusers import AutoModel
 from huggingface_hub import snapshot_download
 
-from .adapters import AdapterSwitch, adapter_parameters
-from .batch_axes import put_on
+from ..adapters import AdapterSwitch, adapter_parameters
+from ..batch_axes import put_on
+from ..denoiser_call import DenoiserCall, branches_of, denoiser_of, first_calls
+from ..denoiser_format import DenoiserFormat, uncompiled
+from ..hub import CORRECTOR_FILE, NETWORK_FOLDER, PEFT_FILES, load_adapter_weights, save_adapter_weights
+from ..pipeline_inputs import input_names, parameters_of
+from ..placement import check_adaptable, device_of
+from ..probe import learn_denoiser_call
+from ..publishing import push_corrector_to_hub
 from .corrector import CORRECTION_ADAPTER, AdapterCorrector, Corrector, NetworkCorrector, transport
-from .denoiser_call import DenoiserCall, branches_of, denoiser_of, first_calls
-from .denoiser_format import DenoiserFormat, uncompiled
-from .hub import CORRECTOR_FILE, NETWORK_FOLDER, PEFT_FILES, load_adapter_weights, save_adapter_weights
-from .pipeline_inputs import input_names, parameters_of
-from .placement import check_adaptable, device_of
-from .probe import learn_denoiser_call
-from .publishing import push_corrector_to_hub
 
 
 # What changes nothing in how the pipeline calls its denoiser.

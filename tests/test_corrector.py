@@ -26,6 +26,7 @@ from trl_pgraft.denoiser_call import record_conditioning, replay
 from trl_pgraft.noise_correction.corrector import (
     CORRECTION_ADAPTER,
     AdapterCorrector,
+    GaussianCorrector,
     NetworkCorrector,
     add_correction_adapter,
     make_network,
@@ -35,7 +36,7 @@ from trl_pgraft.noise_correction.corrector import (
 from trl_pgraft.probe import learn_denoiser_call
 
 
-class GaussianCorrector:
+class ExactCorrector:
     """What a perfect corrector predicts for inverted noise of law N(mean, std^2)."""
 
     def __init__(self, mean, std):
@@ -54,7 +55,7 @@ class GaussianCorrector:
 def moments_after(steps, mean, std):
     x = torch.randn(200_000, 1, generator=torch.Generator().manual_seed(0))
     x = (x - x.mean()) / x.std()
-    y = transport(GaussianCorrector(mean, std), x, None, {}, steps)
+    y = transport(ExactCorrector(mean, std), x, None, {}, steps)
     return y.mean().item(), y.std().item()
 
 
@@ -93,7 +94,7 @@ def test_the_target_is_what_the_corrector_is_asked_for():
     slope = ((x - x.mean()) * u).mean() / x.var()
     probe = torch.tensor([[-1.0], [2.0]])
     regressed = u.mean() + slope * (probe - x.mean())
-    exact = GaussianCorrector(0.3, 0.7)(probe, signal[:2], None, {})
+    exact = ExactCorrector(0.3, 0.7)(probe, signal[:2], None, {})
     torch.testing.assert_close(regressed, exact, rtol=0, atol=0.01)
 
 
@@ -133,4 +134,38 @@ def test_a_new_lora_corrects_nothing_and_a_trained_one_is_seen_by_no_one_else(ma
 
 def test_no_steps_leave_the_noise_alone():
     noise = torch.randn(2, 3)
-    assert torch.equal(transport(GaussianCorrector(1.0, 2.0), noise, None, {}, 0), noise)
+    assert torch.equal(transport(ExactCorrector(1.0, 2.0), noise, None, {}, 0), noise)
+
+
+def mixed(count, shape=(2, 3), seed=1):
+    """Gaussian noise with a mean and correlations, and their exact values."""
+    generator = torch.Generator().manual_seed(seed)
+    elements = math.prod(shape)
+    mixing = torch.eye(elements) + 0.3 * torch.randn(elements, elements, generator=generator)
+    mean = torch.randn(elements, generator=generator)
+    samples = mean + torch.randn(count, elements, generator=generator) @ mixing.T
+    return samples.reshape(count, *shape), mean, mixing @ mixing.T
+
+
+def test_a_gaussian_has_the_mean_and_covariance_of_the_noise():
+    samples, mean, covariance = mixed(100_000)
+    corrector = GaussianCorrector.fit(samples)
+    noise = torch.randn(100_000, 2, 3, generator=torch.Generator().manual_seed(2))
+    found = corrector.correct(noise, None, {}, 1).flatten(1)
+    torch.testing.assert_close(found.mean(0), mean, rtol=0, atol=0.02)
+    torch.testing.assert_close(found.T.cov(), covariance, rtol=0, atol=0.05)
+    assert torch.equal(corrector.correct(noise, None, {}, 0), noise)
+
+
+def test_a_gaussian_gains_the_divergence_of_the_noise_from_the_standard_normal():
+    samples, mean, covariance = mixed(200_000)
+    held_out = mixed(200_000, seed=1)[0][100_000:]
+    divergence = (covariance.trace() + mean @ mean - 6 - torch.logdet(covariance)) / 2
+    gained = GaussianCorrector.fit(samples[:100_000]).nats_gained(held_out)
+    assert gained == pytest.approx(divergence.item() / 6, abs=0.01)
+
+
+def test_a_gaussian_of_too_few_samples_or_too_many_elements_is_refused():
+    for shape in ((5, 6), (10, 9000)):
+        with pytest.raises(ValueError, match=f"{shape[0]} samples of {shape[1]} elements"):
+            GaussianCorrector.fit(torch.zeros(shape))

@@ -199,7 +199,8 @@ def test_a_resumed_fit_ends_as_an_uninterrupted_one(tmp_path, ema_decay):
     resumed = trainer_of(tmp_path / "b", ema_decay=ema_decay, resume_from_checkpoint=True)
     resumed.train()
     assert torch.equal(weights(resumed), weights(straight))
-    assert resumed.fit.step == 6
+    lines = (tmp_path / "b/out/metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["step"] == 6
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
@@ -276,10 +277,21 @@ def test_images_are_encoded(tmp_path):
     data = Dataset.from_dict({"image": [Image.fromarray(array) for array in pixels.numpy()]})
     config = make_config(tmp_path, tolerance=1e-3, num_inference_steps=10)
     assert len(NoiseCorrectionTrainer(config, tiny_flow(), data).invert().noise) == 10
-    own = NoiseCorrectionTrainer(
-        make_config(tmp_path / "own"), tiny_flow(), data, encode=lambda images: torch.zeros(len(images), 1, 8, 8)
-    )
-    assert own.invert().noise.std(0).max() == pytest.approx(0, abs=1e-6)
+    latents = torch.tensor(flow_data(10)["latents"])
+    own = NoiseCorrectionTrainer(make_config(tmp_path / "own"), tiny_flow(), data, encode=lambda images: latents)
+    torch.testing.assert_close(own.invert().noise, noise_of(10), rtol=0, atol=2e-4)
+
+
+def test_a_gaussian_is_fitted(tmp_path):
+    data = flow_data(200)
+    corrected = trainer_of(tmp_path, data, corrector="gaussian").train()
+    noise = torch.randn(2000, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+    found = corrected.corrector.correct(noise, None, {}, 1)
+    assert found.mean().item() == pytest.approx(MEAN, abs=0.03)
+    assert found.std().item() == pytest.approx(STD, abs=0.03)
+    assert "held_out/nats_gained" in (tmp_path / "out/metrics.jsonl").read_text()
+    loaded = NoiseCorrectedPipeline.from_pretrained(tmp_path / "out/corrector", tiny_flow())
+    assert torch.equal(loaded.corrector.root, corrected.corrector.root)
 
 
 def test_a_network_of_the_users_is_trained(tmp_path):

@@ -57,6 +57,11 @@ LORA, FULL = "LoRA", "full copy"
 ROUND_FILES = "round_*/*.parquet"
 
 
+CORRECTOR_KINDS = {
+    "lora": "a LoRA of the model itself",
+    "network": "a small network",
+    "gaussian": "the Gaussian of its mean and covariance",
+}
 CORRECTOR_SNIPPET = """\
 from diffusers import DiffusionPipeline
 from trl_pgraft import NoiseCorrectedPipeline
@@ -183,7 +188,7 @@ def write_corrector_card(folder: str | Path, repo_id: str, corrector: dict[str, 
         template_str=CORRECTOR_TEMPLATE,
         title=title,
         base=f"[{base}](https://huggingface.co/{base})" if base else "a local model",
-        what="a LoRA of the model itself" if corrector["corrector"] == "lora" else "a small network",
+        what=CORRECTOR_KINDS[corrector["corrector"]],
         snippet=CORRECTOR_SNIPPET.format(base or "path/to/the/base/model", repo_id, steps),
         facts=[f"`{name}`: {as_code(str(value))}" for name, value in facts.items()],
         citation=CITATION,

@@ -41,6 +41,8 @@ ADAPTER_FILES = (SWITCH_FILE, *PEFT_FILES, LORA_FILE)
 # Of a noise corrector, instead of a switch level and beside or instead of an adapter.
 CORRECTOR_FILE = "noise_correction.json"
 NETWORK_FOLDER = "network"
+GAUSSIAN_FILE = "gaussian.safetensors"
+CORRECTOR_FILES = (CORRECTOR_FILE, *PEFT_FILES, f"{NETWORK_FOLDER}/*", GAUSSIAN_FILE)
 PEFT_PREFIX = "base_model.model."
 
 

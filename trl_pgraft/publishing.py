@@ -37,7 +37,7 @@ from .cards import (
     write_corrector_card,
     write_samples_card,
 )
-from .hub import ADAPTER_FILES, CORRECTOR_FILE, NETWORK_FOLDER, PEFT_FILES, read_switch
+from .hub import ADAPTER_FILES, CORRECTOR_FILE, CORRECTOR_FILES, read_switch
 
 
 # Seconds before a push is tried again; the client itself repeats single requests as well.
@@ -115,7 +115,7 @@ def push_corrector_to_hub(
         if not (folder / CARD_FILE).is_file():
             write_corrector_card(folder, repo_id, json.loads((folder / CORRECTOR_FILE).read_text()))
 
-    files = [CORRECTOR_FILE, *PEFT_FILES, f"{NETWORK_FOLDER}/*", CARD_FILE]
+    files = [*CORRECTOR_FILES, CARD_FILE]
     return _push_model(write_card, files, folder, repo_id, private, token, commit_message, revision)
 
 

@@ -48,9 +48,10 @@ class NoiseCorrectionConfig:
     seed: int = option(0, "Random seed of initial weights, batches and noise.")
     corrector: str = option(
         "lora",
-        "What is trained: a LoRA on the model itself, which knows the prompts and costs two denoiser evaluations a "
-        "step, or a small network of its own, which does not.",
-        choices=["lora", "network"],
+        "What is fitted: a LoRA on the model itself, which knows the prompts and costs two denoiser evaluations a "
+        "step; a small network of its own, which does not; or the Gaussian of the noise's mean and covariance, which "
+        "needs no training and next to no time, for latents of some thousand elements.",
+        choices=["lora", "network", "gaussian"],
     )
     corrector_steps: int = option(1, "Steps of the corrector when sampling, unless a call asks for others.")
     lora_rank: int = option(16, "Rank of the default LoRA, where no `peft_config` is given.")

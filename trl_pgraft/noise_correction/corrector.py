@@ -26,23 +26,115 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import AutoModel, UNet2DModel
 from peft import PeftConfig
+from safetensors.torch import load_file, save_file
 
 from ..adapters import AdapterSwitch, adapter_parameters, add_adapter, without_adapters
-from ..denoiser_call import DenoiserCall, replay
+from ..denoiser_call import DenoiserCall, denoiser_of, replay
+from ..denoiser_format import uncompiled
+from ..hub import GAUSSIAN_FILE, NETWORK_FOLDER, load_adapter_weights, save_adapter_weights
 from ..noise_schedules import expand
+from ..placement import check_adaptable, device_of
 
 
 CORRECTION_ADAPTER = "noise_correction"
 TIMESTEPS = 1000
+# Of a covariance: a matrix of 8192 x 8192 float64 has 0.5 GiB.
+MOST_ELEMENTS = 8192
 
 
 class Corrector(Protocol):
-    """Predicts `E[u | x_c]`."""
+    """
+    Carries standard normal noise to noise of the inverted kind.
+
+    Attributes:
+        kind (`str`):
+            Its name in the configuration and on disk.
+    """
+
+    kind: ClassVar[str]
+
+    def save(self, folder: Path) -> None:
+        """Write it to a folder that is there."""
+
+    @classmethod
+    def load(cls, folder: Path, pipeline: Any) -> "Corrector":
+        """Read what [`~Corrector.save`] wrote, for a pipeline."""
+
+    def correct(
+        self, noise: torch.Tensor, call: DenoiserCall, conditioning: dict[str, Any], steps: int
+    ) -> torch.Tensor:
+        """Arguments and result as those of [`transport`]."""
+
+
+@dataclass(frozen=True)
+class GaussianCorrector:
+    """
+    The Gaussian of the inverted noise's mean and covariance, by the linear map that moves N(0, I) to it the least.
+
+    Args:
+        mean (`torch.Tensor` of shape `(d,)`):
+            The mean.
+        root (`torch.Tensor` of shape `(d, d)`):
+            Symmetric root of the covariance.
+    """
+
+    kind: ClassVar[str] = "gaussian"
+    mean: torch.Tensor
+    root: torch.Tensor
+
+    @classmethod
+    def fit(cls, noise: torch.Tensor) -> "GaussianCorrector":
+        """
+        Fit to inverted noise of shape `(N, ...)`.
+
+        Raises:
+            `ValueError`: there are too few samples for a covariance, or too many elements.
+        """
+        flat = noise.flatten(1).double()
+        count, elements = flat.shape
+        if elements > MOST_ELEMENTS or count <= elements:
+            raise ValueError(
+                f"corrector='gaussian': {count} samples of {elements} elements. It needs more samples than elements, "
+                f"and no more than {MOST_ELEMENTS} elements; use corrector='network' or 'lora'."
+            )
+        values, vectors = torch.linalg.eigh(flat.T.cov())
+        root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+        return cls(flat.mean(0).float(), root.float())
+
+    def correct(
+        self, noise: torch.Tensor, call: DenoiserCall, conditioning: dict[str, Any], steps: int
+    ) -> torch.Tensor:
+        """See [`Corrector`]; steps but 0 are all the same to a linear map."""
+        if steps == 0:
+            return noise
+        mean, root = self.mean.to(noise.device), self.root.to(noise.device)
+        return (mean + noise.float().flatten(1) @ root).reshape(noise.shape).to(noise.dtype)
+
+    def save(self, folder: Path) -> None:
+        """See [`Corrector`]."""
+        save_file({"mean": self.mean, "root": self.root.contiguous()}, folder / GAUSSIAN_FILE)
+
+    @classmethod
+    def load(cls, folder: Path, pipeline: Any) -> "GaussianCorrector":
+        """See [`Corrector`]."""
+        return cls(**load_file(folder / GAUSSIAN_FILE))
+
+    def nats_gained(self, noise: torch.Tensor) -> float:
+        """By how much samples of shape `(N, ...)` are likelier here than under N(0, I), in nats per element."""
+        flat, mean, root = noise.flatten(1).double(), self.mean.double(), self.root.double()
+        whitened = torch.linalg.solve(root, (flat - mean).T)
+        nats = (flat.square().sum() - whitened.square().sum()) / (2 * len(flat)) - torch.linalg.slogdet(root)[1]
+        return nats.item() / flat.shape[1]
+
+
+class FlowCorrector(Protocol):
+    """A [`Corrector`] that is learned: predicts `E[u | x_c]`."""
 
     @property
     def module(self) -> torch.nn.Module:
@@ -93,6 +185,7 @@ class NetworkCorrector:
             Called as `module(x, timestep).sample`, timesteps from 1000 at pure noise to 0.
     """
 
+    kind: ClassVar[str] = "network"
     module: torch.nn.Module
 
     @property
@@ -112,10 +205,26 @@ class NetworkCorrector:
         conditioning: dict[str, Any],
         model: Callable[..., Any] | None = None,
     ) -> torch.Tensor:
-        """See [`Corrector`]."""
+        """See [`FlowCorrector`]."""
         model, timesteps = self.module if model is None else model, TIMESTEPS * (1 - signal)
         dtype = next(self.module.parameters()).dtype
         return model(x.to(dtype), timesteps.to(x.device, dtype)).sample.float()
+
+    def correct(
+        self, noise: torch.Tensor, call: DenoiserCall, conditioning: dict[str, Any], steps: int
+    ) -> torch.Tensor:
+        """See [`Corrector`]."""
+        return transport(self, noise, call, conditioning, steps)
+
+    def save(self, folder: Path) -> None:
+        """See [`Corrector`]."""
+        self.module.save_pretrained(folder / NETWORK_FOLDER)
+
+    @classmethod
+    def load(cls, folder: Path, pipeline: Any) -> "NetworkCorrector":
+        """See [`Corrector`]."""
+        network = AutoModel.from_pretrained(str(folder / NETWORK_FOLDER))
+        return cls(network.to(device_of(pipeline)).requires_grad_(False))
 
 
 @dataclass(frozen=True)
@@ -130,6 +239,7 @@ class AdapterCorrector:
             The denoiser.
     """
 
+    kind: ClassVar[str] = "lora"
     module: torch.nn.Module
 
     @property
@@ -155,11 +265,36 @@ class AdapterCorrector:
         conditioning: dict[str, Any],
         model: Callable[..., Any] | None = None,
     ) -> torch.Tensor:
-        """See [`Corrector`]."""
+        """See [`FlowCorrector`]."""
         arguments = (call, x.to(self.module.dtype), TIMESTEPS * (1 - signal), conditioning)
         with torch.no_grad(), without_adapters(self.module, [CORRECTION_ADAPTER]):
             reference = replay(self.module, *arguments)
         return replay(self.module if model is None else model, *arguments).float() - reference.float()
+
+    def correct(
+        self, noise: torch.Tensor, call: DenoiserCall, conditioning: dict[str, Any], steps: int
+    ) -> torch.Tensor:
+        """See [`Corrector`]."""
+        return transport(self, noise, call, conditioning, steps)
+
+    def save(self, folder: Path) -> None:
+        """See [`Corrector`]."""
+        save_adapter_weights(uncompiled(self.module), folder, CORRECTION_ADAPTER, {"format": "pt"})
+
+    @classmethod
+    def load(cls, folder: Path, pipeline: Any) -> "AdapterCorrector":
+        """See [`Corrector`]."""
+        check_adaptable(denoiser_of(pipeline))
+        denoiser = uncompiled(denoiser_of(pipeline))
+        load_adapter_weights(denoiser, folder, CORRECTION_ADAPTER)
+        for parameter in adapter_parameters(denoiser, CORRECTION_ADAPTER):
+            parameter.data = parameter.data.to(denoiser.dtype)
+            parameter.requires_grad_(False)
+        AdapterSwitch(denoiser, CORRECTION_ADAPTER).turn(False)
+        return cls(denoiser_of(pipeline))
+
+
+CORRECTORS = {corrector.kind: corrector for corrector in (AdapterCorrector, NetworkCorrector, GaussianCorrector)}
 
 
 def add_correction_adapter(denoiser: torch.nn.Module, peft_config: PeftConfig, seed: int | None = None) -> None:
@@ -214,18 +349,18 @@ def perturb(y: torch.Tensor, noise: torch.Tensor, signal: torch.Tensor) -> tuple
 
 
 def transport(
-    corrector: Corrector, noise: torch.Tensor, call: DenoiserCall, conditioning: dict[str, Any], steps: int
+    corrector: FlowCorrector, noise: torch.Tensor, call: DenoiserCall, conditioning: dict[str, Any], steps: int
 ) -> torch.Tensor:
     """
     Carry standard normal noise to noise of the inverted kind, in `steps` steps evaluated at their midpoints.
 
     Args:
-        corrector ([`Corrector`]):
+        corrector ([`FlowCorrector`]):
             The corrector.
         noise (`torch.Tensor` of shape `(B, ...)`):
             Standard normal noise.
         call, conditioning:
-            See [`Corrector`].
+            See [`FlowCorrector`].
         steps (`int`):
             How many; 0 leaves the noise as it is.
 

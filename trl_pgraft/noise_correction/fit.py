@@ -34,7 +34,7 @@ from ..fine_tuning import learning_rates, prepared, take_step
 from ..rollout import seed_of
 from ..samples import fingerprint_of
 from .config import NoiseCorrectionConfig
-from .corrector import Corrector, perturb
+from .corrector import FlowCorrector, perturb
 
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
@@ -70,7 +70,7 @@ class CorrectorFit:
     Args:
         accelerator (`Accelerator`):
             Engine.
-        corrector ([`Corrector`]):
+        corrector ([`FlowCorrector`]):
             What is fitted.
         data ([`CorrectorData`]):
             What to.
@@ -85,7 +85,7 @@ class CorrectorFit:
     def __init__(
         self,
         accelerator: Accelerator,
-        corrector: Corrector,
+        corrector: FlowCorrector,
         data: CorrectorData,
         config: NoiseCorrectionConfig,
         folder: Path,
@@ -98,9 +98,7 @@ class CorrectorFit:
             self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay
         )
         self.average = EMAModel(self.parameters, decay=config.ema_decay) if config.ema_decay else None
-        order = torch.randperm(len(data.noise), generator=_generator(config.seed, "held out"))
-        count = int(len(order) * config.held_out_fraction)
-        self.held_out, self.rows = order[:count], order[count:]
+        self.held_out, self.rows = split(len(data.noise), config)
 
     def run(self) -> None:
         """Train to `max_steps`, or on from the checkpoint; the corrector ends with the averaged weights."""
@@ -218,6 +216,12 @@ class CorrectorFit:
             shadow = [tensors[f"average.{i}"].to(p.device) for i, p in enumerate(self.parameters)]
             state = {**self.average.state_dict(), "shadow_params": shadow, "optimization_step": self.step}
             self.average.load_state_dict(state)
+
+
+def split(count: int, config: NoiseCorrectionConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which of `count` samples are held out, and which are trained on."""
+    order = torch.randperm(count, generator=_generator(config.seed, "held out"))
+    return order.tensor_split([int(count * config.held_out_fraction)])
 
 
 def _generator(*key: Any) -> torch.Generator:

@@ -21,19 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoModel
 from huggingface_hub import snapshot_download
 
-from ..adapters import AdapterSwitch, adapter_parameters
 from ..batch_axes import put_on
-from ..denoiser_call import DenoiserCall, branches_of, denoiser_of, first_calls
-from ..denoiser_format import DenoiserFormat, uncompiled
-from ..hub import CORRECTOR_FILE, NETWORK_FOLDER, PEFT_FILES, load_adapter_weights, save_adapter_weights
+from ..denoiser_call import DenoiserCall, branches_of, first_calls
+from ..denoiser_format import DenoiserFormat
+from ..hub import CORRECTOR_FILE, CORRECTOR_FILES
 from ..pipeline_inputs import input_names, parameters_of
-from ..placement import check_adaptable, device_of
 from ..probe import learn_denoiser_call
 from ..publishing import push_corrector_to_hub
-from .corrector import CORRECTION_ADAPTER, AdapterCorrector, Corrector, NetworkCorrector, transport
+from .corrector import CORRECTORS, Corrector
 
 
 # What changes nothing in how the pipeline calls its denoiser.
@@ -115,7 +112,7 @@ class NoiseCorrectedPipeline:
         latents = call.format.latents(calls[0])
         count = len(latents) * call.calls_per_step // call.branches
         branch = branches_of(calls, call.format, call.batch_axes, count)[call.conditional_branch]
-        return transport(self.corrector, latents[:count], call, put_on(branch, latents.device), steps)
+        return self.corrector.correct(latents[:count], call, put_on(branch, latents.device), steps)
 
     def _call_with(self, arguments: dict[str, Any]) -> DenoiserCall:
         """How the pipeline calls its denoiser with these settings; asked once for each."""
@@ -130,13 +127,9 @@ class NoiseCorrectedPipeline:
         """Write the corrector, without the pipeline, to a folder, which is made if missing."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        is_adapter = isinstance(self.corrector, AdapterCorrector)
-        if is_adapter:
-            save_adapter_weights(uncompiled(self.corrector.module), folder, CORRECTION_ADAPTER, {"format": "pt"})
-        else:
-            self.corrector.module.save_pretrained(folder / NETWORK_FOLDER)
+        self.corrector.save(folder)
         facts = {
-            "corrector": "lora" if is_adapter else "network",
+            "corrector": self.corrector.kind,
             "corrector_steps": self.corrector_steps,
             "trained_for": self.trained_for,
         }
@@ -172,13 +165,13 @@ class NoiseCorrectedPipeline:
         """
         folder = Path(source)
         if not folder.is_dir():
-            wanted = [CORRECTOR_FILE, *PEFT_FILES, f"{NETWORK_FOLDER}/*"]
-            folder = Path(snapshot_download(str(source), allow_patterns=wanted, revision=revision, token=token))
+            files = {"allow_patterns": list(CORRECTOR_FILES), "revision": revision, "token": token}
+            folder = Path(snapshot_download(str(source), **files))
         if not (folder / CORRECTOR_FILE).is_file():
             raise ValueError(f"{source} has no {CORRECTOR_FILE}: it is no corrector of NoiseCorrectionTrainer.")
         facts = json.loads((folder / CORRECTOR_FILE).read_text())
-        load = _load_adapter if facts["corrector"] == "lora" else _load_network
-        return cls(pipeline, load(pipeline, folder), facts["corrector_steps"], facts["trained_for"], denoiser_format)
+        corrector = CORRECTORS[facts["corrector"]].load(folder, pipeline)
+        return cls(pipeline, corrector, facts["corrector_steps"], facts["trained_for"], denoiser_format)
 
     def push_to_hub(
         self,
@@ -199,23 +192,6 @@ class NoiseCorrectedPipeline:
             return push_corrector_to_hub(
                 folder, repo_id, private=private, token=token, commit_message=commit_message, revision=revision
             )
-
-
-def _load_adapter(pipeline: Any, folder: Path) -> AdapterCorrector:
-    called = denoiser_of(pipeline)
-    check_adaptable(called)
-    denoiser = uncompiled(called)
-    load_adapter_weights(denoiser, folder, CORRECTION_ADAPTER)
-    for parameter in adapter_parameters(denoiser, CORRECTION_ADAPTER):
-        parameter.data = parameter.data.to(denoiser.dtype)
-        parameter.requires_grad_(False)
-    AdapterSwitch(denoiser, CORRECTION_ADAPTER).turn(False)
-    return AdapterCorrector(called)
-
-
-def _load_network(pipeline: Any, folder: Path) -> NetworkCorrector:
-    network = AutoModel.from_pretrained(str(folder / NETWORK_FOLDER))
-    return NetworkCorrector(network.to(device_of(pipeline)).requires_grad_(False))
 
 
 def _checked(steps: int) -> int:

@@ -34,8 +34,15 @@ from ..engine import place_pipeline
 from ..placement import check_adaptable, on_device
 from ..rollout import seed_of
 from .config import NoiseCorrectionConfig
-from .corrector import AdapterCorrector, Corrector, NetworkCorrector, add_correction_adapter, make_network
-from .fit import CorrectorData, CorrectorFit
+from .corrector import (
+    AdapterCorrector,
+    FlowCorrector,
+    GaussianCorrector,
+    NetworkCorrector,
+    add_correction_adapter,
+    make_network,
+)
+from .fit import CorrectorData, CorrectorFit, split
 from .gaussianity import gaussianity
 from .inversion import FlowSampler
 from .inverted_data import DatasetInverter, InvertedData, encode_images
@@ -114,7 +121,8 @@ class NoiseCorrectionTrainer:
         self.kwargs = {**(pipeline_kwargs or {}), "num_inference_steps": config.num_inference_steps}
         self.sampler = FlowSampler.of(pipeline, self.kwargs, config.guided, denoiser_format)
         self.encode = encode or partial(encode_images, pipeline, self.kwargs)
-        self.corrector = self._make_corrector(peft_config, network)
+        # A Gaussian is there once it is fitted.
+        self.corrector = None if config.corrector == "gaussian" else self._make_corrector(peft_config, network)
         trained_for = {
             "base_model": repository_of(pipeline),
             "num_inference_steps": config.num_inference_steps,
@@ -125,7 +133,7 @@ class NoiseCorrectionTrainer:
             pipeline, self.corrector, config.corrector_steps, trained_for, denoiser_format
         )
 
-    def _make_corrector(self, peft_config: Any, network: torch.nn.Module | None) -> Corrector:
+    def _make_corrector(self, peft_config: Any, network: torch.nn.Module | None) -> FlowCorrector:
         denoiser, seed = denoiser_of(self.pipeline), seed_of(self.config.seed, "corrector")
         if self.config.corrector == "lora":
             check_adaptable(denoiser)
@@ -180,15 +188,24 @@ class NoiseCorrectionTrainer:
             [`NoiseCorrectedPipeline`]: the pipeline with its corrector.
         """
         data = self.invert()
-        self.fit = CorrectorFit(
-            self.accelerator, self.corrector, self._training_data(data), self.config, self.output_dir, self.log
-        )
-        with on_device(self.pipeline, denoiser_of(self.pipeline), self.accelerator):
-            self.fit.run()
+        if self.config.corrector == "gaussian":
+            self._fit_gaussian(data)
+        else:
+            fit = CorrectorFit(
+                self.accelerator, self.corrector, self._training_data(data), self.config, self.output_dir, self.log
+            )
+            with on_device(self.pipeline, denoiser_of(self.pipeline), self.accelerator):
+                fit.run()
         self.save_model()
         if self.config.push_to_hub:
             self.push_to_hub()
         return self.corrected
+
+    def _fit_gaussian(self, data: InvertedData) -> None:
+        held_out, rows = split(len(data.noise), self.config)
+        self.corrector = self.corrected.corrector = GaussianCorrector.fit(data.noise[rows])
+        gained = self.corrector.nats_gained(data.noise[held_out]) if len(held_out) else None
+        self.log({"held_out/nats_gained": gained} if gained is not None else {})
 
     def _training_data(self, data: InvertedData) -> CorrectorData:
         has_prompts = "prompt" in self.train_dataset.column_names
@@ -244,6 +261,6 @@ def _check_arguments(
     if not len(dataset):
         raise ValueError("train_dataset is empty.")
     if network is not None and config.corrector != "network":
-        raise ValueError("network: given with corrector='lora'; set corrector='network'.")
+        raise ValueError(f"network: given with corrector={config.corrector!r}; set corrector='network'.")
     if peft_config is not None and config.corrector != "lora":
-        raise ValueError("peft_config: given with corrector='network'; set corrector='lora'.")
+        raise ValueError(f"peft_config: given with corrector={config.corrector!r}; set corrector='lora'.")

@@ -33,9 +33,8 @@ FLOW = ["--domain", "emoji", "--widths", "8", "16", "--layers", "1", "--patch-si
 
 
 def write_idx(folder, prefix, images, labels):
-    head = {"images-idx3": bytes(16), "labels-idx1": bytes(8)}
     for kind, values in (("images-idx3", images), ("labels-idx1", labels)):
-        data = head[kind] + values.astype(np.uint8).tobytes()
+        data = bytes(4) + np.array(values.shape, ">i4").tobytes() + values.astype(np.uint8).tobytes()
         (folder / f"{prefix}-{kind}-ubyte.gz").write_bytes(gzip.compress(data))
 
 
@@ -159,41 +158,20 @@ def test_too_few_images_are_refused():
         frechet.feature_extractor("vgg")
 
 
-def test_gaussian_corrector_has_the_moments_of_what_it_is_fitted_to():
-    generator = torch.Generator().manual_seed(0)
-    noise = (torch.randn(500, 6, generator=generator) @ torch.randn(6, 6, generator=generator) + 2).reshape(500, 2, 3)
-    drawn = compare.GaussianCorrector.fitted(noise)(torch.randn(50_000, 2, 3, generator=generator))
-    torch.testing.assert_close(drawn.mean(0), noise.mean(0), rtol=0, atol=0.05)
-    torch.testing.assert_close(drawn.flatten(1).T.cov(), noise.flatten(1).T.cov(), rtol=0.05, atol=0.1)
-
-
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory):
     """Folder of a comparison at toy size, with its arguments."""
     folder, rng = tmp_path_factory.mktemp("comparison"), np.random.default_rng(0)
     for prefix in ("train", "t10k"):
-        write_idx(folder, prefix, rng.integers(0, 256, (24, 28, 28)), rng.integers(0, 10, 24))
-    flow = ["--data", str(folder), "--output", str(folder / "flow"), "--widths", "8", "16", "--layers", "1"]
+        write_idx(folder, prefix, rng.integers(0, 256, (100, 8, 8)), rng.integers(0, 10, 100))
+    flow = ["--data", str(folder), "--output", str(folder / "flow"), "--widths", "16", "--layers", "1"]
     train_flow.train(train_flow.parse([*flow, "--steps", "5", "--batch", "8"]))
     classifier = train_classifier.DomainClassifier(1, 10, width=8, features=8)
     classifier.save_pretrained(folder / "classifier")
-    arguments = [
-        *("--data", str(folder), "--flow", str(folder / "flow"), "--classifier", str(folder / "classifier")),
-        *("--output", str(folder / "out"), "--steps", "2", "4", "--corrected", "3", "--seeds", "0", "1"),
-        *(
-            "--images",
-            "24",
-            "--real-images",
-            "24",
-            "--inverted-images",
-            "24",
-            "--batch",
-            "12",
-            "--training-steps",
-            "3",
-        ),
-        *("--training-batch", "8", "--network-channels", "8", "--corrector-steps", "1", "2", "--lora-rank", "2"),
-    ]
+    options = "--steps 2 4 --corrected 3 --seeds 0 1 --images 24 --real-images 24 --batch 50 --training-steps 3"
+    options += " --training-batch 8 --network-channels 8 --corrector-steps 1 2 --lora-rank 2"
+    folders = ["--flow", str(folder / "flow"), "--classifier", str(folder / "classifier")]
+    arguments = ["--data", str(folder), "--output", str(folder / "out"), *folders, *options.split()]
     compare.main(compare.parse(arguments))
     return folder, arguments
 
@@ -216,11 +194,11 @@ def test_flops_count_model_and_corrector(comparison):
     results = report.read_results(folder / "out").query("seed == 0").set_index(["arm", "steps", "corrector_steps"])
     pipeline = FlowPipeline.from_pretrained(folder / "flow")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        pipeline.unet(torch.randn(1, 4, 14, 14), 500)
+        pipeline.unet(torch.randn(1, 4, 4, 4), 500)
     call = counter.get_total_flops()
     flops = results.flops
     assert flops["uncorrected", 2, 0] == 2 * call and flops["uncorrected", 4, 0] == 4 * call
-    assert flops["gaussian", 3, 0] == 3 * call + 2 * 784**2
+    assert flops["gaussian", 3, 1] == 3 * call + 2 * 64**2
     network = flops["network", 3, 1] - 3 * call
     assert 0 < network and flops["network", 3, 2] == 3 * call + 2 * network
     assert flops["lora", 3, 1] > 5 * call

@@ -18,10 +18,9 @@ Compare a flow model with and without noise correction: Frechet distance over FL
     python -m examples.noise_correction.compare --flow outputs/fm/flow --classifier outputs/fm/classifier \
         --output outputs/fm/compare
 
-For each number of sampling steps: the model from N(0, I); with correctors trained on inverted training images; from a
-Gaussian fitted to the inverted noise, which is the simplest corrector; and from the inverted noise itself, which is
-what a perfect corrector would give. Every result is appended to `results.jsonl` in the output folder, and what is
-there already is not computed again. `report.py` makes the table and the figure of it.
+For each number of sampling steps: the model from N(0, I); with correctors fitted to inverted training images; and from
+that inverted noise itself, which is what a perfect corrector would give. Every result is appended to `results.jsonl`
+in the output folder, and what is there already is not computed again. `report.py` makes the table and the figure.
 """
 
 import argparse
@@ -29,7 +28,6 @@ import itertools
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,37 +42,8 @@ from examples.noise_correction.report import write_report
 from trl_pgraft import NoiseCorrectedPipeline, NoiseCorrectionConfig, NoiseCorrectionTrainer
 
 
+ARMS = ("gaussian", "network", "lora")
 Sampler = Callable[[torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class GaussianCorrector:
-    """
-    Noise of the mean and covariance of `fitted`, from standard normal noise.
-
-    Args:
-        mean (`torch.Tensor` of shape `(d,)`): the mean.
-        root (`torch.Tensor` of shape `(d, d)`): the symmetric root of the covariance.
-    """
-
-    mean: torch.Tensor
-    root: torch.Tensor
-
-    @staticmethod
-    def fitted(noise: torch.Tensor) -> "GaussianCorrector":
-        """Fit to samples `(N, ...)`."""
-        flat = noise.flatten(1).double()
-        values, vectors = torch.linalg.eigh(flat.T.cov())
-        root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-        return GaussianCorrector(flat.mean(0).float(), root.float())
-
-    def to(self, device: str) -> "GaussianCorrector":
-        """The same on a device."""
-        return GaussianCorrector(self.mean.to(device), self.root.to(device))
-
-    def __call__(self, noise: torch.Tensor) -> torch.Tensor:
-        """Correct noise `(B, ...)`."""
-        return torch.addmm(self.mean, noise.flatten(1), self.root).reshape(noise.shape)
 
 
 class Comparison:
@@ -197,31 +166,27 @@ def corrected_pipeline(
     return NoiseCorrectedPipeline.from_pretrained(folder, comparison.new_pipeline())
 
 
-def references(comparison: Comparison, dataset: Dataset, steps: int) -> None:
-    """The inverted noise itself, and the Gaussian fitted to it, at one number of steps."""
+def from_inverted_noise(comparison: Comparison, dataset: Dataset, steps: int) -> None:
+    """What a perfect corrector would give, at one number of steps."""
     args = comparison.args
-    wanted = [_with("inverted", steps, 0, args.seeds[0]), *(_with("gaussian", steps, 0, seed) for seed in args.seeds)]
-    if all(comparison.is_done(**key) for key in wanted):
-        return
-    plain = sampler_of(comparison.pipeline, steps)
-    inverted = new_trainer(comparison, dataset, "network", steps, args.seeds[0]).invert().noise
-    comparison.measure(plain, inverted[: args.images], **wanted[0])
-    gaussian = GaussianCorrector.fitted(inverted).to(comparison.device)
-    for key in wanted[1:]:
-        comparison.measure(lambda x: plain(gaussian(x)), comparison.noise(key["seed"]), **key)
+    key = _with("inverted", steps, 0, args.seeds[0])
+    if not comparison.is_done(**key):
+        inverted = new_trainer(comparison, dataset, "gaussian", steps, args.seeds[0]).invert().noise
+        comparison.measure(sampler_of(comparison.pipeline, steps), inverted[: args.images], **key)
 
 
-def correctors(comparison: Comparison, dataset: Dataset, steps: int) -> None:
-    """Trained correctors at one number of steps."""
+def corrected(comparison: Comparison, dataset: Dataset, steps: int) -> None:
+    """Correctors at one number of steps."""
     args = comparison.args
     for seed, arm in itertools.product(args.seeds, args.correctors):
-        keys = [_with(arm, steps, count, seed) for count in args.corrector_steps]
-        missing = [key for key in keys if not comparison.is_done(**key)]
+        # A linear map is the same in one step or several.
+        counts = args.corrector_steps if arm != "gaussian" else args.corrector_steps[:1]
+        missing = [n for n in counts if not comparison.is_done(**_with(arm, steps, n, seed))]
         if missing:
-            corrected = corrected_pipeline(comparison, dataset, arm, steps, seed)
-        for key in missing:
-            sampler = sampler_of(corrected, steps, corrector_steps=key["corrector_steps"])
-            comparison.measure(sampler, comparison.noise(seed), **key)
+            pipeline = corrected_pipeline(comparison, dataset, arm, steps, seed)
+        for n in missing:
+            sampler = sampler_of(pipeline, steps, corrector_steps=n)
+            comparison.measure(sampler, comparison.noise(seed), **_with(arm, steps, n, seed))
 
 
 def _with(arm: str, steps: int, corrector_steps: int, seed: int) -> dict[str, Any]:
@@ -242,8 +207,8 @@ def main(args: argparse.Namespace) -> None:
     uncorrected(comparison)
     dataset = training_latents(comparison)
     for steps in args.corrected:
-        references(comparison, dataset, steps)
-        correctors(comparison, dataset, steps)
+        from_inverted_noise(comparison, dataset, steps)
+        corrected(comparison, dataset, steps)
     write_report(args.output)
 
 
@@ -257,7 +222,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, nargs="*", default=(2, 3, 4, 5, 6, 8, 10, 14, 20), help="uncorrected")
     parser.add_argument("--corrected", type=int, nargs="*", default=(2, 3, 5, 10), help="steps that are corrected")
-    parser.add_argument("--correctors", nargs="*", choices=("network", "lora"), default=("network", "lora"))
+    parser.add_argument("--correctors", nargs="*", choices=ARMS, default=ARMS)
     parser.add_argument("--corrector-steps", type=int, nargs="+", default=(1, 2))
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--images", type=int, default=10_000, help="drawn for each distance")

@@ -125,6 +125,8 @@ def _read_fashion_mnist(split: str, folder: Path) -> Images:
             "dataset-fashion-mnist`), or unpack it elsewhere (`apt-get download dataset-fashion-mnist`, `dpkg -x "
             "dataset-fashion-mnist_*.deb FOLDER`) and pass FOLDER/usr/share/datasets/fashion-mnist as the folder."
         )
-    pixels, labels = (np.frombuffer(gzip.decompress(file.read_bytes()), np.uint8) for file in files)
-    pixels = torch.tensor(pixels[16:].reshape(-1, 1, 28, 28))
-    return Images(pixels, torch.tensor(labels[8:], dtype=torch.int64), FASHION_MNIST_CLASSES)
+    pixels, labels = (gzip.decompress(file.read_bytes()) for file in files)
+    count, height, width = np.frombuffer(pixels, ">i4", count=3, offset=4).tolist()
+    pixels = torch.tensor(np.frombuffer(pixels, np.uint8, offset=16).reshape(count, 1, height, width))
+    labels = np.frombuffer(labels, np.uint8, offset=8)
+    return Images(pixels, torch.tensor(labels, dtype=torch.int64), FASHION_MNIST_CLASSES)

@@ -38,6 +38,7 @@ STYLES = {
     "lora": ("LoRA", "tab:orange"),
     "inverted": ("inverted training images", "tab:gray"),
 }
+HAVE_STEPS = ("network", "lora")
 
 
 def read_results(folder: Path) -> pd.DataFrame:
@@ -87,9 +88,10 @@ def markdown_table(table: pd.DataFrame) -> str:
         ratio = f"{cost / row.flops:.2f} times" if np.isfinite(cost) else ""
         if is_other and row.mean < means.min():
             ratio = "never reached"
+        count = row.corrector_steps if row.arm in HAVE_STEPS else ""
         spread = f" ± {row.std:.2f}" if row.seeds > 1 else ""
         lines.append(
-            f"| {STYLES[row.arm][0]} | {row.corrector_steps or ''} | {row.steps} | {row.flops / 1e6:,.0f} | "
+            f"| {STYLES[row.arm][0]} | {count} | {row.steps} | {row.flops / 1e6:,.0f} | "
             f"{row.mean:.2f}{spread} | {f'{at_cost:.2f}' if np.isfinite(at_cost) else ''} | {ratio} |"
         )
     return "\n".join(lines)
@@ -101,7 +103,7 @@ def draw(tables: dict[str, pd.DataFrame], path: Path) -> None:
     for axis, (name, table) in zip(axes[0], tables.items(), strict=True):
         for (arm, count), rows in table.groupby(["arm", "corrector_steps"]):
             label, color = STYLES[arm]
-            label += f", {count} step{'s' if count > 1 else ''}" if count else ""
+            label += f", {count} step{'s' if count > 1 else ''}" if arm in HAVE_STEPS else ""
             rows = rows.sort_values("flops")
             style = {"linestyle": ":" if arm == "inverted" else "-" if count < 2 else "--", "marker": "o"}
             spread = rows["std"].fillna(0)

@@ -112,6 +112,10 @@ def draw(tables: dict[str, pd.DataFrame], path: Path) -> None:
                 for row in rows.itertuples():
                     axis.annotate(str(row.steps), (row.flops / 1e6, row.mean), (3, 5), textcoords="offset points")
         axis.set(xscale="log", yscale="log", xlabel="MFLOP per image", ylabel=f"Fréchet distance, {name} features")
+        for scale in (axis.xaxis, axis.yaxis):
+            scale.set_major_formatter("{x:g}")
+            scale.set_minor_formatter("{x:g}")
+            scale.set_tick_params(which="minor", labelsize=7)
         axis.grid(alpha=0.3, which="both")
     axes[0][0].legend(fontsize=8)
     figure.tight_layout()

@@ -20,6 +20,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,10 @@ from tiny_pipelines import tiny_flux, tiny_sd
 from tiny_transformers import tiny_sd3
 
 from trl_pgraft import InversionError, NoiseCorrectedPipeline, NoiseCorrectionConfig, NoiseCorrectionTrainer
+from trl_pgraft.adapters import adapter_parameters, add_adapter, default_lora_config
 from trl_pgraft.noise_correction.corrector import make_network, transport
 from trl_pgraft.noise_correction.inverted_data import encode_images
+from trl_pgraft.timestep_gate import TimestepGate
 
 
 MEAN, STD, STEPS = 0.3, 0.8, 4
@@ -126,6 +129,49 @@ def test_noise_of_something_else_is_not_taken(tmp_path, change):
     config = make_config(tmp_path, **{n: v for n, v in change.items() if n not in ("data", "model")})
     again = NoiseCorrectionTrainer(config, pipeline, data).invert()
     assert not torch.equal(again.noise, first.noise)
+
+
+def scaled_adapter(pipeline):
+    pipeline.transformer.set_adapters(["style"], [0.5])
+
+
+def gated(pipeline):
+    TimestepGate(pipeline.transformer, "style", 500.0)
+
+
+def other_text_encoder(pipeline):
+    pipeline.text_encoder.text_model.final_layer_norm.weight.data.mul_(2)
+
+
+@pytest.mark.parametrize("change", [scaled_adapter, gated, other_text_encoder])
+def test_noise_of_the_same_weights_otherwise_used_is_not_taken(tmp_path, change):
+    data = Dataset.from_dict({"latents": noise_of(2, (4, 8, 8)).numpy(), "prompt": ["a cat", "two"]})
+    found = []
+    for changed in (False, False, True):
+        pipeline = tiny_sd3()
+        add_adapter(pipeline.transformer, default_lora_config(pipeline.transformer, 4), "style", seed=0)
+        for parameter in adapter_parameters(pipeline.transformer, "style"):
+            parameter.data.add_(0.2)
+        if changed:
+            change(pipeline)
+        size = {"height": 16, "width": 16, "guidance_scale": 1.0}
+        trainer = NoiseCorrectionTrainer(make_config(tmp_path, tolerance=1e-4), pipeline, data, pipeline_kwargs=size)
+        noise, (file,) = trainer.invert().noise, (tmp_path / "out/inverted").iterdir()
+        found.append((noise, file.stat().st_mtime_ns))
+    (first, made), (_, kept), (other, _) = found
+    assert kept == made
+    assert not torch.equal(other, first)
+
+
+def test_noise_of_otherwise_encoded_images_is_not_taken(tmp_path):
+    data = Dataset.from_dict({"image": [Image.new("L", (8, 8), level) for level in (10, 200)]})
+    found = []
+    for scale in (0.5, 0.5, 1.0):
+        encode = partial(lambda scale, images: scale * noise_of(len(images)), scale)
+        trainer = NoiseCorrectionTrainer(make_config(tmp_path, tolerance=1e-3), tiny_flow(), data, encode=encode)
+        found.append(trainer.invert().noise)
+    assert torch.equal(found[0], found[1])
+    assert not torch.allclose(found[0], found[2], atol=0.1)
 
 
 def test_skipped_steps_start_from_noised_data(tmp_path):

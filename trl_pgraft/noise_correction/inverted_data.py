@@ -31,11 +31,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from ..adapters import tuner_layers
 from ..denoiser_call import denoiser_of
 from ..denoiser_format import uncompiled
 from ..placement import device_of
 from ..rollout import seed_of
 from ..samples import fingerprint_of, stable
+from ..timestep_gate import gate_on
 from .config import NoiseCorrectionConfig
 from .corrector import CORRECTION_ADAPTER
 from .inversion import EulerField, FlowSampler, InversionError, invert
@@ -88,7 +90,7 @@ class DatasetInverter:
     ):
         self.sampler, self.dataset, self.encode, self.config, self.folder = sampler, dataset, encode, config, folder
         self._starts = range(0, len(dataset), config.inversion_batch_size)
-        self._made_by = _made_by(sampler, config)
+        self._made_by = json.dumps([_made_by(sampler, config), self._encoding()])
         self._left_out = 0
 
     def run(self, accelerator: Accelerator) -> InvertedData:
@@ -105,6 +107,13 @@ class DatasetInverter:
         accelerator.wait_for_everyone()
         parts = [self._read(start, self._tag(self._batch(start))) for start in self._starts]
         return InvertedData(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+    def _encoding(self) -> str | None:
+        """What a user's `encode` makes of the first image: what it does with others cannot be told beforehand."""
+        if getattr(self.encode, "func", None) is encode_images or "image" not in self.dataset.column_names:
+            return None
+        batch = self.dataset[:1]
+        return None if "latents" in batch else fingerprint_of({"latents": self.encode(batch["image"])})
 
     def _batch(self, start: int) -> dict[str, list[Any]]:
         return self.dataset[start : start + self.config.inversion_batch_size]
@@ -160,7 +169,7 @@ class DatasetInverter:
             raise error
 
     def _tag(self, batch: dict[str, list[Any]]) -> str:
-        """Tells what a file is made from: the sampler with its model, and the batch bit for bit."""
+        """Tells what a file is made from: the sampler with its models, and the batch bit for bit."""
         digest = hashlib.blake2b(self._made_by.encode(), digest_size=16)
         for name in ("latents", "image", "prompt"):
             for value in batch.get(name, []):
@@ -181,18 +190,29 @@ class DatasetInverter:
         return None
 
 
-def _made_by(sampler: FlowSampler, config: NoiseCorrectionConfig) -> str:
-    """Tells the model bit for bit, its sampler, and how that is inverted."""
-    parameters = uncompiled(denoiser_of(sampler.pipeline)).named_parameters()
+def _made_by(sampler: FlowSampler, config: NoiseCorrectionConfig) -> list[Any]:
+    """Tells the models bit for bit, the sampler, and how that is inverted."""
+    modules = {n: uncompiled(m) for n, m in sampler.pipeline.components.items() if isinstance(m, torch.nn.Module)}
+    parameters = {f"{name}.{n}": p for name, module in modules.items() for n, p in module.named_parameters()}
     # A corrector's adapter takes no part in the inversion, and PEFT renames the layers that it wraps.
-    own = {n.replace(".base_layer", ""): p for n, p in parameters if f".{CORRECTION_ADAPTER}." not in n}
-    parts = [
+    own = {n.replace(".base_layer", ""): p for n, p in parameters.items() if f".{CORRECTION_ADAPTER}." not in n}
+    return [
         fingerprint_of(own),
+        _adapters_at_work(denoiser_of(sampler.pipeline)),
         {name: stable(value) for name, value in sorted(sampler.kwargs.items())},
         [sampler.sampler.timesteps, list(sampler.steps), sampler.guided],
         [config.tolerance, config.max_iterations, config.skipped_steps, config.seed if config.skipped_steps else None],
     ]
-    return json.dumps(parts)
+
+
+def _adapters_at_work(denoiser: torch.nn.Module) -> list[Any]:
+    """Which adapters take part and with what scale, which their weights do not tell; a gate has its own rule."""
+    gate, found = gate_on(denoiser), set()
+    left_out = {CORRECTION_ADAPTER, gate.adapter_name if gate else None}
+    for layer in tuner_layers(uncompiled(denoiser)):
+        names = [] if layer.disable_adapters else [n for n in layer.active_adapters if n not in left_out]
+        found |= {(name, getattr(layer, "scaling", {}).get(name)) for name in names}
+    return [sorted(found, key=str), gate and [gate.adapter_name, gate.switch_timestep]]
 
 
 def latents_of(batch: dict[str, list[Any]], encode: Encoder) -> torch.Tensor:

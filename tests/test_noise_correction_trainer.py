@@ -226,6 +226,26 @@ def test_samples_that_do_not_converge_stop_the_run_or_are_left_out(tmp_path):
     assert len(list((tmp_path / "b/out/inverted").iterdir())) == 1
 
 
+def test_samples_that_an_earlier_run_left_out_are_not_passed_over(tmp_path):
+    latents = torch.tensor(flow_data()["latents"])
+    latents[[5, 30]] += 10
+    data = Dataset.from_dict({"latents": latents.numpy()})
+    NoiseCorrectionTrainer(make_config(tmp_path, max_unconverged=0.05), steep_flow(), data).invert()
+    strict = NoiseCorrectionTrainer(make_config(tmp_path, max_unconverged=0.03), steep_flow(), data)
+    with pytest.raises(RuntimeError, match=r"2 of 48 samples .* rows \[5, 30\] .* max_unconverged=0.03"):
+        strict.invert()
+
+
+def test_data_that_change_from_reading_to_reading_are_refused(tmp_path):
+    levels = iter(range(100))
+
+    def change(batch):
+        return {"latents": [torch.full((1, 8, 8), 0.01 * next(levels)) for _ in batch["latents"]]}
+
+    with pytest.raises(RuntimeError, match="noise-00000000.safetensors .* without random transforms"):
+        trainer_of(tmp_path, flow_data(3).with_transform(change), tolerance=0.1).invert()
+
+
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
 def test_a_resumed_fit_ends_as_an_uninterrupted_one(tmp_path, ema_decay):
     straight = trainer_of(tmp_path / "a", ema_decay=ema_decay)

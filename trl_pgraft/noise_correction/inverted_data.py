@@ -99,14 +99,38 @@ class DatasetInverter:
 
         Raises:
             [`InversionError`]: more samples than `max_unconverged` allows did not converge; what did is kept.
+            `RuntimeError`: those of all processes, or of earlier runs, are more; or the data set is not the same at
+                each reading.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         own = self._starts[accelerator.process_index :: accelerator.num_processes]
         for start in tqdm(own, desc="inverting", disable=not accelerator.is_local_main_process):
             self._ensure(start)
         accelerator.wait_for_everyone()
-        parts = [self._read(start, self._tag(self._batch(start))) for start in self._starts]
-        return InvertedData(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        parts = [self._made(start) for start in self._starts]
+        data = InvertedData(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        self._check_left_out(data.rows)
+        return data
+
+    def _made(self, start: int) -> dict[str, torch.Tensor]:
+        """One batch as it is on disk, whoever inverted it."""
+        found = self._read(start, self._tag(self._batch(start)))
+        if found is None:
+            raise RuntimeError(
+                f"{self._path(start)} is missing, or not of the rows that train_dataset has from {start} on. These "
+                "must be the same at each reading, without random transforms, and all processes must see one folder."
+            )
+        return found
+
+    def _check_left_out(self, rows: torch.Tensor) -> None:
+        """Each process stops by its own count, and a run before this one may have been allowed more."""
+        left_out = sorted(set(range(len(self.dataset))) - set(rows.tolist()))
+        if len(left_out) > self.config.max_unconverged * len(self.dataset):
+            raise RuntimeError(
+                f"{len(left_out)} of {len(self.dataset)} samples did not converge, among them the rows "
+                f"{left_out[:16]} of train_dataset: more than max_unconverged={self.config.max_unconverged:g} allows. "
+                "The others are kept. Raise it, or max_iterations, or use more sampling steps."
+            )
 
     def _encoding(self) -> str | None:
         """What a user's `encode` makes of the first image: what it does with others cannot be told beforehand."""

@@ -342,10 +342,51 @@ def test_images_are_encoded(tmp_path):
     data = Dataset.from_dict({"image": [Image.fromarray(array) for array in pixels.numpy()]})
     config = make_config(tmp_path, tolerance=1e-3, num_inference_steps=10)
     assert len(NoiseCorrectionTrainer(config, tiny_flow(), data).invert().noise) == 10
-    own = NoiseCorrectionTrainer(
-        make_config(tmp_path / "own"), tiny_flow(), data, encode=lambda images: torch.zeros(len(images), 1, 8, 8)
-    )
-    assert own.invert().noise.std(0).max() == pytest.approx(0, abs=1e-6)
+    own = make_config(tmp_path / "own", tolerance=1e-3)
+    trainer = NoiseCorrectionTrainer(own, tiny_flow(), data, encode=lambda images: noise_of(len(images)))
+    found = trainer.invert().noise
+    again = tiny_flow()(latents=found, num_inference_steps=STEPS, output_type="latent").images
+    torch.testing.assert_close(again, noise_of(10), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
+def test_images_of_any_mode_are_encoded_as_the_vae_takes_them(mode):
+    image = Image.new("RGB", (16, 16), (255, 255, 255))
+    found = [encode_images(tiny_sd3(), {"height": 16, "width": 16}, [i]) for i in (image, image.convert(mode))]
+    assert torch.equal(*found)
+
+
+def test_images_of_several_sizes_are_refused_where_nothing_resizes_them():
+    images = [Image.new("L", (8, 8)), Image.new("L", (8, 9))]
+    with pytest.raises(ValueError, match=r"sizes \[\(8, 8\), \(8, 9\)\], and FlowPipeline has no VAE"):
+        encode_images(tiny_flow(), {}, images)
+
+
+@pytest.mark.parametrize("format", ["torch", "numpy"])
+def test_formatted_data_are_those_of_plain_ones(tmp_path, format):
+    pixels = torch.randint(256, (2, 16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    data = Dataset.from_dict({"image": [Image.fromarray(a) for a in pixels.numpy()], "prompt": ["a cat", "two"]})
+    size = {"height": 16, "width": 16, "guidance_scale": 1.0}
+    found = []
+    for name, dataset in (("plain", data), ("other", data.with_format(format, columns=["image"]))):
+        config = make_config(tmp_path / name, tolerance=1e-3, num_inference_steps=10)
+        found.append(NoiseCorrectionTrainer(config, tiny_sd3(), dataset, pipeline_kwargs=size).invert().noise)
+    assert torch.equal(*found)
+    data = Dataset.from_dict({"latents": noise_of(2, (4, 8, 8)).numpy(), "prompt": ["a cat", "two"]})
+    config = make_config(tmp_path / "latents", max_steps=1, tolerance=1e-3)
+    trainer = NoiseCorrectionTrainer(config, tiny_sd3(), data.with_format(format), pipeline_kwargs=size)
+    trainer.train()
+    assert trainer.fit.data.prompts.tolist() == [0, 1]
+
+
+def test_encoding_needs_no_gradients(tmp_path):
+    def encode(images):
+        assert not torch.is_grad_enabled()
+        return noise_of(len(images))
+
+    data = Dataset.from_dict({"image": [Image.new("L", (8, 8))] * 2})
+    config = make_config(tmp_path, tolerance=1e-3)
+    assert len(NoiseCorrectionTrainer(config, tiny_flow(), data, encode=encode).invert().noise) == 2
 
 
 def test_a_network_of_the_users_is_trained(tmp_path):
@@ -366,11 +407,14 @@ def test_it_is_pushed(tmp_path, hub):
 
 def test_arguments_are_checked_before_anything_is_inverted(tmp_path):
     data, config, lora = flow_data(2), make_config(tmp_path), make_config(tmp_path, corrector="lora")
+    prompted, size = data.add_column("prompt", ["a", "b"]), {"height": 16, "width": 16}
     refused = [
         ((config, None, data), {}, "pipeline and train_dataset are required"),
         ((config, tiny_flow(), data.rename_column("latents", "x")), {}, "needs `image`"),
         ((config, tiny_flow(), data.select([])), {}, "empty"),
-        ((config, tiny_sd(), data), {"pipeline_kwargs": {"height": 16, "width": 16}}, "no Euler sampler of a flow"),
+        ((config, tiny_flow(), data.to_iterable_dataset()), {}, "IterableDataset; .* not streamed"),
+        ((config, tiny_sd3(), data), {}, "StableDiffusion3Pipeline takes prompts, so it needs `prompt`"),
+        ((config, tiny_sd(), prompted), {"pipeline_kwargs": size}, "no Euler sampler of a flow"),
         ((lora, tiny_flow(), data), {"network": make_network((1, 8, 8), 4)}, "network: given with corrector='lora'"),
         ((config, tiny_flow(), data), {"peft_config": object()}, "peft_config: given with corrector='network'"),
     ]

@@ -137,7 +137,8 @@ class DatasetInverter:
         if getattr(self.encode, "func", None) is encode_images or "image" not in self.dataset.column_names:
             return None
         batch = self.dataset[:1]
-        return None if "latents" in batch else fingerprint_of({"latents": self.encode(batch["image"])})
+        with torch.no_grad():
+            return None if "latents" in batch else fingerprint_of({"latents": self.encode(batch["image"])})
 
     def _batch(self, start: int) -> dict[str, list[Any]]:
         return self.dataset[start : start + self.config.inversion_batch_size]
@@ -156,12 +157,13 @@ class DatasetInverter:
         save_file({n: tensor.contiguous() for n, tensor in found.items()}, aside, metadata={"made_from": tag})
         os.replace(aside, path)
 
+    @torch.no_grad()
     def _invert(self, start: int, batch: dict[str, list[Any]], count: int) -> dict[str, torch.Tensor]:
         """Noise of one batch; samples that do not converge are left out as far as that is allowed."""
         latents = latents_of(batch, self.encode).to(device_of(self.sampler.pipeline))
         self.sampler.check_shape(latents)
         latents = self._noised(latents, start)
-        field = self.sampler.field(self.sampler.record(batch.get("prompt") or [""] * count))
+        field = self.sampler.field(self.sampler.record(list(batch["prompt"]) if "prompt" in batch else [""] * count))
         inverted = EulerField(field.steps[: len(field.steps) - self.config.skipped_steps], field.velocity)
         bounds = (self.config.tolerance, self.config.max_iterations)
         found, rows = invert(inverted, latents, *bounds, partial(self._leave_out, start))
@@ -262,10 +264,11 @@ def encode_images(pipeline: Any, kwargs: dict[str, Any], images: list[Image.Imag
         `torch.Tensor` of shape `(B, C, H, W)`.
     """
     vae = getattr(pipeline, "vae", None)
+    channels = (denoiser_of(pipeline) if vae is None else vae).config.in_channels
+    images = [image.convert("L" if channels == 1 else "RGB") for image in images]
     if vae is None:
-        channels = denoiser_of(pipeline).config.in_channels
-        arrays = [np.asarray(image.convert("L" if channels == 1 else "RGB"), dtype=np.float32) for image in images]
-        pixels = torch.from_numpy(np.stack(arrays)) / 127.5 - 1
+        _check_sizes(pipeline, images)
+        pixels = torch.from_numpy(np.stack([np.asarray(image, dtype=np.float32) for image in images])) / 127.5 - 1
         return pixels[:, None] if channels == 1 else pixels.permute(0, 3, 1, 2)
     pixels = pipeline.image_processor.preprocess(images, kwargs.get("height"), kwargs.get("width"))
     with torch.no_grad():
@@ -273,6 +276,15 @@ def encode_images(pipeline: Any, kwargs: dict[str, Any], images: list[Image.Imag
     latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     return (latents.float() - shift) * vae.config.scaling_factor
+
+
+def _check_sizes(pipeline: Any, images: list[Image.Image]) -> None:
+    sizes = sorted({image.size for image in images})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"train_dataset has images of the sizes {sizes}, and {type(pipeline).__name__} has no VAE whose image "
+            "processor would resize them. Resize them first, or pass an `encode` that does."
+        )
 
 
 def _bits(value: Any) -> bytes:

@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from accelerate import Accelerator
 from PIL import Image
@@ -31,6 +32,7 @@ from ..cards import repository_of
 from ..denoiser_call import denoiser_of
 from ..denoiser_format import DenoiserFormat, uncompiled
 from ..engine import place_pipeline
+from ..pipeline_inputs import takes_prompts
 from ..placement import check_adaptable, on_device
 from ..rollout import seed_of
 from .config import NoiseCorrectionConfig
@@ -107,7 +109,10 @@ class NoiseCorrectionTrainer:
                 f"train_batch_size={config.train_batch_size} is not divisible by the {self.accelerator.num_processes} "
                 "processes that share it."
             )
-        self.pipeline, self.train_dataset = pipeline, train_dataset
+        # With all columns, images as PIL's and latents as arrays, whatever format is set; a transform stays.
+        plain = train_dataset.with_format("numpy" if "latents" in train_dataset.column_names else None)
+        self.train_dataset = train_dataset if train_dataset.format["type"] == "custom" else plain
+        self.pipeline = pipeline
         self.output_dir = Path(config.output_dir)
         # In its own precision: an inverse cannot be closer than that.
         place_pipeline(pipeline, self.accelerator.device)
@@ -192,7 +197,7 @@ class NoiseCorrectionTrainer:
 
     def _training_data(self, data: InvertedData) -> CorrectorData:
         has_prompts = "prompt" in self.train_dataset.column_names
-        prompts = self.train_dataset["prompt"] if has_prompts else [""] * len(self.train_dataset)
+        prompts = list(self.train_dataset["prompt"]) if has_prompts else [""] * len(self.train_dataset)
         unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         rows = torch.tensor([unique[prompts[row]] for row in data.rows.tolist()])
         return CorrectorData(data.noise, rows, self.sampler.call, self.sampler.record(list(unique)))
@@ -235,11 +240,17 @@ def _check_arguments(
 ) -> None:
     if pipeline is None or dataset is None:
         raise ValueError("pipeline and train_dataset are required: a diffusers flow pipeline, and real data.")
-    columns = getattr(dataset, "column_names", None) or []
-    if "image" not in columns and "latents" not in columns:
+    if not isinstance(dataset, datasets.Dataset):
         raise ValueError(
-            f"train_dataset has the columns {columns}; it needs `image` (PIL images) or `latents`, of a "
-            "datasets.Dataset."
+            f"train_dataset is a {type(dataset).__name__}; it needs to be a datasets.Dataset: one split, not streamed."
+        )
+    columns = dataset.column_names
+    if "image" not in columns and "latents" not in columns:
+        raise ValueError(f"train_dataset has the columns {columns}; it needs `image` (PIL images) or `latents`.")
+    if "prompt" not in columns and takes_prompts(pipeline):
+        raise ValueError(
+            f"train_dataset has the columns {columns}; {type(pipeline).__name__} takes prompts, so it needs `prompt` "
+            "as well, of empty strings where there is nothing to say."
         )
     if not len(dataset):
         raise ValueError("train_dataset is empty.")

@@ -268,6 +268,34 @@ def test_a_resumed_fit_ends_as_an_uninterrupted_one(tmp_path, ema_decay):
     assert resumed.fit.step == 6
 
 
+def test_a_second_run_in_the_same_folder_leaves_the_first_ones_results_aside(tmp_path):
+    trainer_of(tmp_path).train()
+    folder = tmp_path / "out"
+    first = (folder / "metrics.jsonl").read_text()
+    with pytest.warns(UserWarning, match="metrics.jsonl, corrector moved to .*previous_1"):
+        trainer_of(tmp_path, learning_rate=5e-4).train()
+    lines = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [2, 4, 6]
+    assert (folder / "previous_1/metrics.jsonl").read_text() == first
+    trainer_of(tmp_path, learning_rate=5e-4, resume_from_checkpoint=True, max_steps=7).train()
+    assert not (folder / "previous_2").exists()
+
+
+@pytest.mark.parametrize("obstacle", ["gate", "corrector"])
+def test_a_denoiser_in_which_no_lora_can_be_trained_is_refused_first(tmp_path, obstacle):
+    pipeline, data = tiny_sd3(), Dataset.from_dict({"latents": noise_of(2, (4, 8, 8)).numpy(), "prompt": ["a", "b"]})
+    size, config = {"height": 16, "width": 16}, make_config(tmp_path, corrector="lora", lora_rank=4, tolerance=1e-3)
+    if obstacle == "gate":
+        add_adapter(pipeline.transformer, default_lora_config(pipeline.transformer, 4), "style", seed=0)
+        TimestepGate(pipeline.transformer, "style", 500.0)
+    else:
+        NoiseCorrectionTrainer(config, pipeline, data, pipeline_kwargs=size)
+    with pytest.raises(ValueError, match="a TimestepGate" if obstacle == "gate" else "has a corrector already"):
+        NoiseCorrectionTrainer(config, pipeline, data, pipeline_kwargs=size)
+    config = make_config(tmp_path, tolerance=1e-3, max_steps=1)
+    NoiseCorrectionTrainer(config, pipeline, data, pipeline_kwargs=size).train()
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     trainer_of(tmp_path).train()
     other = trainer_of(tmp_path, learning_rate=5e-4, resume_from_checkpoint=True)
@@ -396,6 +424,7 @@ def test_a_network_of_the_users_is_trained(tmp_path):
     trainer.train()
     assert trainer.corrector.module is network
     assert network.conv_out.weight.abs().max() > 0
+    assert not network.training, "what samples is what was trained and what is loaded: without dropout"
 
 
 def test_it_is_pushed(tmp_path, hub):
@@ -416,6 +445,7 @@ def test_arguments_are_checked_before_anything_is_inverted(tmp_path):
         ((config, tiny_sd3(), data), {}, "StableDiffusion3Pipeline takes prompts, so it needs `prompt`"),
         ((config, tiny_sd(), prompted), {"pipeline_kwargs": size}, "no Euler sampler of a flow"),
         ((lora, tiny_flow(), data), {"network": make_network((1, 8, 8), 4)}, "network: given with corrector='lora'"),
+        ((config, tiny_flow(), data), {"network": torch.nn.Conv2d(1, 1, 1)}, "a Conv2d is no diffusers model"),
         ((config, tiny_flow(), data), {"peft_config": object()}, "peft_config: given with corrector='network'"),
     ]
     for arguments, further, message in refused:

@@ -25,19 +25,29 @@ from typing import Any
 import datasets
 import torch
 from accelerate import Accelerator
+from diffusers import ModelMixin
 from PIL import Image
 
-from ..adapters import default_lora_config
+from ..adapters import default_lora_config, tuner_layers
 from ..cards import repository_of
+from ..checkpoints import put_aside
 from ..denoiser_call import denoiser_of
 from ..denoiser_format import DenoiserFormat, uncompiled
 from ..engine import place_pipeline
 from ..pipeline_inputs import takes_prompts
 from ..placement import check_adaptable, on_device
 from ..rollout import seed_of
+from ..timestep_gate import gate_on
 from .config import NoiseCorrectionConfig
-from .corrector import AdapterCorrector, Corrector, NetworkCorrector, add_correction_adapter, make_network
-from .fit import CorrectorData, CorrectorFit
+from .corrector import (
+    CORRECTION_ADAPTER,
+    AdapterCorrector,
+    Corrector,
+    NetworkCorrector,
+    add_correction_adapter,
+    make_network,
+)
+from .fit import CHECKPOINT_FILE, CorrectorData, CorrectorFit
 from .gaussianity import gaussianity
 from .inversion import FlowSampler
 from .inverted_data import DatasetInverter, InvertedData, encode_images
@@ -45,6 +55,8 @@ from .pipeline import NoiseCorrectedPipeline
 
 
 MOST_COMPARED = 10_000
+METRICS_FILE = "metrics.jsonl"
+CORRECTOR_FOLDER = "corrector"
 
 
 class NoiseCorrectionTrainer:
@@ -134,6 +146,7 @@ class NoiseCorrectionTrainer:
         denoiser, seed = denoiser_of(self.pipeline), seed_of(self.config.seed, "corrector")
         if self.config.corrector == "lora":
             check_adaptable(denoiser)
+            _check_free(denoiser)
             peft_config = peft_config or default_lora_config(uncompiled(denoiser), self.config.lora_rank)
             add_correction_adapter(uncompiled(denoiser), peft_config, seed)
             if self.config.gradient_checkpointing:
@@ -145,7 +158,7 @@ class NoiseCorrectionTrainer:
                 network = make_network(tuple(self.sampler.like.shape[1:]), self.config.network_channels)
         if self.config.gradient_checkpointing:
             network.enable_gradient_checkpointing()
-        return NetworkCorrector(network.to(self.accelerator.device).requires_grad_(True))
+        return NetworkCorrector(network.to(self.accelerator.device).eval().requires_grad_(True))
 
     def invert(self) -> InvertedData:
         """
@@ -181,10 +194,15 @@ class NoiseCorrectionTrainer:
         """
         Invert the data, fit the corrector and save it to `corrector` in the output folder.
 
+        The checkpoint, metrics and corrector of an earlier run that is not resumed are moved to `previous_<n>` there.
+
         Returns:
             [`NoiseCorrectedPipeline`]: the pipeline with its corrector.
         """
         data = self.invert()
+        if self.accelerator.is_main_process and not self.config.resume_from_checkpoint:
+            put_aside(self.output_dir, [CHECKPOINT_FILE, METRICS_FILE, CORRECTOR_FOLDER])
+        self.accelerator.wait_for_everyone()
         self.fit = CorrectorFit(
             self.accelerator, self.corrector, self._training_data(data), self.config, self.output_dir, self.log
         )
@@ -205,13 +223,13 @@ class NoiseCorrectionTrainer:
     def log(self, metrics: dict[str, float]) -> None:
         """Append a line of metrics to `metrics.jsonl` in the output folder."""
         if self.accelerator.is_main_process:
-            with open(self.output_dir / "metrics.jsonl", "a") as file:
+            with open(self.output_dir / METRICS_FILE, "a") as file:
                 file.write(json.dumps(metrics) + "\n")
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """Save the corrector to a folder; `corrector` in the output folder where none is given."""
         if self.accelerator.is_main_process:
-            self.corrected.save_pretrained(output_dir or self.output_dir / "corrector")
+            self.corrected.save_pretrained(output_dir or self.output_dir / CORRECTOR_FOLDER)
         self.accelerator.wait_for_everyone()
 
     def push_to_hub(self, commit_message: str = "Upload noise corrector", revision: str | None = None) -> str | None:
@@ -254,7 +272,26 @@ def _check_arguments(
         )
     if not len(dataset):
         raise ValueError("train_dataset is empty.")
+    if network is not None and not isinstance(network, ModelMixin):
+        raise ValueError(
+            f"network: a {type(network).__name__} is no diffusers model, so it could not be saved. Derive it from "
+            "diffusers.ModelMixin and ConfigMixin."
+        )
     if network is not None and config.corrector != "network":
         raise ValueError("network: given with corrector='lora'; set corrector='network'.")
     if peft_config is not None and config.corrector != "lora":
         raise ValueError("peft_config: given with corrector='network'; set corrector='lora'.")
+
+
+def _check_free(denoiser: torch.nn.Module) -> None:
+    """Refuse a denoiser that a LoRA corrector cannot be trained in, before anything is inverted."""
+    if gate_on(denoiser) is not None:
+        raise ValueError(
+            "corrector='lora': the denoiser has a TimestepGate, and the rows of a training batch have different noise "
+            "levels. Remove the gate, or use corrector='network', for which it stays."
+        )
+    if tuner_layers(uncompiled(denoiser), CORRECTION_ADAPTER):
+        raise ValueError(
+            "corrector='lora': the denoiser has a corrector already, of another NoiseCorrectionTrainer or of "
+            "NoiseCorrectedPipeline.from_pretrained. Load the pipeline anew."
+        )

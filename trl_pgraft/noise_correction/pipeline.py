@@ -38,6 +38,7 @@ from .corrector import CORRECTION_ADAPTER, AdapterCorrector, Corrector, NetworkC
 
 # What changes nothing in how the pipeline calls its denoiser.
 NO_SETTINGS = {"prompt", "generator", "latents", "output_type", "return_dict", "batch_size", "num_images_per_prompt"}
+NO_SETTINGS |= {"callback_on_step_end", "callback_on_step_end_tensor_inputs", "callback", "callback_steps"}
 
 
 class NoiseCorrectedPipeline:
@@ -91,6 +92,11 @@ class NoiseCorrectedPipeline:
             raise AttributeError(name)
         return getattr(self.pipeline, name)
 
+    def to(self, *args: Any, **kwargs: Any) -> "NoiseCorrectedPipeline":
+        """Move the pipeline as its own `to` does; the corrector follows it."""
+        self.pipeline.to(*args, **kwargs)
+        return self
+
     def __call__(self, *args: Any, corrector_steps: int | None = None, **kwargs: Any) -> Any:
         """
         Sample from corrected noise.
@@ -114,6 +120,8 @@ class NoiseCorrectedPipeline:
         calls = first_calls(self.pipeline, call.calls_per_step, lambda: self.pipeline(**arguments))
         latents = call.format.latents(calls[0])
         count = len(latents) * call.calls_per_step // call.branches
+        if isinstance(self.corrector, NetworkCorrector):  # the pipeline may have been moved, and does not know of it
+            self.corrector.module.to(latents.device)
         branch = branches_of(calls, call.format, call.batch_axes, count)[call.conditional_branch]
         return transport(self.corrector, latents[:count], call, put_on(branch, latents.device), steps)
 

@@ -36,6 +36,7 @@ from trl_pgraft import InversionError, NoiseCorrectedPipeline, NoiseCorrectionCo
 from trl_pgraft.adapters import adapter_parameters, add_adapter, default_lora_config
 from trl_pgraft.noise_correction.corrector import make_network, transport
 from trl_pgraft.noise_correction.inverted_data import encode_images
+from trl_pgraft.noise_correction.trainer import some_of
 from trl_pgraft.timestep_gate import TimestepGate
 
 
@@ -401,7 +402,7 @@ def test_formatted_data_are_those_of_plain_ones(tmp_path, format):
         found.append(NoiseCorrectionTrainer(config, tiny_sd3(), dataset, pipeline_kwargs=size).invert().noise)
     assert torch.equal(*found)
     data = Dataset.from_dict({"latents": noise_of(2, (4, 8, 8)).numpy(), "prompt": ["a cat", "two"]})
-    config = make_config(tmp_path / "latents", max_steps=1, tolerance=1e-3)
+    config = make_config(tmp_path / "latents", max_steps=1, tolerance=1e-3, corrector="lora", lora_rank=4)
     trainer = NoiseCorrectionTrainer(config, tiny_sd3(), data.with_format(format), pipeline_kwargs=size)
     trainer.train()
     assert trainer.fit.data.prompts.tolist() == [0, 1]
@@ -415,6 +416,56 @@ def test_encoding_needs_no_gradients(tmp_path):
     data = Dataset.from_dict({"image": [Image.new("L", (8, 8))] * 2})
     config = make_config(tmp_path, tolerance=1e-3)
     assert len(NoiseCorrectionTrainer(config, tiny_flow(), data, encode=encode).invert().noise) == 2
+
+
+def test_what_is_compared_with_standard_noise_is_a_random_part_and_not_too_much():
+    noise = torch.arange(30_000.0)[:, None]
+    found = some_of(noise, 0)
+    assert len(found) == 10_000 and found.mean().item() == pytest.approx(15_000, rel=0.03)
+    assert torch.equal(some_of(noise[:50], 0).sort(dim=0).values, noise[:50])
+    assert some_of(torch.empty(3000, 1).expand(3000, 100_000), 0).shape == (300, 100_000)
+    assert len(some_of(torch.empty(50, 1).expand(50, 10_000_000), 0)) == 20
+
+
+def test_prompts_are_not_encoded_for_a_network(tmp_path):
+    """It does not know them, and of a captioned data set there are as many as images."""
+    pipeline, data = tiny_sd3(), Dataset.from_dict(
+        {"latents": noise_of(6, (4, 8, 8)).numpy(), "prompt": ["a", "b", "c", "d", "e", "f"]}
+    )
+    config = make_config(tmp_path, tolerance=1e-3, inversion_batch_size=2, max_steps=1)
+    trainer = NoiseCorrectionTrainer(config, pipeline, data, pipeline_kwargs={"height": 16, "width": 16})
+    encode, asked = pipeline.encode_prompt, []
+
+    def note(*args, **kwargs):
+        asked.append(kwargs.get("prompt", args[0] if args else None))
+        return encode(*args, **kwargs)
+
+    pipeline.encode_prompt = note
+    trainer.train()
+    assert asked == [["a", "b"], ["c", "d"], ["e", "f"]]
+
+
+def test_held_out_samples_are_evaluated_as_many_at_a_time_as_a_process_trains_on(tmp_path, monkeypatch):
+    found, sizes = [], []
+    for processes in (1, 3):
+        trainer = trainer_of(tmp_path / str(processes), held_out_fraction=0.3, train_batch_size=15, max_steps=1)
+        trainer.train()
+        torch.nn.init.ones_(trainer.corrector.module.conv_out.bias)
+        trainer.fit.average = None
+        monkeypatch.setattr(type(trainer.accelerator), "num_processes", processes)
+        trainer.corrector.module.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+        found.append(trainer.fit.evaluate())
+        monkeypatch.undo()
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert sizes == [15] * 3 + [11] + [5] * 11 + [1]
+
+
+def test_a_loss_that_is_not_finite_stops_the_fit(tmp_path):
+    network = make_network((1, 8, 8), 8)
+    torch.nn.init.constant_(network.conv_out.bias, math.nan)
+    trainer = NoiseCorrectionTrainer(make_config(tmp_path, max_steps=20), tiny_flow(), flow_data(), network=network)
+    with pytest.raises(RuntimeError, match="The last 10 optimizer steps had non-finite gradients"):
+        trainer.train()
 
 
 def test_a_network_of_the_users_is_trained(tmp_path):

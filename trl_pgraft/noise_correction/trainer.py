@@ -31,7 +31,7 @@ from PIL import Image
 from ..adapters import default_lora_config, tuner_layers
 from ..cards import repository_of
 from ..checkpoints import put_aside
-from ..denoiser_call import denoiser_of
+from ..denoiser_call import Conditioning, denoiser_of
 from ..denoiser_format import DenoiserFormat, uncompiled
 from ..engine import place_pipeline
 from ..pipeline_inputs import takes_prompts
@@ -54,7 +54,9 @@ from .inverted_data import DatasetInverter, InvertedData, encode_images
 from .pipeline import NoiseCorrectedPipeline
 
 
+# Samples that are compared with N(0, I), and values: the classifier's features are some ten times as many.
 MOST_COMPARED = 10_000
+MOST_VALUES_COMPARED = 30_000_000
 METRICS_FILE = "metrics.jsonl"
 CORRECTOR_FOLDER = "corrector"
 
@@ -184,7 +186,7 @@ class NoiseCorrectionTrainer:
                 "seconds": time.perf_counter() - started,
             }
             if len(data.rows) >= 20:
-                found = gaussianity(data.noise[:MOST_COMPARED], self.config.seed)
+                found = gaussianity(some_of(data.noise, self.config.seed), self.config.seed)
                 self.accelerator.print(f"Inverted noise beside standard normal noise:\n{found}")
                 report["gaussianity"] = asdict(found)
             (self.output_dir / "inversion.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -214,6 +216,9 @@ class NoiseCorrectionTrainer:
         return self.corrected
 
     def _training_data(self, data: InvertedData) -> CorrectorData:
+        if isinstance(self.corrector, NetworkCorrector):  # knows no prompts, and there may be many
+            rows = torch.zeros(len(data.rows), dtype=torch.int64)
+            return CorrectorData(data.noise, rows, self.sampler.call, Conditioning({}, None, {}))
         has_prompts = "prompt" in self.train_dataset.column_names
         prompts = list(self.train_dataset["prompt"]) if has_prompts else [""] * len(self.train_dataset)
         unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
@@ -295,3 +300,10 @@ def _check_free(denoiser: torch.nn.Module) -> None:
             "corrector='lora': the denoiser has a corrector already, of another NoiseCorrectionTrainer or of "
             "NoiseCorrectedPipeline.from_pretrained. Load the pipeline anew."
         )
+
+
+def some_of(noise: torch.Tensor, seed: int) -> torch.Tensor:
+    """A random part of the samples, which may be sorted, that is quickly compared with N(0, I)."""
+    count = min(MOST_COMPARED, max(20, MOST_VALUES_COMPARED // noise[0].numel()))
+    generator = torch.Generator().manual_seed(seed_of(seed, "compared"))
+    return noise[torch.randperm(len(noise), generator=generator)[:count]]

@@ -176,8 +176,9 @@ class DatasetInverter:
 
     def _noised(self, latents: torch.Tensor, start: int) -> torch.Tensor:
         """The data as they are before the steps that are skipped."""
-        # The sampler ends at sigma 0, so what it has left to go is the level it is at.
-        sigma = -sum(self.sampler.steps[len(self.sampler.steps) - self.config.skipped_steps :])
+        if not self.config.skipped_steps:
+            return latents
+        sigma = self.sampler.level_before(self.config.skipped_steps)
         noise = torch.empty_like(latents, device="cpu")
         for i in range(len(latents)):
             generator = torch.Generator().manual_seed(seed_of(self.config.seed, "skipped steps", start + i))

@@ -18,6 +18,7 @@ import json
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from test_inversion import tiny_flow
 from test_publishing import TOKEN
 from tiny_pipelines import tiny_flux, tiny_sd
@@ -121,6 +122,15 @@ def test_positional_arguments_and_attributes_are_the_pipelines():
         corrected(nonsense=1)
     with pytest.raises(AttributeError, match="nonsense"):
         corrected.nonsense  # noqa: B018
+
+
+def test_a_scheduler_that_is_set_is_the_pipelines():
+    corrected = with_network(tiny_flow(), 0.5)
+    call = {"latents": torch.randn(1, 1, 8, 8), "num_inference_steps": 3, "output_type": "latent"}
+    before = corrected(**call).images
+    corrected.scheduler = FlowMatchEulerDiscreteScheduler(shift=9.0)
+    assert corrected.pipeline.scheduler is corrected.scheduler
+    assert not torch.allclose(corrected(**call).images, before, atol=1e-3)
 
 
 def test_moved_it_is_still_corrected():

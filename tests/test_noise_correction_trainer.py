@@ -25,6 +25,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload_with_hook
 from datasets import Dataset
 from PIL import Image
 from test_inversion import tiny_flow
@@ -383,6 +384,13 @@ def test_images_of_any_mode_are_encoded_as_the_vae_takes_them(mode):
     image = Image.new("RGB", (16, 16), (255, 255, 255))
     found = [encode_images(tiny_sd3(), {"height": 16, "width": 16}, [i]) for i in (image, image.convert(mode))]
     assert torch.equal(*found)
+
+
+def test_images_are_encoded_where_an_offloaded_vae_computes():
+    pipeline = tiny_sd3()
+    cpu_offload_with_hook(pipeline.vae, "meta")  # as pipelines are offloaded to a GPU
+    image = Image.new("RGB", (16, 16))
+    assert encode_images(pipeline, {"height": 16, "width": 16}, [image]).device.type == "meta"
 
 
 def test_images_of_several_sizes_are_refused_where_nothing_resizes_them():

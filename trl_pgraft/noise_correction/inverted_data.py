@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from ..adapters import tuner_layers
 from ..denoiser_call import denoiser_of
 from ..denoiser_format import uncompiled
-from ..placement import device_of
+from ..placement import device_of, offload_device
 from ..rollout import seed_of
 from ..samples import fingerprint_of, stable
 from ..timestep_gate import gate_on
@@ -273,7 +273,7 @@ def encode_images(pipeline: Any, kwargs: dict[str, Any], images: list[Image.Imag
         return pixels[:, None] if channels == 1 else pixels.permute(0, 3, 1, 2)
     pixels = pipeline.image_processor.preprocess(images, kwargs.get("height"), kwargs.get("width"))
     with torch.no_grad():
-        encoded = vae.encode(pixels.to(vae.device, vae.dtype))
+        encoded = vae.encode(pixels.to(offload_device(pipeline) or vae.device, vae.dtype))
     latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     return (latents.float() - shift) * vae.config.scaling_factor

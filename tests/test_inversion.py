@@ -16,13 +16,13 @@
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from noise_correction.flow_pipeline import FlowPipeline
 from tiny_pipelines import tiny_flux, tiny_sd
 from tiny_transformers import tiny_sana, tiny_sd3
 
 from trl_pgraft import invert_flow
-from trl_pgraft.noise_correction.inversion import InversionError, euler_steps
+from trl_pgraft.noise_correction.inversion import FlowSampler, InversionError, euler_steps
 from trl_pgraft.samplers import sampler_of
 
 
@@ -121,6 +121,21 @@ def test_steps_are_those_of_the_pipelines_sigmas():
     sampler = sampler_of(tiny_flux(shift=3.0), {**SIZE, "num_inference_steps": 5})
     expected = sampler.scheduler.sigmas.diff()
     torch.testing.assert_close(torch.tensor(euler_steps(sampler)), expected, rtol=0, atol=1e-7)
+
+
+FIRST_ORDER = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0, "solver_order": 1}
+
+
+@pytest.mark.parametrize("end", ["zero", "sigma_min"])
+def test_levels_are_those_of_the_schedulers_sigmas_also_where_it_ends_above_zero(end):
+    """The first-order DPM-Solver++ of a flow steps as Euler's method does."""
+    pipeline = tiny_sana()
+    pipeline.scheduler = DPMSolverMultistepScheduler(**FIRST_ORDER, final_sigmas_type=end)
+    sampler = FlowSampler.of(pipeline, {**SANA, "num_inference_steps": 4}, guided=False)
+    expected = sampler.sampler.scheduler.sigmas
+    assert (expected[-1] > 0) == (end == "sigma_min")
+    found = [sampler.level_before(count) for count in range(5)]
+    torch.testing.assert_close(torch.tensor(found), expected.flip(0), rtol=0, atol=1e-6)
 
 
 SANA = {"height": 32, "width": 32, "use_resolution_binning": False}

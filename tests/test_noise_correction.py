@@ -18,6 +18,7 @@ import json
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from test_inversion import tiny_flow
 from test_publishing import TOKEN
 from tiny_pipelines import tiny_flux, tiny_sd
@@ -122,6 +123,39 @@ def test_positional_arguments_and_attributes_are_the_pipelines():
         corrected(nonsense=1)
     with pytest.raises(AttributeError, match="nonsense"):
         corrected.nonsense  # noqa: B018
+
+
+def test_a_scheduler_that_is_set_is_the_pipelines():
+    corrected = with_network(tiny_flow(), 0.5)
+    call = {"latents": torch.randn(1, 1, 8, 8), "num_inference_steps": 3, "output_type": "latent"}
+    before = corrected(**call).images
+    corrected.scheduler = FlowMatchEulerDiscreteScheduler(shift=9.0)
+    assert corrected.pipeline.scheduler is corrected.scheduler
+    assert not torch.allclose(corrected(**call).images, before, atol=1e-3)
+
+
+def test_moved_it_is_still_corrected():
+    """`pipeline = Pipeline.from_pretrained(...).to(device)` is how pipelines are moved."""
+    pipeline = tiny_sd3()
+    corrected = with_lora(pipeline, size=0.1).to(torch.float64)
+    assert isinstance(corrected, NoiseCorrectedPipeline)
+    assert pipeline.transformer.dtype == torch.float64
+
+
+def test_a_network_follows_the_pipeline_to_its_device():
+    corrected = with_network(tiny_flow(), 0.5)
+    corrected.corrector.module.to("meta")
+    # No other device is there: it is moved back, and has no data.
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        corrected(num_inference_steps=2)
+
+
+def test_callbacks_are_called_once_a_step():
+    corrected, steps = with_lora(tiny_sd3(), size=0.1), []
+    for _ in range(2):
+        note = {"callback_on_step_end": lambda pipeline, i, t, kwargs: steps.append(i) or {}}
+        corrected("a cat", **PROMPTED, **note)
+    assert steps == [0, 1, 2] * 2
 
 
 def test_arguments_are_checked():

@@ -20,10 +20,12 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload_with_hook
 from datasets import Dataset
 from PIL import Image
 from test_inversion import tiny_flow
@@ -32,8 +34,11 @@ from tiny_pipelines import tiny_flux, tiny_sd
 from tiny_transformers import tiny_sd3
 
 from trl_pgraft import InversionError, NoiseCorrectedPipeline, NoiseCorrectionConfig, NoiseCorrectionTrainer
+from trl_pgraft.adapters import adapter_parameters, add_adapter, default_lora_config
 from trl_pgraft.noise_correction.corrector import make_network, transport
 from trl_pgraft.noise_correction.inverted_data import encode_images
+from trl_pgraft.noise_correction.trainer import some_of
+from trl_pgraft.timestep_gate import TimestepGate
 
 
 MEAN, STD, STEPS = 0.3, 0.8, 4
@@ -128,6 +133,49 @@ def test_noise_of_something_else_is_not_taken(tmp_path, change):
     assert not torch.equal(again.noise, first.noise)
 
 
+def scaled_adapter(pipeline):
+    pipeline.transformer.set_adapters(["style"], [0.5])
+
+
+def gated(pipeline):
+    TimestepGate(pipeline.transformer, "style", 500.0)
+
+
+def other_text_encoder(pipeline):
+    pipeline.text_encoder.text_model.final_layer_norm.weight.data.mul_(2)
+
+
+@pytest.mark.parametrize("change", [scaled_adapter, gated, other_text_encoder])
+def test_noise_of_the_same_weights_otherwise_used_is_not_taken(tmp_path, change):
+    data = Dataset.from_dict({"latents": noise_of(2, (4, 8, 8)).numpy(), "prompt": ["a cat", "two"]})
+    found = []
+    for changed in (False, False, True):
+        pipeline = tiny_sd3()
+        add_adapter(pipeline.transformer, default_lora_config(pipeline.transformer, 4), "style", seed=0)
+        for parameter in adapter_parameters(pipeline.transformer, "style"):
+            parameter.data.add_(0.2)
+        if changed:
+            change(pipeline)
+        size = {"height": 16, "width": 16, "guidance_scale": 1.0}
+        trainer = NoiseCorrectionTrainer(make_config(tmp_path, tolerance=1e-4), pipeline, data, pipeline_kwargs=size)
+        noise, (file,) = trainer.invert().noise, (tmp_path / "out/inverted").iterdir()
+        found.append((noise, file.stat().st_mtime_ns))
+    (first, made), (_, kept), (other, _) = found
+    assert kept == made
+    assert not torch.equal(other, first)
+
+
+def test_noise_of_otherwise_encoded_images_is_not_taken(tmp_path):
+    data = Dataset.from_dict({"image": [Image.new("L", (8, 8), level) for level in (10, 200)]})
+    found = []
+    for scale in (0.5, 0.5, 1.0):
+        encode = partial(lambda scale, images: scale * noise_of(len(images)), scale)
+        trainer = NoiseCorrectionTrainer(make_config(tmp_path, tolerance=1e-3), tiny_flow(), data, encode=encode)
+        found.append(trainer.invert().noise)
+    assert torch.equal(found[0], found[1])
+    assert not torch.allclose(found[0], found[2], atol=0.1)
+
+
 def test_skipped_steps_start_from_noised_data(tmp_path):
     """All but the first step skipped: what is inverted is one step from noised data, however they are batched."""
     trainer = trainer_of(tmp_path, skipped_steps=STEPS - 1)
@@ -180,6 +228,26 @@ def test_samples_that_do_not_converge_stop_the_run_or_are_left_out(tmp_path):
     assert len(list((tmp_path / "b/out/inverted").iterdir())) == 1
 
 
+def test_samples_that_an_earlier_run_left_out_are_not_passed_over(tmp_path):
+    latents = torch.tensor(flow_data()["latents"])
+    latents[[5, 30]] += 10
+    data = Dataset.from_dict({"latents": latents.numpy()})
+    NoiseCorrectionTrainer(make_config(tmp_path, max_unconverged=0.05), steep_flow(), data).invert()
+    strict = NoiseCorrectionTrainer(make_config(tmp_path, max_unconverged=0.03), steep_flow(), data)
+    with pytest.raises(RuntimeError, match=r"2 of 48 samples .* rows \[5, 30\] .* max_unconverged=0.03"):
+        strict.invert()
+
+
+def test_data_that_change_from_reading_to_reading_are_refused(tmp_path):
+    levels = iter(range(100))
+
+    def change(batch):
+        return {"latents": [torch.full((1, 8, 8), 0.01 * next(levels)) for _ in batch["latents"]]}
+
+    with pytest.raises(RuntimeError, match="noise-00000000.safetensors .* without random transforms"):
+        trainer_of(tmp_path, flow_data(3).with_transform(change), tolerance=0.1).invert()
+
+
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
 def test_a_resumed_fit_ends_as_an_uninterrupted_one(tmp_path, ema_decay):
     straight = trainer_of(tmp_path / "a", ema_decay=ema_decay)
@@ -201,6 +269,34 @@ def test_a_resumed_fit_ends_as_an_uninterrupted_one(tmp_path, ema_decay):
     assert torch.equal(weights(resumed), weights(straight))
     lines = (tmp_path / "b/out/metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == 6
+
+
+def test_a_second_run_in_the_same_folder_leaves_the_first_ones_results_aside(tmp_path):
+    trainer_of(tmp_path).train()
+    folder = tmp_path / "out"
+    first = (folder / "metrics.jsonl").read_text()
+    with pytest.warns(UserWarning, match="metrics.jsonl, corrector moved to .*previous_1"):
+        trainer_of(tmp_path, learning_rate=5e-4).train()
+    lines = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [2, 4, 6]
+    assert (folder / "previous_1/metrics.jsonl").read_text() == first
+    trainer_of(tmp_path, learning_rate=5e-4, resume_from_checkpoint=True, max_steps=7).train()
+    assert not (folder / "previous_2").exists()
+
+
+@pytest.mark.parametrize("obstacle", ["gate", "corrector"])
+def test_a_denoiser_in_which_no_lora_can_be_trained_is_refused_first(tmp_path, obstacle):
+    pipeline, data = tiny_sd3(), Dataset.from_dict({"latents": noise_of(2, (4, 8, 8)).numpy(), "prompt": ["a", "b"]})
+    size, config = {"height": 16, "width": 16}, make_config(tmp_path, corrector="lora", lora_rank=4, tolerance=1e-3)
+    if obstacle == "gate":
+        add_adapter(pipeline.transformer, default_lora_config(pipeline.transformer, 4), "style", seed=0)
+        TimestepGate(pipeline.transformer, "style", 500.0)
+    else:
+        NoiseCorrectionTrainer(config, pipeline, data, pipeline_kwargs=size)
+    with pytest.raises(ValueError, match="a TimestepGate" if obstacle == "gate" else "has a corrector already"):
+        NoiseCorrectionTrainer(config, pipeline, data, pipeline_kwargs=size)
+    config = make_config(tmp_path, tolerance=1e-3, max_steps=1)
+    NoiseCorrectionTrainer(config, pipeline, data, pipeline_kwargs=size).train()
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
@@ -277,9 +373,108 @@ def test_images_are_encoded(tmp_path):
     data = Dataset.from_dict({"image": [Image.fromarray(array) for array in pixels.numpy()]})
     config = make_config(tmp_path, tolerance=1e-3, num_inference_steps=10)
     assert len(NoiseCorrectionTrainer(config, tiny_flow(), data).invert().noise) == 10
-    latents = torch.tensor(flow_data(10)["latents"])
-    own = NoiseCorrectionTrainer(make_config(tmp_path / "own"), tiny_flow(), data, encode=lambda images: latents)
-    torch.testing.assert_close(own.invert().noise, noise_of(10), rtol=0, atol=2e-4)
+    own = make_config(tmp_path / "own", tolerance=1e-3)
+    trainer = NoiseCorrectionTrainer(own, tiny_flow(), data, encode=lambda images: noise_of(len(images)))
+    found = trainer.invert().noise
+    again = tiny_flow()(latents=found, num_inference_steps=STEPS, output_type="latent").images
+    torch.testing.assert_close(again, noise_of(10), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
+def test_images_of_any_mode_are_encoded_as_the_vae_takes_them(mode):
+    image = Image.new("RGB", (16, 16), (255, 255, 255))
+    found = [encode_images(tiny_sd3(), {"height": 16, "width": 16}, [i]) for i in (image, image.convert(mode))]
+    assert torch.equal(*found)
+
+
+def test_images_are_encoded_where_an_offloaded_vae_computes():
+    pipeline = tiny_sd3()
+    cpu_offload_with_hook(pipeline.vae, "meta")  # as pipelines are offloaded to a GPU
+    image = Image.new("RGB", (16, 16))
+    assert encode_images(pipeline, {"height": 16, "width": 16}, [image]).device.type == "meta"
+
+
+def test_images_of_several_sizes_are_refused_where_nothing_resizes_them():
+    images = [Image.new("L", (8, 8)), Image.new("L", (8, 9))]
+    with pytest.raises(ValueError, match=r"sizes \[\(8, 8\), \(8, 9\)\], and FlowPipeline has no VAE"):
+        encode_images(tiny_flow(), {}, images)
+
+
+@pytest.mark.parametrize("format", ["torch", "numpy"])
+def test_formatted_data_are_those_of_plain_ones(tmp_path, format):
+    pixels = torch.randint(256, (2, 16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    data = Dataset.from_dict({"image": [Image.fromarray(a) for a in pixels.numpy()], "prompt": ["a cat", "two"]})
+    size = {"height": 16, "width": 16, "guidance_scale": 1.0}
+    found = []
+    for name, dataset in (("plain", data), ("other", data.with_format(format, columns=["image"]))):
+        config = make_config(tmp_path / name, tolerance=1e-3, num_inference_steps=10)
+        found.append(NoiseCorrectionTrainer(config, tiny_sd3(), dataset, pipeline_kwargs=size).invert().noise)
+    assert torch.equal(*found)
+    data = Dataset.from_dict({"latents": noise_of(2, (4, 8, 8)).numpy(), "prompt": ["a cat", "two"]})
+    config = make_config(tmp_path / "latents", max_steps=1, tolerance=1e-3, corrector="lora", lora_rank=4)
+    trainer = NoiseCorrectionTrainer(config, tiny_sd3(), data.with_format(format), pipeline_kwargs=size)
+    trainer.train()
+    assert trainer.fit.data.prompts.tolist() == [0, 1]
+
+
+def test_encoding_needs_no_gradients(tmp_path):
+    def encode(images):
+        assert not torch.is_grad_enabled()
+        return noise_of(len(images))
+
+    data = Dataset.from_dict({"image": [Image.new("L", (8, 8))] * 2})
+    config = make_config(tmp_path, tolerance=1e-3)
+    assert len(NoiseCorrectionTrainer(config, tiny_flow(), data, encode=encode).invert().noise) == 2
+
+
+def test_what_is_compared_with_standard_noise_is_a_random_part_and_not_too_much():
+    noise = torch.arange(30_000.0)[:, None]
+    found = some_of(noise, 0)
+    assert len(found) == 10_000 and found.mean().item() == pytest.approx(15_000, rel=0.03)
+    assert torch.equal(some_of(noise[:50], 0).sort(dim=0).values, noise[:50])
+    assert some_of(torch.empty(3000, 1).expand(3000, 100_000), 0).shape == (300, 100_000)
+    assert len(some_of(torch.empty(50, 1).expand(50, 10_000_000), 0)) == 20
+
+
+def test_prompts_are_not_encoded_for_a_network(tmp_path):
+    """It does not know them, and of a captioned data set there are as many as images."""
+    pipeline, data = tiny_sd3(), Dataset.from_dict(
+        {"latents": noise_of(6, (4, 8, 8)).numpy(), "prompt": ["a", "b", "c", "d", "e", "f"]}
+    )
+    config = make_config(tmp_path, tolerance=1e-3, inversion_batch_size=2, max_steps=1)
+    trainer = NoiseCorrectionTrainer(config, pipeline, data, pipeline_kwargs={"height": 16, "width": 16})
+    encode, asked = pipeline.encode_prompt, []
+
+    def note(*args, **kwargs):
+        asked.append(kwargs.get("prompt", args[0] if args else None))
+        return encode(*args, **kwargs)
+
+    pipeline.encode_prompt = note
+    trainer.train()
+    assert asked == [["a", "b"], ["c", "d"], ["e", "f"]]
+
+
+def test_held_out_samples_are_evaluated_as_many_at_a_time_as_a_process_trains_on(tmp_path, monkeypatch):
+    found, sizes = [], []
+    for processes in (1, 3):
+        trainer = trainer_of(tmp_path / str(processes), held_out_fraction=0.3, train_batch_size=15, max_steps=1)
+        trainer.train()
+        torch.nn.init.ones_(trainer.corrector.module.conv_out.bias)
+        trainer.fit.average = None
+        monkeypatch.setattr(type(trainer.accelerator), "num_processes", processes)
+        trainer.corrector.module.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+        found.append(trainer.fit.evaluate())
+        monkeypatch.undo()
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert sizes == [15] * 3 + [11] + [5] * 11 + [1]
+
+
+def test_a_loss_that_is_not_finite_stops_the_fit(tmp_path):
+    network = make_network((1, 8, 8), 8)
+    torch.nn.init.constant_(network.conv_out.bias, math.nan)
+    trainer = NoiseCorrectionTrainer(make_config(tmp_path, max_steps=20), tiny_flow(), flow_data(), network=network)
+    with pytest.raises(RuntimeError, match="The last 10 optimizer steps had non-finite gradients"):
+        trainer.train()
 
 
 def test_a_gaussian_is_fitted(tmp_path):
@@ -301,6 +496,7 @@ def test_a_network_of_the_users_is_trained(tmp_path):
     trainer.train()
     assert trainer.corrector.module is network
     assert network.conv_out.weight.abs().max() > 0
+    assert not network.training, "what samples is what was trained and what is loaded: without dropout"
 
 
 def test_it_is_pushed(tmp_path, hub):
@@ -312,12 +508,16 @@ def test_it_is_pushed(tmp_path, hub):
 
 def test_arguments_are_checked_before_anything_is_inverted(tmp_path):
     data, config, lora = flow_data(2), make_config(tmp_path), make_config(tmp_path, corrector="lora")
+    prompted, size = data.add_column("prompt", ["a", "b"]), {"height": 16, "width": 16}
     refused = [
         ((config, None, data), {}, "pipeline and train_dataset are required"),
         ((config, tiny_flow(), data.rename_column("latents", "x")), {}, "needs `image`"),
         ((config, tiny_flow(), data.select([])), {}, "empty"),
-        ((config, tiny_sd(), data), {"pipeline_kwargs": {"height": 16, "width": 16}}, "no Euler sampler of a flow"),
+        ((config, tiny_flow(), data.to_iterable_dataset()), {}, "IterableDataset; .* not streamed"),
+        ((config, tiny_sd3(), data), {}, "StableDiffusion3Pipeline takes prompts, so it needs `prompt`"),
+        ((config, tiny_sd(), prompted), {"pipeline_kwargs": size}, "no Euler sampler of a flow"),
         ((lora, tiny_flow(), data), {"network": make_network((1, 8, 8), 4)}, "network: given with corrector='lora'"),
+        ((config, tiny_flow(), data), {"network": torch.nn.Conv2d(1, 1, 1)}, "a Conv2d is no diffusers model"),
         ((config, tiny_flow(), data), {"peft_config": object()}, "peft_config: given with corrector='network'"),
     ]
     for arguments, further, message in refused:

@@ -214,6 +214,7 @@ class NetworkCorrector:
         self, noise: torch.Tensor, call: DenoiserCall, conditioning: dict[str, Any], steps: int
     ) -> torch.Tensor:
         """See [`Corrector`]."""
+        self.module.to(noise.device)  # the pipeline may have been moved, and does not know of it
         return transport(self, noise, call, conditioning, steps)
 
     def save(self, folder: Path) -> None:

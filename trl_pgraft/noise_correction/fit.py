@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from ..checkpoints import load_optimizer_tensors, optimizer_tensors, refuse_changes
 from ..denoiser_call import Conditioning, DenoiserCall
-from ..fine_tuning import learning_rates, prepared, take_step
+from ..fine_tuning import learning_rates, prepared, stop_if_skipped, take_step
 from ..rollout import seed_of
 from ..samples import fingerprint_of
 from .config import NoiseCorrectionConfig
@@ -92,7 +92,8 @@ class CorrectorFit:
         log: Callable[[dict[str, float]], None],
     ):
         self.accelerator, self.corrector, self.data, self.config, self.log = accelerator, corrector, data, config, log
-        self.path, self.step, self._losses = folder / CHECKPOINT_FILE, 0, []
+        self.path, self.step, self._losses, self._skipped_in_a_row = folder / CHECKPOINT_FILE, 0, [], 0
+        self._fingerprint = fingerprint_of({"noise": data.noise})
         self.parameters = corrector.parameters
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay
@@ -101,7 +102,12 @@ class CorrectorFit:
         self.held_out, self.rows = split(len(data.noise), config)
 
     def run(self) -> None:
-        """Train to `max_steps`, or on from the checkpoint; the corrector ends with the averaged weights."""
+        """
+        Train to `max_steps`, or on from the checkpoint; the corrector ends with the averaged weights.
+
+        Raises:
+            `RuntimeError`: ten optimizer steps in a row had a non-finite loss or gradient.
+        """
         if self.config.resume_from_checkpoint and self.path.is_file():
             self._load()
         rate = learning_rates(
@@ -129,7 +135,9 @@ class CorrectorFit:
         self.accelerator.backward(loss)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        take_step(self.accelerator, optimizer, self.parameters, self.config.max_grad_norm)
+        finite = take_step(self.accelerator, optimizer, self.parameters, self.config.max_grad_norm)
+        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
+        stop_if_skipped(self._skipped_in_a_row)
         if self.average is not None:
             self.average.step(self.parameters)
         self._losses.append(self.accelerator.reduce(loss.detach(), "mean"))
@@ -161,12 +169,14 @@ class CorrectorFit:
             self.average.store(self.parameters)
             self.average.copy_to(self.parameters)
         totals = {"held_out/loss": 0.0, "held_out/loss_uncorrected": 0.0}
-        rows = self.held_out.repeat(HELD_OUT_PASSES)
+        rows, size = self.held_out.repeat(HELD_OUT_PASSES), self.config.train_batch_size
+        at_a_time = size // self.accelerator.num_processes  # what fits in training
         with torch.no_grad(), self.corrector.active():
-            for number, part in enumerate(rows.split(self.config.train_batch_size)):
+            parts = [(n, part, own) for n, part in enumerate(rows.split(size)) for own in _split(part, at_a_time)]
+            for number, part, own in parts:
                 for name, model in zip(totals, (self.corrector.module, None), strict=True):
                     generator = _generator(self.config.seed, "evaluation", number)
-                    losses = self._losses_of(part, generator, torch.arange(len(part)), model)
+                    losses = self._losses_of(part, generator, own, model)
                     totals[name] += losses.sum().item() / len(rows)
         if self.average is not None:
             self.average.restore(self.parameters)
@@ -199,7 +209,7 @@ class CorrectorFit:
 
     def _run(self) -> dict[str, Any]:
         """What the result depends on, and so must not change when the fit is resumed."""
-        return {**self.config.shaping(), "inverted noise": fingerprint_of({"noise": self.data.noise})}
+        return {**self.config.shaping(), "inverted noise": self._fingerprint}
 
     def _load(self) -> None:
         with safe_open(self.path, framework="pt") as file:
@@ -222,6 +232,10 @@ def split(count: int, config: NoiseCorrectionConfig) -> tuple[torch.Tensor, torc
     """Which of `count` samples are held out, and which are trained on."""
     order = torch.randperm(count, generator=_generator(config.seed, "held out"))
     return order.tensor_split([int(count * config.held_out_fraction)])
+
+
+def _split(part: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
+    return torch.arange(len(part)).split(size)
 
 
 def _generator(*key: Any) -> torch.Generator:

@@ -281,6 +281,10 @@ class FlowSampler:
         like = call.format.latents(calls_of_first_step(pipeline, 1, [""], kwargs)[0])[:1]
         return cls(pipeline, kwargs, call, sampler, steps, like, guided)
 
+    def level_before(self, count: int) -> float:
+        """Sigma of the states that enter the last `count` steps; for 0, of what the sampler ends in."""
+        return float(self.sampler.scheduler.sigmas[-1]) - sum(self.steps[len(self.steps) - count :])
+
     def check_shape(self, latents: torch.Tensor) -> None:
         """Refuse latents that the denoiser would not be given."""
         if self.like.shape[1:] != latents.shape[1:]:

@@ -31,11 +31,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from ..adapters import tuner_layers
 from ..denoiser_call import denoiser_of
 from ..denoiser_format import uncompiled
-from ..placement import device_of
+from ..placement import device_of, offload_device
 from ..rollout import seed_of
 from ..samples import fingerprint_of, stable
+from ..timestep_gate import gate_on
 from .config import NoiseCorrectionConfig
 from .corrector import CORRECTION_ADAPTER
 from .inversion import EulerField, FlowSampler, InversionError, invert
@@ -88,7 +90,7 @@ class DatasetInverter:
     ):
         self.sampler, self.dataset, self.encode, self.config, self.folder = sampler, dataset, encode, config, folder
         self._starts = range(0, len(dataset), config.inversion_batch_size)
-        self._made_by = _made_by(sampler, config)
+        self._made_by = json.dumps([_made_by(sampler, config), self._encoding()])
         self._left_out = 0
 
     def run(self, accelerator: Accelerator) -> InvertedData:
@@ -97,14 +99,46 @@ class DatasetInverter:
 
         Raises:
             [`InversionError`]: more samples than `max_unconverged` allows did not converge; what did is kept.
+            `RuntimeError`: those of all processes, or of earlier runs, are more; or the data set is not the same at
+                each reading.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         own = self._starts[accelerator.process_index :: accelerator.num_processes]
         for start in tqdm(own, desc="inverting", disable=not accelerator.is_local_main_process):
             self._ensure(start)
         accelerator.wait_for_everyone()
-        parts = [self._read(start, self._tag(self._batch(start))) for start in self._starts]
-        return InvertedData(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        parts = [self._made(start) for start in self._starts]
+        data = InvertedData(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        self._check_left_out(data.rows)
+        return data
+
+    def _made(self, start: int) -> dict[str, torch.Tensor]:
+        """One batch as it is on disk, whoever inverted it."""
+        found = self._read(start, self._tag(self._batch(start)))
+        if found is None:
+            raise RuntimeError(
+                f"{self._path(start)} is missing, or not of the rows that train_dataset has from {start} on. These "
+                "must be the same at each reading, without random transforms, and all processes must see one folder."
+            )
+        return found
+
+    def _check_left_out(self, rows: torch.Tensor) -> None:
+        """Each process stops by its own count, and a run before this one may have been allowed more."""
+        left_out = sorted(set(range(len(self.dataset))) - set(rows.tolist()))
+        if len(left_out) > self.config.max_unconverged * len(self.dataset):
+            raise RuntimeError(
+                f"{len(left_out)} of {len(self.dataset)} samples did not converge, among them the rows "
+                f"{left_out[:16]} of train_dataset: more than max_unconverged={self.config.max_unconverged:g} allows. "
+                "The others are kept. Raise it, or max_iterations, or use more sampling steps."
+            )
+
+    def _encoding(self) -> str | None:
+        """What a user's `encode` makes of the first image: what it does with others cannot be told beforehand."""
+        if getattr(self.encode, "func", None) is encode_images or "image" not in self.dataset.column_names:
+            return None
+        batch = self.dataset[:1]
+        with torch.no_grad():
+            return None if "latents" in batch else fingerprint_of({"latents": self.encode(batch["image"])})
 
     def _batch(self, start: int) -> dict[str, list[Any]]:
         return self.dataset[start : start + self.config.inversion_batch_size]
@@ -123,12 +157,13 @@ class DatasetInverter:
         save_file({n: tensor.contiguous() for n, tensor in found.items()}, aside, metadata={"made_from": tag})
         os.replace(aside, path)
 
+    @torch.no_grad()
     def _invert(self, start: int, batch: dict[str, list[Any]], count: int) -> dict[str, torch.Tensor]:
         """Noise of one batch; samples that do not converge are left out as far as that is allowed."""
         latents = latents_of(batch, self.encode).to(device_of(self.sampler.pipeline))
         self.sampler.check_shape(latents)
         latents = self._noised(latents, start)
-        field = self.sampler.field(self.sampler.record(batch.get("prompt") or [""] * count))
+        field = self.sampler.field(self.sampler.record(list(batch["prompt"]) if "prompt" in batch else [""] * count))
         inverted = EulerField(field.steps[: len(field.steps) - self.config.skipped_steps], field.velocity)
         bounds = (self.config.tolerance, self.config.max_iterations)
         found, rows = invert(inverted, latents, *bounds, partial(self._leave_out, start))
@@ -141,8 +176,9 @@ class DatasetInverter:
 
     def _noised(self, latents: torch.Tensor, start: int) -> torch.Tensor:
         """The data as they are before the steps that are skipped."""
-        # The sampler ends at sigma 0, so what it has left to go is the level it is at.
-        sigma = -sum(self.sampler.steps[len(self.sampler.steps) - self.config.skipped_steps :])
+        if not self.config.skipped_steps:
+            return latents
+        sigma = self.sampler.level_before(self.config.skipped_steps)
         noise = torch.empty_like(latents, device="cpu")
         for i in range(len(latents)):
             generator = torch.Generator().manual_seed(seed_of(self.config.seed, "skipped steps", start + i))
@@ -160,7 +196,7 @@ class DatasetInverter:
             raise error
 
     def _tag(self, batch: dict[str, list[Any]]) -> str:
-        """Tells what a file is made from: the sampler with its model, and the batch bit for bit."""
+        """Tells what a file is made from: the sampler with its models, and the batch bit for bit."""
         digest = hashlib.blake2b(self._made_by.encode(), digest_size=16)
         for name in ("latents", "image", "prompt"):
             for value in batch.get(name, []):
@@ -181,18 +217,29 @@ class DatasetInverter:
         return None
 
 
-def _made_by(sampler: FlowSampler, config: NoiseCorrectionConfig) -> str:
-    """Tells the model bit for bit, its sampler, and how that is inverted."""
-    parameters = uncompiled(denoiser_of(sampler.pipeline)).named_parameters()
+def _made_by(sampler: FlowSampler, config: NoiseCorrectionConfig) -> list[Any]:
+    """Tells the models bit for bit, the sampler, and how that is inverted."""
+    modules = {n: uncompiled(m) for n, m in sampler.pipeline.components.items() if isinstance(m, torch.nn.Module)}
+    parameters = {f"{name}.{n}": p for name, module in modules.items() for n, p in module.named_parameters()}
     # A corrector's adapter takes no part in the inversion, and PEFT renames the layers that it wraps.
-    own = {n.replace(".base_layer", ""): p for n, p in parameters if f".{CORRECTION_ADAPTER}." not in n}
-    parts = [
+    own = {n.replace(".base_layer", ""): p for n, p in parameters.items() if f".{CORRECTION_ADAPTER}." not in n}
+    return [
         fingerprint_of(own),
+        _adapters_at_work(denoiser_of(sampler.pipeline)),
         {name: stable(value) for name, value in sorted(sampler.kwargs.items())},
         [sampler.sampler.timesteps, list(sampler.steps), sampler.guided],
         [config.tolerance, config.max_iterations, config.skipped_steps, config.seed if config.skipped_steps else None],
     ]
-    return json.dumps(parts)
+
+
+def _adapters_at_work(denoiser: torch.nn.Module) -> list[Any]:
+    """Which adapters take part and with what scale, which their weights do not tell; a gate has its own rule."""
+    gate, found = gate_on(denoiser), set()
+    left_out = {CORRECTION_ADAPTER, gate.adapter_name if gate else None}
+    for layer in tuner_layers(uncompiled(denoiser)):
+        names = [] if layer.disable_adapters else [n for n in layer.active_adapters if n not in left_out]
+        found |= {(name, getattr(layer, "scaling", {}).get(name)) for name in names}
+    return [sorted(found, key=str), gate and [gate.adapter_name, gate.switch_timestep]]
 
 
 def latents_of(batch: dict[str, list[Any]], encode: Encoder) -> torch.Tensor:
@@ -218,17 +265,27 @@ def encode_images(pipeline: Any, kwargs: dict[str, Any], images: list[Image.Imag
         `torch.Tensor` of shape `(B, C, H, W)`.
     """
     vae = getattr(pipeline, "vae", None)
+    channels = (denoiser_of(pipeline) if vae is None else vae).config.in_channels
+    images = [image.convert("L" if channels == 1 else "RGB") for image in images]
     if vae is None:
-        channels = denoiser_of(pipeline).config.in_channels
-        arrays = [np.asarray(image.convert("L" if channels == 1 else "RGB"), dtype=np.float32) for image in images]
-        pixels = torch.from_numpy(np.stack(arrays)) / 127.5 - 1
+        _check_sizes(pipeline, images)
+        pixels = torch.from_numpy(np.stack([np.asarray(image, dtype=np.float32) for image in images])) / 127.5 - 1
         return pixels[:, None] if channels == 1 else pixels.permute(0, 3, 1, 2)
     pixels = pipeline.image_processor.preprocess(images, kwargs.get("height"), kwargs.get("width"))
     with torch.no_grad():
-        encoded = vae.encode(pixels.to(vae.device, vae.dtype))
+        encoded = vae.encode(pixels.to(offload_device(pipeline) or vae.device, vae.dtype))
     latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     return (latents.float() - shift) * vae.config.scaling_factor
+
+
+def _check_sizes(pipeline: Any, images: list[Image.Image]) -> None:
+    sizes = sorted({image.size for image in images})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"train_dataset has images of the sizes {sizes}, and {type(pipeline).__name__} has no VAE whose image "
+            "processor would resize them. Resize them first, or pass an `encode` that does."
+        )
 
 
 def _bits(value: Any) -> bytes:

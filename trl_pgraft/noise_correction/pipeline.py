@@ -35,6 +35,7 @@ from .corrector import CORRECTORS, Corrector
 
 # What changes nothing in how the pipeline calls its denoiser.
 NO_SETTINGS = {"prompt", "generator", "latents", "output_type", "return_dict", "batch_size", "num_images_per_prompt"}
+NO_SETTINGS |= {"callback_on_step_end", "callback_on_step_end_tensor_inputs", "callback", "callback_steps"}
 
 
 class NoiseCorrectedPipeline:
@@ -42,7 +43,7 @@ class NoiseCorrectedPipeline:
     A flow pipeline whose noise a corrector makes like that of real data first.
 
     A call takes what the pipeline's own call takes, and returns what that returns. Attributes of the pipeline are to
-    be had as well.
+    be had as well, and its components (`corrected.scheduler = ...`) to be set.
 
     Args:
         pipeline (`DiffusionPipeline`):
@@ -87,6 +88,18 @@ class NoiseCorrectedPipeline:
         if name == "pipeline":  # not there yet, while it is copied or unpickled
             raise AttributeError(name)
         return getattr(self.pipeline, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in getattr(vars(self).get("pipeline"), "components", {}):  # such as another scheduler
+            setattr(self.pipeline, name, value)
+            self._calls.clear()
+        else:
+            super().__setattr__(name, value)
+
+    def to(self, *args: Any, **kwargs: Any) -> "NoiseCorrectedPipeline":
+        """Move the pipeline as its own `to` does; the corrector follows it."""
+        self.pipeline.to(*args, **kwargs)
+        return self
 
     def __call__(self, *args: Any, corrector_steps: int | None = None, **kwargs: Any) -> Any:
         """

@@ -22,19 +22,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from accelerate import Accelerator
+from diffusers import ModelMixin
 from PIL import Image
 
-from ..adapters import default_lora_config
+from ..adapters import default_lora_config, tuner_layers
 from ..cards import repository_of
-from ..denoiser_call import denoiser_of
+from ..checkpoints import put_aside
+from ..denoiser_call import Conditioning, denoiser_of
 from ..denoiser_format import DenoiserFormat, uncompiled
 from ..engine import place_pipeline
+from ..pipeline_inputs import takes_prompts
 from ..placement import check_adaptable, on_device
 from ..rollout import seed_of
+from ..timestep_gate import gate_on
 from .config import NoiseCorrectionConfig
 from .corrector import (
+    CORRECTION_ADAPTER,
     AdapterCorrector,
     FlowCorrector,
     GaussianCorrector,
@@ -42,14 +48,18 @@ from .corrector import (
     add_correction_adapter,
     make_network,
 )
-from .fit import CorrectorData, CorrectorFit, split
+from .fit import CHECKPOINT_FILE, CorrectorData, CorrectorFit, split
 from .gaussianity import gaussianity
 from .inversion import FlowSampler
 from .inverted_data import DatasetInverter, InvertedData, encode_images
 from .pipeline import NoiseCorrectedPipeline
 
 
+# Samples that are compared with N(0, I), and values: the classifier's features are some ten times as many.
 MOST_COMPARED = 10_000
+MOST_VALUES_COMPARED = 30_000_000
+METRICS_FILE = "metrics.jsonl"
+CORRECTOR_FOLDER = "corrector"
 
 
 class NoiseCorrectionTrainer:
@@ -114,7 +124,10 @@ class NoiseCorrectionTrainer:
                 f"train_batch_size={config.train_batch_size} is not divisible by the {self.accelerator.num_processes} "
                 "processes that share it."
             )
-        self.pipeline, self.train_dataset = pipeline, train_dataset
+        # With all columns, images as PIL's and latents as arrays, whatever format is set; a transform stays.
+        plain = train_dataset.with_format("numpy" if "latents" in train_dataset.column_names else None)
+        self.train_dataset = train_dataset if train_dataset.format["type"] == "custom" else plain
+        self.pipeline = pipeline
         self.output_dir = Path(config.output_dir)
         # In its own precision: an inverse cannot be closer than that.
         place_pipeline(pipeline, self.accelerator.device)
@@ -137,6 +150,7 @@ class NoiseCorrectionTrainer:
         denoiser, seed = denoiser_of(self.pipeline), seed_of(self.config.seed, "corrector")
         if self.config.corrector == "lora":
             check_adaptable(denoiser)
+            _check_free(denoiser)
             peft_config = peft_config or default_lora_config(uncompiled(denoiser), self.config.lora_rank)
             add_correction_adapter(uncompiled(denoiser), peft_config, seed)
             if self.config.gradient_checkpointing:
@@ -148,7 +162,7 @@ class NoiseCorrectionTrainer:
                 network = make_network(tuple(self.sampler.like.shape[1:]), self.config.network_channels)
         if self.config.gradient_checkpointing:
             network.enable_gradient_checkpointing()
-        return NetworkCorrector(network.to(self.accelerator.device).requires_grad_(True))
+        return NetworkCorrector(network.to(self.accelerator.device).eval().requires_grad_(True))
 
     def invert(self) -> InvertedData:
         """
@@ -174,7 +188,7 @@ class NoiseCorrectionTrainer:
                 "seconds": time.perf_counter() - started,
             }
             if len(data.rows) >= 20:
-                found = gaussianity(data.noise[:MOST_COMPARED], self.config.seed)
+                found = gaussianity(some_of(data.noise, self.config.seed), self.config.seed)
                 self.accelerator.print(f"Inverted noise beside standard normal noise:\n{found}")
                 report["gaussianity"] = asdict(found)
             (self.output_dir / "inversion.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -184,18 +198,23 @@ class NoiseCorrectionTrainer:
         """
         Invert the data, fit the corrector and save it to `corrector` in the output folder.
 
+        The checkpoint, metrics and corrector of an earlier run that is not resumed are moved to `previous_<n>` there.
+
         Returns:
             [`NoiseCorrectedPipeline`]: the pipeline with its corrector.
         """
         data = self.invert()
+        if self.accelerator.is_main_process and not self.config.resume_from_checkpoint:
+            put_aside(self.output_dir, [CHECKPOINT_FILE, METRICS_FILE, CORRECTOR_FOLDER])
+        self.accelerator.wait_for_everyone()
         if self.config.corrector == "gaussian":
             self._fit_gaussian(data)
         else:
-            fit = CorrectorFit(
+            self.fit = CorrectorFit(
                 self.accelerator, self.corrector, self._training_data(data), self.config, self.output_dir, self.log
             )
             with on_device(self.pipeline, denoiser_of(self.pipeline), self.accelerator):
-                fit.run()
+                self.fit.run()
         self.save_model()
         if self.config.push_to_hub:
             self.push_to_hub()
@@ -208,8 +227,11 @@ class NoiseCorrectionTrainer:
         self.log({"held_out/nats_gained": gained} if gained is not None else {})
 
     def _training_data(self, data: InvertedData) -> CorrectorData:
+        if isinstance(self.corrector, NetworkCorrector):  # knows no prompts, and there may be many
+            rows = torch.zeros(len(data.rows), dtype=torch.int64)
+            return CorrectorData(data.noise, rows, self.sampler.call, Conditioning({}, None, {}))
         has_prompts = "prompt" in self.train_dataset.column_names
-        prompts = self.train_dataset["prompt"] if has_prompts else [""] * len(self.train_dataset)
+        prompts = list(self.train_dataset["prompt"]) if has_prompts else [""] * len(self.train_dataset)
         unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         rows = torch.tensor([unique[prompts[row]] for row in data.rows.tolist()])
         return CorrectorData(data.noise, rows, self.sampler.call, self.sampler.record(list(unique)))
@@ -217,13 +239,13 @@ class NoiseCorrectionTrainer:
     def log(self, metrics: dict[str, float]) -> None:
         """Append a line of metrics to `metrics.jsonl` in the output folder."""
         if self.accelerator.is_main_process:
-            with open(self.output_dir / "metrics.jsonl", "a") as file:
+            with open(self.output_dir / METRICS_FILE, "a") as file:
                 file.write(json.dumps(metrics) + "\n")
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """Save the corrector to a folder; `corrector` in the output folder where none is given."""
         if self.accelerator.is_main_process:
-            self.corrected.save_pretrained(output_dir or self.output_dir / "corrector")
+            self.corrected.save_pretrained(output_dir or self.output_dir / CORRECTOR_FOLDER)
         self.accelerator.wait_for_everyone()
 
     def push_to_hub(self, commit_message: str = "Upload noise corrector", revision: str | None = None) -> str | None:
@@ -252,15 +274,47 @@ def _check_arguments(
 ) -> None:
     if pipeline is None or dataset is None:
         raise ValueError("pipeline and train_dataset are required: a diffusers flow pipeline, and real data.")
-    columns = getattr(dataset, "column_names", None) or []
-    if "image" not in columns and "latents" not in columns:
+    if not isinstance(dataset, datasets.Dataset):
         raise ValueError(
-            f"train_dataset has the columns {columns}; it needs `image` (PIL images) or `latents`, of a "
-            "datasets.Dataset."
+            f"train_dataset is a {type(dataset).__name__}; it needs to be a datasets.Dataset: one split, not streamed."
+        )
+    columns = dataset.column_names
+    if "image" not in columns and "latents" not in columns:
+        raise ValueError(f"train_dataset has the columns {columns}; it needs `image` (PIL images) or `latents`.")
+    if "prompt" not in columns and takes_prompts(pipeline):
+        raise ValueError(
+            f"train_dataset has the columns {columns}; {type(pipeline).__name__} takes prompts, so it needs `prompt` "
+            "as well, of empty strings where there is nothing to say."
         )
     if not len(dataset):
         raise ValueError("train_dataset is empty.")
+    if network is not None and not isinstance(network, ModelMixin):
+        raise ValueError(
+            f"network: a {type(network).__name__} is no diffusers model, so it could not be saved. Derive it from "
+            "diffusers.ModelMixin and ConfigMixin."
+        )
     if network is not None and config.corrector != "network":
         raise ValueError(f"network: given with corrector={config.corrector!r}; set corrector='network'.")
     if peft_config is not None and config.corrector != "lora":
         raise ValueError(f"peft_config: given with corrector={config.corrector!r}; set corrector='lora'.")
+
+
+def _check_free(denoiser: torch.nn.Module) -> None:
+    """Refuse a denoiser that a LoRA corrector cannot be trained in, before anything is inverted."""
+    if gate_on(denoiser) is not None:
+        raise ValueError(
+            "corrector='lora': the denoiser has a TimestepGate, and the rows of a training batch have different noise "
+            "levels. Remove the gate, or use corrector='network', for which it stays."
+        )
+    if tuner_layers(uncompiled(denoiser), CORRECTION_ADAPTER):
+        raise ValueError(
+            "corrector='lora': the denoiser has a corrector already, of another NoiseCorrectionTrainer or of "
+            "NoiseCorrectedPipeline.from_pretrained. Load the pipeline anew."
+        )
+
+
+def some_of(noise: torch.Tensor, seed: int) -> torch.Tensor:
+    """A random part of the samples, which may be sorted, that is quickly compared with N(0, I)."""
+    count = min(MOST_COMPARED, max(20, MOST_VALUES_COMPARED // noise[0].numel()))
+    generator = torch.Generator().manual_seed(seed_of(seed, "compared"))
+    return noise[torch.randperm(len(noise), generator=generator)[:count]]

@@ -27,6 +27,7 @@ import pytest
 import torch
 from accelerate import cpu_offload_with_hook
 from datasets import Dataset
+from peft import LoraConfig
 from PIL import Image
 from test_inversion import tiny_flow
 from test_publishing import TOKEN
@@ -303,6 +304,24 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     other = trainer_of(tmp_path, learning_rate=5e-4, resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="learning_rate was 0.001 and is 0.0005"):
         other.train()
+
+
+def test_a_checkpoint_of_another_adapter_or_network_is_refused(tmp_path):
+    data = Dataset.from_dict({"latents": noise_of(2, (4, 8, 8)).numpy(), "prompt": ["a cat", "two"]})
+    for alpha, resume in ((4, False), (8, True)):
+        options = {"corrector": "lora", "tolerance": 1e-3, "max_steps": 1, "resume_from_checkpoint": resume}
+        trainer = NoiseCorrectionTrainer(
+            make_config(tmp_path / "lora", **options), tiny_sd3(), data, pipeline_kwargs={"height": 16, "width": 16},
+            peft_config=LoraConfig(r=4, lora_alpha=alpha, target_modules=["to_q", "to_v"]),
+        )  # fmt: skip
+        if not resume:
+            trainer.train()
+    with pytest.raises(ValueError, match="corrector's lora_alpha was 4 and is 8"):
+        trainer.train()
+    trainer_of(tmp_path).train()
+    config, network = make_config(tmp_path, resume_from_checkpoint=True), make_network((1, 8, 8), 4)
+    with pytest.raises(ValueError, match=r"corrector's block_out_channels was \[8, 16, 16\] and is \[4, 8, 8\]"):
+        NoiseCorrectionTrainer(config, tiny_flow(), flow_data(), network=network).train()
 
 
 @pytest.mark.parametrize("make", [tiny_sd3, tiny_flux])

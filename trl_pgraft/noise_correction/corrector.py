@@ -33,7 +33,9 @@ from diffusers import UNet2DModel
 from peft import PeftConfig
 
 from ..adapters import AdapterSwitch, adapter_parameters, add_adapter, without_adapters
+from ..checkpoints import adapter_values
 from ..denoiser_call import DenoiserCall, replay
+from ..denoiser_format import uncompiled
 from ..noise_schedules import expand
 
 
@@ -51,6 +53,10 @@ class Corrector(Protocol):
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
         """Its trained parameters."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What it was made with, so that a resumed fit is told from another's."""
 
     def active(self) -> AbstractContextManager[None]:
         """Context in which it can be called."""
@@ -100,6 +106,11 @@ class NetworkCorrector:
         """All parameters of the network."""
         return list(self.module.parameters())
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The network's configuration."""
+        return {name: value for name, value in self.module.config.items() if not name.startswith("_")}
+
     def active(self) -> AbstractContextManager[None]:
         """Nothing is to be switched."""
         return nullcontext()
@@ -136,6 +147,11 @@ class AdapterCorrector:
     def parameters(self) -> list[torch.nn.Parameter]:
         """Parameters of the adapter."""
         return adapter_parameters(self.module, CORRECTION_ADAPTER)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The adapter's configuration."""
+        return adapter_values(uncompiled(self.module).peft_config[CORRECTION_ADAPTER])
 
     @contextmanager
     def active(self) -> Iterator[None]:

@@ -211,7 +211,8 @@ class CorrectorFit:
 
     def _run(self) -> dict[str, Any]:
         """What the result depends on, and so must not change when the fit is resumed."""
-        return {**self.config.shaping(), "inverted noise": self._fingerprint}
+        made_with = {f"corrector's {name}": value for name, value in self.corrector.settings.items()}
+        return {**self.config.shaping(), **made_with, "inverted noise": self._fingerprint}
 
     def _load(self) -> None:
         with safe_open(self.path, framework="pt") as file:

@@ -139,7 +139,7 @@ class CorrectorFit:
             group["lr"] = learning_rate
         finite = take_step(self.accelerator, optimizer, self.parameters, self.config.max_grad_norm)
         self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
-        stop_if_skipped(self._skipped_in_a_row)
+        stop_if_skipped(self._skipped_in_a_row, "learning_rate")
         if self.average is not None:
             self.average.step(self.parameters)
         self._losses.append(self.accelerator.reduce(loss.detach(), "mean"))

@@ -27,6 +27,7 @@ import pytest
 import torch
 from accelerate import cpu_offload_with_hook
 from datasets import Dataset
+from peft import LoraConfig
 from PIL import Image
 from test_inversion import tiny_flow
 from test_publishing import TOKEN
@@ -185,7 +186,7 @@ def test_skipped_steps_start_from_noised_data(tmp_path):
     t = torch.full((48,), sampler.sampler.timesteps[0])
     with torch.no_grad():
         reached = found.noise + sampler.steps[0] * pipeline.unet(found.noise, t).sample
-    eps = (reached - (1 - sigma) * torch.tensor(trainer.train_dataset["latents"])) / sigma
+    eps = (reached - (1 - sigma) * torch.tensor(flow_data()["latents"])) / sigma
     assert (eps.mean().item(), eps.std().item()) == (pytest.approx(0, abs=0.05), pytest.approx(1, abs=0.05))
     other = trainer_of(tmp_path / "other", skipped_steps=STEPS - 1, inversion_batch_size=7).invert()
     torch.testing.assert_close(other.noise, found.noise, rtol=0, atol=1e-4)
@@ -304,6 +305,24 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     other = trainer_of(tmp_path, learning_rate=5e-4, resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="learning_rate was 0.001 and is 0.0005"):
         other.train()
+
+
+def test_a_checkpoint_of_another_adapter_or_network_is_refused(tmp_path):
+    data = Dataset.from_dict({"latents": noise_of(2, (4, 8, 8)).numpy(), "prompt": ["a cat", "two"]})
+    for alpha, resume in ((4, False), (8, True)):
+        options = {"corrector": "lora", "tolerance": 1e-3, "max_steps": 1, "resume_from_checkpoint": resume}
+        trainer = NoiseCorrectionTrainer(
+            make_config(tmp_path / "lora", **options), tiny_sd3(), data, pipeline_kwargs={"height": 16, "width": 16},
+            peft_config=LoraConfig(r=4, lora_alpha=alpha, target_modules=["to_q", "to_v"]),
+        )  # fmt: skip
+        if not resume:
+            trainer.train()
+    with pytest.raises(ValueError, match="corrector's lora_alpha was 4 and is 8"):
+        trainer.train()
+    trainer_of(tmp_path).train()
+    config, network = make_config(tmp_path, resume_from_checkpoint=True), make_network((1, 8, 8), 4)
+    with pytest.raises(ValueError, match=r"corrector's block_out_channels was \[8, 16, 16\] and is \[4, 8, 8\]"):
+        NoiseCorrectionTrainer(config, tiny_flow(), flow_data(), network=network).train()
 
 
 @pytest.mark.parametrize("make", [tiny_sd3, tiny_flux])
@@ -473,7 +492,7 @@ def test_a_loss_that_is_not_finite_stops_the_fit(tmp_path):
     network = make_network((1, 8, 8), 8)
     torch.nn.init.constant_(network.conv_out.bias, math.nan)
     trainer = NoiseCorrectionTrainer(make_config(tmp_path, max_steps=20), tiny_flow(), flow_data(), network=network)
-    with pytest.raises(RuntimeError, match="The last 10 optimizer steps had non-finite gradients"):
+    with pytest.raises(RuntimeError, match="The last 10 optimizer steps had non-finite .* Lower learning_rate"):
         trainer.train()
 
 

@@ -304,7 +304,7 @@ def _fit(
             finite = take_step(accelerator, optimizer, parameters, config.train_max_grad_norm, on_event)
             report.steps, report.skipped = report.steps + 1, report.skipped + (not finite)
             skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
-            stop_if_skipped(skipped_in_a_row)
+            stop_if_skipped(skipped_in_a_row, "train_learning_rate")
         on_event("on_step_end" if is_boundary else "on_substep_end")
     return report
 
@@ -365,12 +365,12 @@ def take_step(
     return finite
 
 
-def stop_if_skipped(skipped_in_a_row: int) -> None:
+def stop_if_skipped(skipped_in_a_row: int, learning_rate_field: str) -> None:
     """Raise where too many optimizer steps in a row had gradients that are not finite."""
     if skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
         raise RuntimeError(
             f"The last {skipped_in_a_row} optimizer steps had non-finite gradients and were skipped. Lower "
-            "the learning rate or train in a higher mixed_precision."
+            f"{learning_rate_field} or train in a higher mixed_precision."
         )
 
 

@@ -35,6 +35,7 @@ from peft import PeftConfig
 from safetensors.torch import load_file, save_file
 
 from ..adapters import AdapterSwitch, adapter_parameters, add_adapter, without_adapters
+from ..checkpoints import adapter_values
 from ..denoiser_call import DenoiserCall, denoiser_of, replay
 from ..denoiser_format import uncompiled
 from ..hub import GAUSSIAN_FILE, NETWORK_FOLDER, load_adapter_weights, save_adapter_weights
@@ -144,6 +145,10 @@ class FlowCorrector(Protocol):
     def parameters(self) -> list[torch.nn.Parameter]:
         """Its trained parameters."""
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What it was made with, so that a resumed fit is told from another's."""
+
     def active(self) -> AbstractContextManager[None]:
         """Context in which it can be called."""
 
@@ -192,6 +197,11 @@ class NetworkCorrector:
     def parameters(self) -> list[torch.nn.Parameter]:
         """All parameters of the network."""
         return list(self.module.parameters())
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The network's configuration."""
+        return {name: value for name, value in self.module.config.items() if not name.startswith("_")}
 
     def active(self) -> AbstractContextManager[None]:
         """Nothing is to be switched."""
@@ -247,6 +257,11 @@ class AdapterCorrector:
     def parameters(self) -> list[torch.nn.Parameter]:
         """Parameters of the adapter."""
         return adapter_parameters(self.module, CORRECTION_ADAPTER)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The adapter's configuration."""
+        return adapter_values(uncompiled(self.module).peft_config[CORRECTION_ADAPTER])
 
     @contextmanager
     def active(self) -> Iterator[None]:

@@ -137,7 +137,7 @@ class CorrectorFit:
             group["lr"] = learning_rate
         finite = take_step(self.accelerator, optimizer, self.parameters, self.config.max_grad_norm)
         self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
-        stop_if_skipped(self._skipped_in_a_row)
+        stop_if_skipped(self._skipped_in_a_row, "learning_rate")
         if self.average is not None:
             self.average.step(self.parameters)
         self._losses.append(self.accelerator.reduce(loss.detach(), "mean"))
@@ -209,7 +209,8 @@ class CorrectorFit:
 
     def _run(self) -> dict[str, Any]:
         """What the result depends on, and so must not change when the fit is resumed."""
-        return {**self.config.shaping(), "inverted noise": self._fingerprint}
+        made_with = {f"corrector's {name}": value for name, value in self.corrector.settings.items()}
+        return {**self.config.shaping(), **made_with, "inverted noise": self._fingerprint}
 
     def _load(self) -> None:
         with safe_open(self.path, framework="pt") as file:

@@ -23,6 +23,7 @@ import json
 from pathlib import Path
 
 import matplotlib
+import matplotlib.ticker
 
 
 matplotlib.use("Agg")
@@ -114,8 +115,8 @@ def draw(tables: dict[str, pd.DataFrame], path: Path) -> None:
         axis.set(xscale="log", yscale="log", xlabel="MFLOP per image", ylabel=f"Fréchet distance, {name} features")
         for scale in (axis.xaxis, axis.yaxis):
             scale.set_major_formatter("{x:g}")
+            scale.set_minor_locator(matplotlib.ticker.LogLocator(subs=(2, 3, 5)))
             scale.set_minor_formatter("{x:g}")
-            scale.set_tick_params(which="minor", labelsize=7)
         axis.grid(alpha=0.3, which="both")
     axes[0][0].legend(fontsize=8)
     figure.tight_layout()

@@ -134,10 +134,10 @@ def training_latents(comparison: Comparison) -> Dataset:
 
 
 def new_trainer(comparison: Comparison, dataset: Dataset, arm: str, steps: int, seed: int) -> NoiseCorrectionTrainer:
-    """A trainer of one corrector; the inverted noise of one number of steps is shared by all."""
+    """A trainer of one corrector; those of one number of steps and seed share the inverted noise."""
     args = comparison.args
     config = NoiseCorrectionConfig(
-        output_dir=str(args.output / f"steps_{steps}"),
+        output_dir=str(args.output / f"steps_{steps}" / f"seed_{seed}"),
         seed=seed,
         corrector=arm,
         num_inference_steps=steps,
@@ -158,7 +158,7 @@ def corrected_pipeline(
     comparison: Comparison, dataset: Dataset, arm: str, steps: int, seed: int
 ) -> NoiseCorrectedPipeline:
     """Train a corrector, or load it where it was trained already."""
-    folder = comparison.args.output / f"steps_{steps}" / f"{arm}_{seed}"
+    folder = comparison.args.output / f"steps_{steps}" / f"seed_{seed}" / arm
     if not folder.exists():
         trainer = new_trainer(comparison, dataset, arm, steps, seed)
         trainer.train()

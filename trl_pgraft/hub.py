@@ -148,16 +148,21 @@ def load_pgraft_adapter(
             "does not set: sample inside `TunedGuidance` as well.",
             stacklevel=2,
         )
-    load_adapter_weights(denoiser, folder, name)
-    for parameter in adapter_parameters(denoiser, name):
-        parameter.data = parameter.data.to(denoiser.dtype)
-        parameter.requires_grad_(False)
+    load_frozen_adapter(denoiser, folder, name)
     return TimestepGate(denoiser_of(pipeline), name, switch.switch_timestep, switch.clock, pipeline)
 
 
 def load_adapter_weights(denoiser: torch.nn.Module, folder: str | Path, name: str) -> None:
     """Add the PEFT adapter stored in `folder` to the denoiser as `name`, trainable and in float32."""
     put_adapter(denoiser, *read_adapter(folder), name, folder)
+
+
+def load_frozen_adapter(denoiser: torch.nn.Module, folder: str | Path, name: str) -> None:
+    """Add the PEFT adapter stored in `folder` as `name`, to sample with: frozen, in the denoiser's precision."""
+    load_adapter_weights(denoiser, folder, name)
+    for parameter in adapter_parameters(denoiser, name):
+        parameter.data = parameter.data.to(denoiser.dtype)
+        parameter.requires_grad_(False)
 
 
 def read_adapter(folder: str | Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:

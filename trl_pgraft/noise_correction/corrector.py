@@ -38,7 +38,7 @@ from ..adapters import AdapterSwitch, adapter_parameters, add_adapter, without_a
 from ..checkpoints import adapter_values
 from ..denoiser_call import DenoiserCall, denoiser_of, replay
 from ..denoiser_format import uncompiled
-from ..hub import GAUSSIAN_FILE, NETWORK_FOLDER, load_adapter_weights, save_adapter_weights
+from ..hub import GAUSSIAN_FILE, NETWORK_FOLDER, load_frozen_adapter, save_adapter_weights
 from ..noise_schedules import expand
 from ..placement import check_adaptable, device_of
 
@@ -302,10 +302,7 @@ class AdapterCorrector:
         """See [`Corrector`]."""
         check_adaptable(denoiser_of(pipeline))
         denoiser = uncompiled(denoiser_of(pipeline))
-        load_adapter_weights(denoiser, folder, CORRECTION_ADAPTER)
-        for parameter in adapter_parameters(denoiser, CORRECTION_ADAPTER):
-            parameter.data = parameter.data.to(denoiser.dtype)
-            parameter.requires_grad_(False)
+        load_frozen_adapter(denoiser, folder, CORRECTION_ADAPTER)
         AdapterSwitch(denoiser, CORRECTION_ADAPTER).turn(False)
         return cls(denoiser_of(pipeline))
 

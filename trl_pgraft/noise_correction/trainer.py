@@ -223,8 +223,8 @@ class NoiseCorrectionTrainer:
     def _fit_gaussian(self, data: InvertedData) -> None:
         held_out, rows = split(len(data.noise), self.config)
         self.corrector = self.corrected.corrector = GaussianCorrector.fit(data.noise[rows])
-        gained = self.corrector.nats_gained(data.noise[held_out]) if len(held_out) else None
-        self.log({"held_out/nats_gained": gained} if gained is not None else {})
+        if len(held_out):
+            self.log({"held_out/nats_gained": self.corrector.nats_gained(data.noise[held_out])})
 
     def _training_data(self, data: InvertedData) -> CorrectorData:
         if isinstance(self.corrector, NetworkCorrector):  # knows no prompts, and there may be many

@@ -127,6 +127,14 @@ def test_another_guidance_scale_needs_the_denoisers_own_output(tmp_path):
         make_trainer(CASES["Z-Image"], tmp_path, tuned_guidance_scale=1.0)
 
 
+def test_errors_of_x_0_need_a_noisiest_level_that_shows_some_of_it(sd, config):
+    options = {"reward_function": brightness, "prompt_function": lambda: ("a", {})}
+    sd.scheduler = DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="leading")
+    with pytest.raises(ValueError, match="loss_weighting='sample': the scheduler's noisiest level has alpha"):
+        PGraftTrainer(config(loss_weighting="sample"), sd_pipeline=sd, **options)
+    PGraftTrainer(config(loss_weighting="prediction"), sd_pipeline=sd, **options)
+
+
 # Adapters.
 
 

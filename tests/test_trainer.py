@@ -198,6 +198,8 @@ def test_a_control_sees_as_many_rows_of_the_same_groups(config, monkeypatch):
         ({"guidance_loss": "combined"}, 1.0, 3.0),
         ({"guidance_loss": "corrected", "tuned_guidance_scale": 1.0}, 1.0, 1.0),
         ({"guidance_loss": "conditional", "tuned_guidance_scale": 2.0}, 1 / 2, 2.0),
+        ({"guidance_loss": "conditional", "control_scale": 6.0}, 2.0, 3.0),
+        ({"guidance_loss": "corrected", "control_scale": 6.0}, 6.0, 3.0),
     ],
     ids=str,
 )

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from .acceptance import ACCEPTANCE_RULES
+from .parameterizations import WEIGHTINGS
 
 
 GUIDANCE_LOSSES = ("conditional", "corrected", "combined")
@@ -174,6 +175,11 @@ class GraftConfig:
         "Train a second, equal adapter on all samples of the round and subtract it: what training does apart from the "
         "reward cancels. Costs a second training of the same length.",
     )
+    control_scale: float = option(
+        1.0,
+        "Factor of the difference that `control_adapter` keeps. Short fits go only part of the way to what they are "
+        "fitted to; a factor above 1 goes on in their direction, at no cost.",
+    )
     tuned_guidance_scale: float | None = option(
         None, "Guidance scale of the tuned steps while sampling; 1.0 is none there. None: `sample_guidance_scale`."
     )
@@ -185,6 +191,13 @@ class GraftConfig:
         "Training timesteps: 'continuous' over the tuned noise levels, or the tuned steps of the 'sampler', which "
         "learns faster for one number of steps and says nothing about others.",
         choices=["continuous", "sampler"],
+    )
+    loss_weighting: str = option(
+        "prediction",
+        "Whose squared error is minimised: that of the denoiser's 'prediction', or that of the clean 'sample' which "
+        "it stands for. The latter gives the noisiest levels, which decide on layout, their say where the denoiser "
+        "predicts noise.",
+        choices=list(WEIGHTINGS),
     )
     lora_rank: int = option(16, "Rank of the LoRA that is made where no `peft_config` is given.")
     max_merged_rank: int = option(
@@ -270,8 +283,9 @@ class GraftConfig:
         for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        if self.train_learning_rate <= 0:
-            raise ValueError(f"train_learning_rate={self.train_learning_rate} must be positive.")
+        for name in ("train_learning_rate", "control_scale"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive.")
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"caption_dropout={self.caption_dropout} is outside [0, 1).")
         if self.sample_guidance_scale <= 0:

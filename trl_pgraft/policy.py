@@ -50,7 +50,7 @@ from .hub import load_adapter_weights, put_adapter
 from .levels import tuned_levels
 from .memory import estimate_memory
 from .parameterizations import prediction_type_of
-from .pipeline_checks import check_call, check_peft_config, few_step_warning
+from .pipeline_checks import check_call, check_peft_config, check_weighting, few_step_warning
 from .pipeline_inputs import as_batch, inputs_of
 from .placement import check_adaptable, on_device
 from .probe import learn_denoiser_call
@@ -123,6 +123,7 @@ class Policy:
         few_step_warning(self.pipeline, self.call, self.arguments)
         self.prediction_type = prediction_type_of(self.pipeline.scheduler)
         self.levels, self.switch = tuned_levels(config, self.pipeline, self.call, asked_with)
+        check_weighting(config, self.prediction_type, self.levels)
         _hand_over(self.switch, sd_pipeline)
         if self.start is not None:
             self.start.check_level(self.switch, config, lambda: sampler_of(self.pipeline, asked_with))
@@ -267,7 +268,9 @@ class Policy:
         accepted, control = "pgraft_accepted", "pgraft_control"
         report = self._fit_new(accepted, epoch, data, data.rows.passes(), learning_rate, on_event)
         self._fit_new(control, epoch, data, data.rows.passes(control=True), learning_rate, lambda event: None)
-        scale = 1 / self.tuned_guidance_scale if self.config.guidance_loss == "conditional" else 1.0
+        scale = self.config.control_scale
+        if self.config.guidance_loss == "conditional":
+            scale /= self.tuned_guidance_scale
         merge_difference(self.denoiser, ADAPTER_NAME, accepted, control, scale, self.config.max_merged_rank)
         return report
 
@@ -323,6 +326,7 @@ class Policy:
             self.tuned_guidance_scale,
             self.config.caption_dropout,
             adapters,
+            self.config.loss_weighting,
         )
 
 

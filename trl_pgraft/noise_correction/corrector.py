@@ -134,12 +134,16 @@ class GaussianCorrector:
         return nats.item() / flat.shape[1]
 
 
-class FlowCorrector(Protocol):
-    """A [`Corrector`] that is learned: predicts `E[u | x_c]`."""
+class FlowCorrector(Corrector, Protocol):
+    """
+    A [`Corrector`] that is learned: predicts `E[u | x_c]`.
 
-    @property
-    def module(self) -> torch.nn.Module:
-        """What is trained and called."""
+    Attributes:
+        module (`torch.nn.Module`):
+            What is trained and called.
+    """
+
+    module: torch.nn.Module
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -179,9 +183,15 @@ class FlowCorrector(Protocol):
             `torch.Tensor` of the shape of `x`, float32.
         """
 
+    def correct(
+        self, noise: torch.Tensor, call: DenoiserCall, conditioning: dict[str, Any], steps: int
+    ) -> torch.Tensor:
+        """See [`Corrector`]."""
+        return transport(self, noise, call, conditioning, steps)
+
 
 @dataclass(frozen=True)
-class NetworkCorrector:
+class NetworkCorrector(FlowCorrector):
     """
     A network of its own, which knows nothing of prompts.
 
@@ -225,7 +235,7 @@ class NetworkCorrector:
     ) -> torch.Tensor:
         """See [`Corrector`]."""
         self.module.to(noise.device)  # the pipeline may have been moved, and does not know of it
-        return transport(self, noise, call, conditioning, steps)
+        return super().correct(noise, call, conditioning, steps)
 
     def save(self, folder: Path) -> None:
         """See [`Corrector`]."""
@@ -239,7 +249,7 @@ class NetworkCorrector:
 
 
 @dataclass(frozen=True)
-class AdapterCorrector:
+class AdapterCorrector(FlowCorrector):
     """
     The model itself: what an adapter changes in its velocity, so that a fresh LoRA corrects nothing.
 
@@ -286,12 +296,6 @@ class AdapterCorrector:
         with torch.no_grad(), without_adapters(self.module, [CORRECTION_ADAPTER]):
             reference = replay(self.module, *arguments)
         return replay(self.module if model is None else model, *arguments).float() - reference.float()
-
-    def correct(
-        self, noise: torch.Tensor, call: DenoiserCall, conditioning: dict[str, Any], steps: int
-    ) -> torch.Tensor:
-        """See [`Corrector`]."""
-        return transport(self, noise, call, conditioning, steps)
 
     def save(self, folder: Path) -> None:
         """See [`Corrector`]."""

@@ -92,7 +92,10 @@ class GaussianCorrector:
     @classmethod
     def fit(cls, noise: torch.Tensor) -> "GaussianCorrector":
         """
-        Fit to inverted noise of shape `(N, ...)`.
+        Fit to inverted noise of shape `(N, ...)`, on the device where it is.
+
+        The covariance is [`cross_validated_covariance`], as the eigenvalues of the samples' own are spread by chance:
+        those of 10,000 draws of N(0, I) of 3,072 elements lie between 0.2 and 2.4.
 
         Raises:
             `ValueError`: there are too few samples for a covariance, or too many elements.
@@ -104,9 +107,9 @@ class GaussianCorrector:
                 f"corrector='gaussian': {count} samples of {elements} elements. It needs more samples than elements, "
                 f"and no more than {MOST_ELEMENTS} elements; use corrector='network' or 'lora'."
             )
-        values, vectors = torch.linalg.eigh(flat.T.cov())
+        values, vectors = torch.linalg.eigh(cross_validated_covariance(flat))
         root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-        return cls(flat.mean(0).float(), root.float())
+        return cls(flat.mean(0).float().cpu(), root.float().cpu())
 
     def correct(
         self, noise: torch.Tensor, call: DenoiserCall, conditioning: dict[str, Any], steps: int
@@ -132,6 +135,20 @@ class GaussianCorrector:
         whitened = torch.linalg.solve(root, (flat - mean).T)
         nats = (flat.square().sum() - whitened.square().sum()) / (2 * len(flat)) - torch.linalg.slogdet(root)[1]
         return nats.item() / flat.shape[1]
+
+
+def cross_validated_covariance(samples: torch.Tensor) -> torch.Tensor:
+    """
+    Covariance of `samples` `(N, d)`: the variances of each half along the eigenvectors of the other, averaged.
+
+    A sample covariance is too large along its own first eigenvectors and too small along its last.
+    """
+    halves = [part - samples.mean(0) for part in (samples[::2], samples[1::2])]
+    found = torch.zeros_like(samples[0].outer(samples[0]))
+    for half, other in (halves, halves[::-1]):
+        _, vectors = torch.linalg.eigh(half.T @ half)
+        found += (vectors * (other @ vectors).square().mean(0)) @ vectors.T / 2
+    return found
 
 
 class FlowCorrector(Corrector, Protocol):

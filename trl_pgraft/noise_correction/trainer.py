@@ -222,7 +222,7 @@ class NoiseCorrectionTrainer:
 
     def _fit_gaussian(self, data: InvertedData) -> None:
         held_out, rows = split(len(data.noise), self.config)
-        self.corrector = self.corrected.corrector = GaussianCorrector.fit(data.noise[rows])
+        self.corrector = self.corrected.corrector = GaussianCorrector.fit(data.noise[rows].to(self.accelerator.device))
         if len(held_out):
             self.log({"held_out/nats_gained": self.corrector.nats_gained(data.noise[held_out])})
 

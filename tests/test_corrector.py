@@ -155,6 +155,8 @@ def test_a_gaussian_has_the_mean_and_covariance_of_the_noise():
     torch.testing.assert_close(found.mean(0), mean, rtol=0, atol=0.02)
     torch.testing.assert_close(found.T.cov(), covariance, rtol=0, atol=0.05)
     assert torch.equal(corrector.correct(noise, None, {}, 0), noise)
+    whitened = corrector.whiten(corrector.correct(noise[:10], None, {}, 1))
+    torch.testing.assert_close(whitened.float(), noise[:10], rtol=0, atol=1e-4)
 
 
 def test_a_gaussian_gains_the_divergence_of_the_noise_from_the_standard_normal():

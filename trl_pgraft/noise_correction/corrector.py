@@ -129,12 +129,16 @@ class GaussianCorrector:
         """See [`Corrector`]."""
         return cls(**load_file(folder / GAUSSIAN_FILE))
 
+    def whiten(self, noise: torch.Tensor) -> torch.Tensor:
+        """The inverse of `correct`, for noise of shape `(N, ...)`; float64."""
+        mean, root = self.mean.to(noise.device).double(), self.root.to(noise.device).double()
+        return torch.linalg.solve(root, (noise.flatten(1).double() - mean).T).T.reshape(noise.shape)
+
     def nats_gained(self, noise: torch.Tensor) -> float:
         """By how much samples of shape `(N, ...)` are likelier here than under N(0, I), in nats per element."""
-        flat, mean, root = noise.flatten(1).double(), self.mean.double(), self.root.double()
-        whitened = torch.linalg.solve(root, (flat - mean).T)
-        nats = (flat.square().sum() - whitened.square().sum()) / (2 * len(flat)) - torch.linalg.slogdet(root)[1]
-        return nats.item() / flat.shape[1]
+        squares = noise.double().square().sum() - self.whiten(noise).square().sum()
+        volume = torch.linalg.slogdet(self.root.to(noise.device).double())[1]
+        return (squares / (2 * len(noise)) - volume).item() / noise[0].numel()
 
 
 def cross_validated_covariance(samples: torch.Tensor) -> torch.Tensor:
@@ -328,7 +332,40 @@ class AdapterCorrector(FlowCorrector):
         return cls(denoiser_of(pipeline))
 
 
-CORRECTORS = {corrector.kind: corrector for corrector in (AdapterCorrector, NetworkCorrector, GaussianCorrector)}
+@dataclass(frozen=True)
+class WhitenedCorrector:
+    """
+    A network for what the Gaussian leaves, then the Gaussian.
+
+    Args:
+        network ([`NetworkCorrector`]):
+            Fitted to inverted noise that the Gaussian whitened.
+        gaussian ([`GaussianCorrector`]):
+            The Gaussian.
+    """
+
+    kind: ClassVar[str] = "whitened"
+    network: NetworkCorrector
+    gaussian: GaussianCorrector
+
+    def correct(
+        self, noise: torch.Tensor, call: DenoiserCall, conditioning: dict[str, Any], steps: int
+    ) -> torch.Tensor:
+        """See [`Corrector`]."""
+        return self.gaussian.correct(self.network.correct(noise, call, conditioning, steps), call, conditioning, steps)
+
+    def save(self, folder: Path) -> None:
+        """See [`Corrector`]."""
+        self.network.save(folder)
+        self.gaussian.save(folder)
+
+    @classmethod
+    def load(cls, folder: Path, pipeline: Any) -> "WhitenedCorrector":
+        """See [`Corrector`]."""
+        return cls(NetworkCorrector.load(folder, pipeline), GaussianCorrector.load(folder, pipeline))
+
+
+CORRECTORS = {kind.kind: kind for kind in (AdapterCorrector, NetworkCorrector, GaussianCorrector, WhitenedCorrector)}
 
 
 def add_correction_adapter(denoiser: torch.nn.Module, peft_config: PeftConfig, seed: int | None = None) -> None:

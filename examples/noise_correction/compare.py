@@ -242,7 +242,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tolerance", type=float, default=1e-2)
     parser.add_argument("--skipped-steps", type=int, default=1, help="last steps that are not inverted")
     parser.add_argument("--max-unconverged", type=float, default=0.01)
-    parser.add_argument("--network-channels", type=int, default=32)
+    parser.add_argument("--network-channels", type=int, default=24)
     parser.add_argument("--lora-rank", type=int, default=16)
     parser.add_argument("--training-steps", type=int, default=4000, help="of each corrector")
     parser.add_argument("--training-batch", type=int, default=256)

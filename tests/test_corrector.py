@@ -155,6 +155,8 @@ def test_a_gaussian_has_the_mean_and_covariance_of_the_noise():
     torch.testing.assert_close(found.mean(0), mean, rtol=0, atol=0.02)
     torch.testing.assert_close(found.T.cov(), covariance, rtol=0, atol=0.05)
     assert torch.equal(corrector.correct(noise, None, {}, 0), noise)
+    whitened = corrector.whiten(corrector.correct(noise[:10], None, {}, 1))
+    torch.testing.assert_close(whitened.float(), noise[:10], rtol=0, atol=1e-4)
 
 
 def test_a_gaussian_gains_the_divergence_of_the_noise_from_the_standard_normal():
@@ -163,6 +165,20 @@ def test_a_gaussian_gains_the_divergence_of_the_noise_from_the_standard_normal()
     divergence = (covariance.trace() + mean @ mean - 6 - torch.logdet(covariance)) / 2
     gained = GaussianCorrector.fit(samples[:100_000]).nats_gained(held_out)
     assert gained == pytest.approx(divergence.item() / 6, abs=0.01)
+
+
+def test_a_gaussian_does_not_take_chance_for_covariance():
+    """With 5 samples an element, on noise that was held out; the gain of the samples' own covariance is negative."""
+    generator = torch.Generator().manual_seed(0)
+    deviations = torch.ones(100)
+    deviations[:3] = torch.tensor([3.0, 2.0, 0.5])
+    samples, held_out = (deviations * torch.randn(count, 100, generator=generator) for count in (500, 5000))
+    values, vectors = torch.linalg.eigh(samples.T.cov())
+    own = GaussianCorrector(samples.mean(0), (vectors * values.sqrt()) @ vectors.T)
+    ours = GaussianCorrector.fit(samples)
+    assert own.nats_gained(held_out) < 0 < ours.nats_gained(held_out)
+    wrong = [(corrector.root - deviations.diag()).norm() for corrector in (ours, own)]
+    assert wrong[0] < wrong[1] / 2
 
 
 def test_a_gaussian_of_too_few_samples_or_too_many_elements_is_refused():

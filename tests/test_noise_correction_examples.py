@@ -22,9 +22,10 @@ import pandas as pd
 import pytest
 import torch
 from diffusers import UNet2DModel
-from noise_correction import compare, frechet, report, train_classifier, train_flow
+from noise_correction import compare, frechet, report, samples, train_classifier, train_flow
 from noise_correction.data import Images, centred, dequantise, load_images, to_bytes
 from noise_correction.flow_pipeline import FlowPipeline
+from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -183,7 +184,7 @@ def test_comparison_measures_every_arm_once(comparison):
     assert (folder / "out" / "results.jsonl").read_text() == before
     results = report.read_results(folder / "out")
     assert results.groupby("arm").size().to_dict() == {
-        "uncorrected": 4, "inverted": 1, "gaussian": 2, "network": 4, "lora": 4
+        "uncorrected": 4, "inverted": 1, "gaussian": 2, "network": 4, "whitened": 4, "lora": 4
     }  # fmt: skip
     assert (results.images == 24).all() and results.frechet_domain.notna().all()
     assert (folder / "out" / "frechet_over_flops.png").stat().st_size > 10_000
@@ -204,6 +205,34 @@ def test_flops_count_model_and_corrector(comparison):
     assert flops["lora", 3, 1] > 5 * call
 
 
+def test_samples_are_drawn_with_every_corrector(comparison):
+    folder, _ = comparison
+    options = ["--data", str(folder), "--flow", str(folder / "flow"), "--compare", str(folder / "out")]
+    args = samples.parse([*options, "--count", "5", "--output", str(folder / "samples.png")])
+    rows = samples.rows_of(args)
+    assert list(rows) == [
+        "3 steps", "gaussian, 3 steps", "network, 3 steps", "whitened, 3 steps", "lora, 3 steps", "10 steps",
+        "test images",
+    ]  # fmt: skip
+    assert not torch.equal(rows["3 steps"], rows["gaussian, 3 steps"])
+    samples.main(args)
+    drawn = np.array(Image.open(folder / "samples.png"))
+    assert drawn.shape == (7 * 8 * 2, 5 * 8 * 2, 3)
+    assert (drawn[6 * 16 :: 2, 16:32:2, 0] == rows["test images"][1, 0].numpy()).all()
+
+
+def test_processes_may_share_a_folder(comparison):
+    """What one adds after the other was started is neither lost nor measured again."""
+    folder, arguments = comparison
+    options = [*arguments, "--output", str(folder / "shared"), "--seeds", "0"]
+    for part in (["--steps", "2", "--corrected"], ["--steps", "--corrected", "3", "--correctors", "gaussian"]):
+        compare.main(compare.parse([*options, *part]))
+    results = report.read_results(folder / "shared")
+    assert sorted(results.arm) == ["gaussian", "inverted", "uncorrected"]
+    both = results.merge(report.read_results(folder / "out"), on=report.KEY)
+    assert both.frechet_domain_x.tolist() == pytest.approx(both.frechet_domain_y.tolist())
+
+
 def test_table_says_what_the_uncorrected_model_needs(tmp_path):
     rows = [("uncorrected", 0, 2, 100, 40.0), ("uncorrected", 0, 4, 200, 20.0), ("uncorrected", 0, 8, 400, 10.0),
             ("network", 1, 2, 141.4213562, 10.0), ("network", 1, 4, 241, 5.0)]  # fmt: skip
@@ -211,8 +240,23 @@ def test_table_says_what_the_uncorrected_model_needs(tmp_path):
     table = pd.DataFrame(rows, columns=names).assign(std=0.0, seeds=1)
     table["flops"] *= 1e6
     lines = report.markdown_table(table).splitlines()
-    assert lines[5].endswith("| 10.00 | 28.28 | 2.83 times |")
+    assert lines[5].endswith("| 10.00 | 28.28 | 14.14 | 2.83 times |")
     assert lines[6].endswith("| never reached |")
+    best = report.best_reached(table).splitlines()
+    assert best[0].endswith("10.00, 8 steps, 400 MFLOP an image.")
+    assert best[1].endswith("network, 1 step: as good at 35% of these FLOPs.")
+
+
+def test_results_of_several_folders_are_taken_together(tmp_path):
+    record = {"arm": "uncorrected", "corrector_steps": 0, "flops": 1000, "frechet_code": "this module"}
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder, steps in zip(folders, ((2, 3), (3, 5)), strict=True):
+        folder.mkdir()
+        lines = [{**record, "steps": n, "seed": 0, "frechet": {"domain": float(n)}} for n in steps]
+        (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = report.write_report(*folders, output=tmp_path / "c")
+    assert [line.split("|")[3].strip() for line in text.splitlines() if "N(0, I)" in line] == ["2", "3", "5"]
+    assert {path.name for path in (tmp_path / "c").iterdir()} == {"table.md", "frechet_over_flops.png"}
 
 
 def test_results_are_read_per_kind_of_features(tmp_path):

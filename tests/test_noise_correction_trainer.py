@@ -508,6 +508,41 @@ def test_a_gaussian_is_fitted(tmp_path):
     assert torch.equal(loaded.corrector.root, corrected.corrector.root)
 
 
+def test_a_network_is_fitted_to_what_the_gaussian_leaves(tmp_path):
+    data = flow_data(400)
+    trainer = trainer_of(tmp_path, data, corrector="whitened", corrector_steps=2)
+    corrected = trainer.train()
+    learned, noise = trainer.fit.data.noise, noise_of(5)
+    assert learned.mean().item() == pytest.approx(0, abs=0.03)
+    assert learned.std().item() == pytest.approx(1, abs=0.03)
+    assert trainer.corrector.module.conv_out.weight.abs().max() > 0
+    gaussian = trainer_of(tmp_path / "gaussian", data, corrector="gaussian").train().corrector
+    assert torch.equal(corrected.corrector.gaussian.root, gaussian.root)
+    wanted = gaussian.correct(transport(trainer.corrector, noise, None, {}, 2), None, {}, 2)
+    assert torch.equal(corrected.corrector.correct(noise, None, {}, 2), wanted)
+    assert torch.equal(corrected.corrector.correct(noise, None, {}, 0), noise)
+    loaded = NoiseCorrectedPipeline.from_pretrained(tmp_path / "out/corrector", tiny_flow())
+    assert torch.equal(loaded.corrector.correct(noise, None, {}, 2), wanted)
+
+
+def test_a_resumed_run_keeps_its_gaussian(tmp_path):
+    trainers = []
+    for options in ({"max_steps": 3}, {"resume_from_checkpoint": True}):
+        trainers.append(trainer_of(tmp_path, flow_data(200), corrector="whitened", **options))
+        trainers[-1].train()
+    first, resumed = (trainer.corrected.corrector for trainer in trainers)
+    assert torch.equal(first.gaussian.root, resumed.gaussian.root)
+    assert not torch.equal(weights(trainers[0]), weights(trainers[1]))
+
+
+def test_the_report_of_the_same_noise_is_kept(tmp_path, monkeypatch):
+    trainer_of(tmp_path).invert()
+    before = (tmp_path / "out/inversion.json").read_text()
+    monkeypatch.setattr("trl_pgraft.noise_correction.trainer.gaussianity", lambda *_: pytest.fail("again"))
+    trainer_of(tmp_path, corrector="gaussian").invert()
+    assert (tmp_path / "out/inversion.json").read_text() == before
+
+
 def test_a_network_of_the_users_is_trained(tmp_path):
     network = make_network((1, 8, 8), 4)
     config = make_config(tmp_path)

@@ -305,7 +305,7 @@ class Renderer:
         if generator is not None:
             color = color + 0.02 * torch.randn(color.shape, generator=generator, device=color.device)
         image = color[:, None, None, :].expand(-1, CANVAS, CANVAS, -1)
-        for k in range(MAX_OBJECTS):
+        for k in range(fields["noun"].shape[1]):
             rgba = self._patch(**{name: value[:, k] for name, value in fields.items()})
             image = rgba[..., :3] + (1 - rgba[..., 3:]) * image
         return image.permute(0, 3, 1, 2).clamp(0, 1)

@@ -21,6 +21,7 @@ Compare a flow model with and without noise correction: Frechet distance over FL
 For each number of sampling steps: the model from N(0, I); with correctors fitted to inverted training images; and from
 that inverted noise itself, which is what a perfect corrector would give. Every result is appended to `results.jsonl`
 in the output folder, and what is there already is not computed again. `report.py` makes the table and the figure.
+Several processes may share an output folder if they correct different numbers of steps.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from typing import Any
 
 import torch
 from datasets import Array3D, Dataset, Features
+from peft import LoraConfig
 from torch.utils.flop_counter import FlopCounterMode
 
 from examples.noise_correction.data import DOMAINS, centred, dequantise, load_images, to_bytes
@@ -42,7 +44,9 @@ from examples.noise_correction.report import write_report
 from trl_pgraft import NoiseCorrectedPipeline, NoiseCorrectionConfig, NoiseCorrectionTrainer
 
 
-ARMS = ("gaussian", "network", "lora")
+ARMS = ("gaussian", "network", "whitened", "lora")
+LORA_TARGETS = ("conv1", "conv2", "to_q", "to_k", "to_v", "to_out.0")
+UNCORRECTED = (2, 3, 4, 5, 6, 8, 10, 14, 20, 30, 50)
 Sampler = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -58,6 +62,7 @@ class Comparison:
         self.args, self.device = args, "cuda" if torch.cuda.is_available() else "cpu"
         self.path = args.output / "results.jsonl"
         args.output.mkdir(parents=True, exist_ok=True)
+        torch.set_float32_matmul_precision("high")  # as convolutions are computed anyway
         weights = {"domain": args.classifier, "inception": args.inception_weights}
         self.extractors = {
             name: feature_extractor(name, weights.get(name), self.device, args.efficientnet_size)
@@ -89,8 +94,8 @@ class Comparison:
         """Whether this result is on disk."""
         return _key(key) in self.done
 
-    def measure(self, sampler: Sampler, noise: torch.Tensor, **key: Any) -> None:
-        """Draw an image from each row of noise, and append FLOPs and distances to the results."""
+    def measure(self, sampler: Sampler, noise: torch.Tensor, facts: dict[str, Any], **key: Any) -> None:
+        """Draw an image from each row of noise, and append FLOPs, distances and `facts` to the results."""
         if self.is_done(**key):
             return
         started = time.perf_counter()
@@ -99,7 +104,8 @@ class Comparison:
         pixels = torch.cat([to_bytes(self.pipeline.decode(sampler(x.to(self.device))).cpu()) for x in parts])
         distances = {name: frechet_distance(self._features(name, pixels), self.real[name]) for name in self.real}
         seconds = round(time.perf_counter() - started, 1)
-        facts = {"images": len(pixels), "real_images": len(next(iter(self.real.values()))), "seconds": seconds}
+        counts = {"images": len(pixels), "real_images": len(next(iter(self.real.values())))}
+        facts = {**counts, **facts, "seconds": seconds}
         line = json.dumps({**key, "flops": flops, "frechet": distances, **facts, "frechet_code": CODE})
         with open(self.path, "a") as file:
             file.write(line + "\n")
@@ -151,7 +157,10 @@ def new_trainer(comparison: Comparison, dataset: Dataset, arm: str, steps: int, 
         train_batch_size=args.training_batch,
         learning_rate=args.learning_rate,
     )
-    return NoiseCorrectionTrainer(config, comparison.new_pipeline(), dataset)
+    rank = args.lora_rank
+    lora = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(LORA_TARGETS))
+    peft_config = lora if arm == "lora" else None
+    return NoiseCorrectionTrainer(config, comparison.new_pipeline(), dataset, peft_config=peft_config)
 
 
 def corrected_pipeline(
@@ -160,9 +169,10 @@ def corrected_pipeline(
     """Train a corrector, or load it where it was trained already."""
     folder = comparison.args.output / f"steps_{steps}" / f"seed_{seed}" / arm
     if not folder.exists():
-        trainer = new_trainer(comparison, dataset, arm, steps, seed)
+        trainer, aside = new_trainer(comparison, dataset, arm, steps, seed), folder.with_name(f"{arm}.tmp")
         trainer.train()
-        trainer.save_model(folder)
+        trainer.save_model(aside)
+        aside.rename(folder)  # a run that is killed leaves no half of a corrector
     return NoiseCorrectedPipeline.from_pretrained(folder, comparison.new_pipeline())
 
 
@@ -172,21 +182,23 @@ def from_inverted_noise(comparison: Comparison, dataset: Dataset, steps: int) ->
     key = _with("inverted", steps, 0, args.seeds[0])
     if not comparison.is_done(**key):
         inverted = new_trainer(comparison, dataset, "gaussian", steps, args.seeds[0]).invert().noise
-        comparison.measure(sampler_of(comparison.pipeline, steps), inverted[: args.images], **key)
+        facts = {"inverted_images": len(dataset)}
+        comparison.measure(sampler_of(comparison.pipeline, steps), inverted[: args.images], facts, **key)
 
 
 def corrected(comparison: Comparison, dataset: Dataset, steps: int) -> None:
     """Correctors at one number of steps."""
     args = comparison.args
-    for seed, arm in itertools.product(args.seeds, args.correctors):
+    for arm, seed in itertools.product(args.correctors, args.seeds):
         # A linear map is the same in one step or several.
         counts = args.corrector_steps if arm != "gaussian" else args.corrector_steps[:1]
         missing = [n for n in counts if not comparison.is_done(**_with(arm, steps, n, seed))]
         if missing:
             pipeline = corrected_pipeline(comparison, dataset, arm, steps, seed)
+        facts = {"inverted_images": len(dataset), "training_steps": args.training_steps if arm != "gaussian" else 0}
         for n in missing:
             sampler = sampler_of(pipeline, steps, corrector_steps=n)
-            comparison.measure(sampler, comparison.noise(seed), **_with(arm, steps, n, seed))
+            comparison.measure(sampler, comparison.noise(seed), facts, **_with(arm, steps, n, seed))
 
 
 def _with(arm: str, steps: int, corrector_steps: int, seed: int) -> dict[str, Any]:
@@ -195,17 +207,16 @@ def _with(arm: str, steps: int, corrector_steps: int, seed: int) -> dict[str, An
 
 def uncorrected(comparison: Comparison) -> None:
     """The model from N(0, I), for every number of steps and seed."""
-    for steps in comparison.args.steps:
-        for seed in comparison.args.seeds:
-            sampler = sampler_of(comparison.pipeline, steps)
-            comparison.measure(sampler, comparison.noise(seed), **_with("uncorrected", steps, 0, seed))
+    for seed, steps in itertools.product(comparison.args.seeds, comparison.args.steps):
+        sampler = sampler_of(comparison.pipeline, steps)
+        comparison.measure(sampler, comparison.noise(seed), {}, **_with("uncorrected", steps, 0, seed))
 
 
 def main(args: argparse.Namespace) -> None:
     """Run what is not there yet, then write the report."""
     comparison = Comparison(args)
     uncorrected(comparison)
-    dataset = training_latents(comparison)
+    dataset = training_latents(comparison) if args.corrected else None
     for steps in args.corrected:
         from_inverted_noise(comparison, dataset, steps)
         corrected(comparison, dataset, steps)
@@ -220,23 +231,23 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--flow", type=Path, required=True, help="folder of train_flow.py")
     parser.add_argument("--classifier", type=Path, help="folder of train_classifier.py")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, nargs="*", default=(2, 3, 4, 5, 6, 8, 10, 14, 20), help="uncorrected")
-    parser.add_argument("--corrected", type=int, nargs="*", default=(2, 3, 5, 10), help="steps that are corrected")
+    parser.add_argument("--steps", type=int, nargs="*", default=UNCORRECTED, help="uncorrected")
+    parser.add_argument("--corrected", type=int, nargs="*", default=(2, 3, 5, 10, 20), help="steps that are corrected")
     parser.add_argument("--correctors", nargs="*", choices=ARMS, default=ARMS)
     parser.add_argument("--corrector-steps", type=int, nargs="+", default=(1, 2))
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--images", type=int, default=10_000, help="drawn for each distance")
     parser.add_argument("--real-images", type=int, help="of the test split; all where not given")
-    parser.add_argument("--inverted-images", type=int, help="training images that are inverted; all where not given")
+    parser.add_argument("--inverted-images", type=int, default=20_000, help="training images that are inverted")
     parser.add_argument("--tolerance", type=float, default=1e-2)
     parser.add_argument("--skipped-steps", type=int, default=1, help="last steps that are not inverted")
     parser.add_argument("--max-unconverged", type=float, default=0.01)
-    parser.add_argument("--network-channels", type=int, default=32)
+    parser.add_argument("--network-channels", type=int, default=24)
     parser.add_argument("--lora-rank", type=int, default=16)
-    parser.add_argument("--training-steps", type=int, default=5000, help="of each corrector")
+    parser.add_argument("--training-steps", type=int, default=4000, help="of each corrector")
     parser.add_argument("--training-batch", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--batch", type=int, default=500, help="images drawn or inverted at a time")
+    parser.add_argument("--batch", type=int, default=2000, help="images drawn or inverted at a time")
     parser.add_argument("--features", nargs="+", choices=FEATURES, default=("domain",))
     parser.add_argument("--efficientnet-size", type=int, default=224)
     parser.add_argument("--inception-weights", type=Path)

@@ -15,7 +15,7 @@
 """Real images of two domains: Fashion-MNIST and colour emoji, as tensors in [-1, 1]."""
 
 import gzip
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +108,8 @@ def render_emoji(split: str, count: int, batch: int = 1000) -> Images:
     renderer, pixels, labels = Renderer(), [], []
     for first in range(0, count, batch):
         scenes = layout([random_spec(rng, "single") for _ in range(min(batch, count - first))], rng)
-        small = torch.nn.functional.avg_pool2d(renderer(scenes, generator), 2)
+        single = replace(scenes, **{n: value[:, :1] for n, value in vars(scenes).items() if n != "background"})
+        small = torch.nn.functional.avg_pool2d(renderer(single, generator), 2)
         pixels.append((small * 255).round().to(torch.uint8))
         labels.append(torch.from_numpy(scenes.noun[:, 0] * len(STYLES) + scenes.style[:, 0]))
     classes = tuple(f"{noun} ({style})" for noun in NOUNS for style in STYLES)

@@ -85,14 +85,13 @@ def train(args: argparse.Namespace) -> float:
     model = DomainClassifier(data.pixels.shape[1], len(data.classes))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
     trained, optimizer = accelerator.prepare(model.train(), optimizer)
+    data = Images(data.pixels.to(accelerator.device), data.labels.to(accelerator.device), data.classes)
     steps = args.epochs * max(len(data) // (args.batch * accelerator.num_processes), 1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer.optimizer, args.lr, total_steps=steps)
     generator = torch.Generator().manual_seed(args.seed + accelerator.process_index)
     for step in range(steps):
-        rows = torch.randint(len(data), (args.batch,), generator=generator)
-        images, labels = centred(data.pixels[rows]), data.labels[rows]
-        logits = trained(images.to(accelerator.device))
-        loss = F.cross_entropy(logits, labels.to(accelerator.device), label_smoothing=0.05)
+        batch = data[torch.randint(len(data), (args.batch,), generator=generator).to(accelerator.device)]
+        loss = F.cross_entropy(trained(centred(batch.pixels)), batch.labels, label_smoothing=0.05)
         accelerator.backward(loss)
         optimizer.step()
         schedule.step()

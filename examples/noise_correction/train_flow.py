@@ -64,19 +64,21 @@ def flow_loss(unet: torch.nn.Module, data: torch.Tensor) -> torch.Tensor:
 def train(args: argparse.Namespace) -> FlowPipeline:
     """Run the training that the arguments describe, and save the pipeline in `args.output`."""
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    torch.set_float32_matmul_precision("high")  # as convolutions are computed anyway
     set_seed(args.seed, device_specific=True)
     pixels = load_images(args.domain, "train", args.data, args.limit).pixels.to(accelerator.device)
     torch.manual_seed(args.seed)
     pipeline = new_pipeline(tuple(pixels.shape[1:]), args)
-    ema = EMAModel(pipeline.unet.parameters(), decay=args.ema_decay, min_decay=0.0, use_ema_warmup=True, power=3 / 4)
-    ema.to(accelerator.device)
-    optimizer = torch.optim.AdamW(pipeline.unet.parameters(), lr=args.lr, weight_decay=0.0)
+    pipeline.unet.to(accelerator.device)
+    average = {"decay": args.ema_decay, "min_decay": 0.0, "use_ema_warmup": True, "power": 3 / 4, "foreach": True}
+    ema = EMAModel(pipeline.unet.parameters(), **average)
+    optimizer = torch.optim.AdamW(pipeline.unet.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, args.steps // 50, args.steps)
     unet, optimizer = accelerator.prepare(pipeline.unet, optimizer)
     accelerator.register_for_checkpointing(ema, schedule)
     first = _resume(accelerator, args)
     set_seed(args.seed + first, device_specific=True)
-    started, running = time.perf_counter(), 0.0
+    started, losses = time.perf_counter(), []
     for step in range(first, args.steps):
         rows = torch.randint(len(pixels), (args.batch,), device=pixels.device)
         loss = flow_loss(unet, pipeline.encode(dequantise(pixels[rows])))
@@ -86,10 +88,12 @@ def train(args: argparse.Namespace) -> FlowPipeline:
         schedule.step()
         optimizer.zero_grad()
         ema.step(pipeline.unet.parameters())
-        running = loss.item() if not running else 0.99 * running + 0.01 * loss.item()
+        losses.append(loss.detach())  # not read at once: the GPU would wait for the CPU
         done = step + 1
         if done % args.save_every == 0 or done == args.steps:
-            accelerator.print(f"step {done}: loss {running:.4f}, {time.perf_counter() - started:.0f} s", flush=True)
+            mean = torch.stack(losses).mean().item()
+            losses.clear()
+            accelerator.print(f"step {done}: loss {mean:.4f}, {time.perf_counter() - started:.0f} s", flush=True)
             _save(accelerator, pipeline, ema, done, args.output)
     return pipeline
 
@@ -120,10 +124,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder of Fashion-MNIST's files")
     parser.add_argument("--limit", type=int, help="train on the first images only")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--widths", type=int, nargs="+", default=(64, 128), help="channels at each resolution")
-    parser.add_argument("--layers", type=int, default=2, help="residual blocks at each resolution")
+    parser.add_argument("--widths", type=int, nargs="+", default=(48, 96), help="channels at each resolution")
+    parser.add_argument("--layers", type=int, default=1, help="residual blocks at each resolution")
     parser.add_argument("--patch-size", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--batch", type=int, default=256, help="images a process and step")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--ema-decay", type=float, default=0.999)

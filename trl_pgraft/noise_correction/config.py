@@ -49,9 +49,10 @@ class NoiseCorrectionConfig:
     corrector: str = option(
         "lora",
         "What is fitted: a LoRA on the model itself, which knows the prompts and costs two denoiser evaluations a "
-        "step; a small network of its own, which does not; or the Gaussian of the noise's mean and covariance, which "
-        "needs no training and next to no time, for latents of some thousand elements.",
-        choices=["lora", "network", "gaussian"],
+        "step; a small network of its own, which does not; the Gaussian of the noise's mean and covariance, which "
+        "needs no training and next to no time, for latents of some thousand elements; or that Gaussian after a "
+        "network that is fitted to what it leaves, noise whitened by it.",
+        choices=["lora", "network", "gaussian", "whitened"],
     )
     corrector_steps: int = option(1, "Steps of the corrector when sampling, unless a call asks for others.")
     lora_rank: int = option(16, "Rank of the default LoRA, where no `peft_config` is given.")

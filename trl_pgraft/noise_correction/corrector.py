@@ -92,7 +92,10 @@ class GaussianCorrector:
     @classmethod
     def fit(cls, noise: torch.Tensor) -> "GaussianCorrector":
         """
-        Fit to inverted noise of shape `(N, ...)`.
+        Fit to inverted noise of shape `(N, ...)`, on the device where it is.
+
+        The covariance is [`cross_validated_covariance`], as the eigenvalues of the samples' own are spread by chance:
+        those of 10,000 draws of N(0, I) of 3,072 elements lie between 0.2 and 2.4.
 
         Raises:
             `ValueError`: there are too few samples for a covariance, or too many elements.
@@ -104,9 +107,9 @@ class GaussianCorrector:
                 f"corrector='gaussian': {count} samples of {elements} elements. It needs more samples than elements, "
                 f"and no more than {MOST_ELEMENTS} elements; use corrector='network' or 'lora'."
             )
-        values, vectors = torch.linalg.eigh(flat.T.cov())
+        values, vectors = torch.linalg.eigh(cross_validated_covariance(flat))
         root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-        return cls(flat.mean(0).float(), root.float())
+        return cls(flat.mean(0).float().cpu(), root.float().cpu())
 
     def correct(
         self, noise: torch.Tensor, call: DenoiserCall, conditioning: dict[str, Any], steps: int
@@ -126,20 +129,42 @@ class GaussianCorrector:
         """See [`Corrector`]."""
         return cls(**load_file(folder / GAUSSIAN_FILE))
 
+    def whiten(self, noise: torch.Tensor) -> torch.Tensor:
+        """The inverse of `correct`, for noise of shape `(N, ...)`; float64."""
+        mean, root = self.mean.to(noise.device).double(), self.root.to(noise.device).double()
+        return torch.linalg.solve(root, (noise.flatten(1).double() - mean).T).T.reshape(noise.shape)
+
     def nats_gained(self, noise: torch.Tensor) -> float:
         """By how much samples of shape `(N, ...)` are likelier here than under N(0, I), in nats per element."""
-        flat, mean, root = noise.flatten(1).double(), self.mean.double(), self.root.double()
-        whitened = torch.linalg.solve(root, (flat - mean).T)
-        nats = (flat.square().sum() - whitened.square().sum()) / (2 * len(flat)) - torch.linalg.slogdet(root)[1]
-        return nats.item() / flat.shape[1]
+        squares = noise.double().square().sum() - self.whiten(noise).square().sum()
+        volume = torch.linalg.slogdet(self.root.to(noise.device).double())[1]
+        return (squares / (2 * len(noise)) - volume).item() / noise[0].numel()
 
 
-class FlowCorrector(Protocol):
-    """A [`Corrector`] that is learned: predicts `E[u | x_c]`."""
+def cross_validated_covariance(samples: torch.Tensor) -> torch.Tensor:
+    """
+    Covariance of `samples` `(N, d)`: the variances of each half along the eigenvectors of the other, averaged.
 
-    @property
-    def module(self) -> torch.nn.Module:
-        """What is trained and called."""
+    A sample covariance is too large along its own first eigenvectors and too small along its last.
+    """
+    halves = [part - samples.mean(0) for part in (samples[::2], samples[1::2])]
+    found = torch.zeros_like(samples[0].outer(samples[0]))
+    for half, other in (halves, halves[::-1]):
+        _, vectors = torch.linalg.eigh(half.T @ half)
+        found += (vectors * (other @ vectors).square().mean(0)) @ vectors.T / 2
+    return found
+
+
+class FlowCorrector(Corrector, Protocol):
+    """
+    A [`Corrector`] that is learned: predicts `E[u | x_c]`.
+
+    Attributes:
+        module (`torch.nn.Module`):
+            What is trained and called.
+    """
+
+    module: torch.nn.Module
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -179,9 +204,15 @@ class FlowCorrector(Protocol):
             `torch.Tensor` of the shape of `x`, float32.
         """
 
+    def correct(
+        self, noise: torch.Tensor, call: DenoiserCall, conditioning: dict[str, Any], steps: int
+    ) -> torch.Tensor:
+        """See [`Corrector`]."""
+        return transport(self, noise, call, conditioning, steps)
+
 
 @dataclass(frozen=True)
-class NetworkCorrector:
+class NetworkCorrector(FlowCorrector):
     """
     A network of its own, which knows nothing of prompts.
 
@@ -225,7 +256,7 @@ class NetworkCorrector:
     ) -> torch.Tensor:
         """See [`Corrector`]."""
         self.module.to(noise.device)  # the pipeline may have been moved, and does not know of it
-        return transport(self, noise, call, conditioning, steps)
+        return super().correct(noise, call, conditioning, steps)
 
     def save(self, folder: Path) -> None:
         """See [`Corrector`]."""
@@ -239,7 +270,7 @@ class NetworkCorrector:
 
 
 @dataclass(frozen=True)
-class AdapterCorrector:
+class AdapterCorrector(FlowCorrector):
     """
     The model itself: what an adapter changes in its velocity, so that a fresh LoRA corrects nothing.
 
@@ -287,12 +318,6 @@ class AdapterCorrector:
             reference = replay(self.module, *arguments)
         return replay(self.module if model is None else model, *arguments).float() - reference.float()
 
-    def correct(
-        self, noise: torch.Tensor, call: DenoiserCall, conditioning: dict[str, Any], steps: int
-    ) -> torch.Tensor:
-        """See [`Corrector`]."""
-        return transport(self, noise, call, conditioning, steps)
-
     def save(self, folder: Path) -> None:
         """See [`Corrector`]."""
         save_adapter_weights(uncompiled(self.module), folder, CORRECTION_ADAPTER, {"format": "pt"})
@@ -307,7 +332,40 @@ class AdapterCorrector:
         return cls(denoiser_of(pipeline))
 
 
-CORRECTORS = {corrector.kind: corrector for corrector in (AdapterCorrector, NetworkCorrector, GaussianCorrector)}
+@dataclass(frozen=True)
+class WhitenedCorrector:
+    """
+    A network for what the Gaussian leaves, then the Gaussian.
+
+    Args:
+        network ([`NetworkCorrector`]):
+            Fitted to inverted noise that the Gaussian whitened.
+        gaussian ([`GaussianCorrector`]):
+            The Gaussian.
+    """
+
+    kind: ClassVar[str] = "whitened"
+    network: NetworkCorrector
+    gaussian: GaussianCorrector
+
+    def correct(
+        self, noise: torch.Tensor, call: DenoiserCall, conditioning: dict[str, Any], steps: int
+    ) -> torch.Tensor:
+        """See [`Corrector`]."""
+        return self.gaussian.correct(self.network.correct(noise, call, conditioning, steps), call, conditioning, steps)
+
+    def save(self, folder: Path) -> None:
+        """See [`Corrector`]."""
+        self.network.save(folder)
+        self.gaussian.save(folder)
+
+    @classmethod
+    def load(cls, folder: Path, pipeline: Any) -> "WhitenedCorrector":
+        """See [`Corrector`]."""
+        return cls(NetworkCorrector.load(folder, pipeline), GaussianCorrector.load(folder, pipeline))
+
+
+CORRECTORS = {kind.kind: kind for kind in (AdapterCorrector, NetworkCorrector, GaussianCorrector, WhitenedCorrector)}
 
 
 def add_correction_adapter(denoiser: torch.nn.Module, peft_config: PeftConfig, seed: int | None = None) -> None:

@@ -98,7 +98,7 @@ class CorrectorFit:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay
         )
-        self.average = EMAModel(self.parameters, decay=config.ema_decay) if config.ema_decay else None
+        self.average = EMAModel(self.parameters, decay=config.ema_decay, foreach=True) if config.ema_decay else None
         self.held_out, self.rows = split(len(data.noise), config)
 
     def run(self) -> None:

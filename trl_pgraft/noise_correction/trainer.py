@@ -17,7 +17,7 @@
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,11 @@ from ..checkpoints import put_aside
 from ..denoiser_call import Conditioning, denoiser_of
 from ..denoiser_format import DenoiserFormat, uncompiled
 from ..engine import place_pipeline
+from ..hub import GAUSSIAN_FILE
 from ..pipeline_inputs import takes_prompts
 from ..placement import check_adaptable, on_device
 from ..rollout import seed_of
+from ..samples import fingerprint_of
 from ..timestep_gate import gate_on
 from .config import NoiseCorrectionConfig
 from .corrector import (
@@ -45,6 +47,7 @@ from .corrector import (
     FlowCorrector,
     GaussianCorrector,
     NetworkCorrector,
+    WhitenedCorrector,
     add_correction_adapter,
     make_network,
 )
@@ -81,8 +84,8 @@ class NoiseCorrectionTrainer:
         peft_config (`PeftConfig`, *optional*):
             Adapter for `corrector="lora"`; a LoRA on the attention projections where not given.
         network (`torch.nn.Module`, *optional*):
-            For `corrector="network"`: a diffusers model called as `network(x, timestep).sample`; a small UNet where
-            not given.
+            For `corrector="network"` or `"whitened"`: a diffusers model called as `network(x, timestep).sample`; a
+            small UNet where not given.
         pipeline_kwargs (`dict`, *optional*):
             Further arguments of the pipeline call, `height` and `width` among them.
         encode (`Callable`, *optional*):
@@ -179,20 +182,28 @@ class NoiseCorrectionTrainer:
         )
         data = inverter.run(self.accelerator)
         if self.accelerator.is_main_process:
-            report = {
-                "samples": len(data.rows),
-                "left_out": len(self.train_dataset) - len(data.rows),
-                "largest_residual": data.residuals.max().item(),
-                "evaluations_per_step": data.iterations.double().mean().item()
-                / (len(self.sampler.steps) - self.config.skipped_steps),
-                "seconds": time.perf_counter() - started,
-            }
-            if len(data.rows) >= 20:
-                found = gaussianity(some_of(data.noise, self.config.seed), self.config.seed)
-                self.accelerator.print(f"Inverted noise beside standard normal noise:\n{found}")
-                report["gaussianity"] = asdict(found)
-            (self.output_dir / "inversion.json").write_text(json.dumps(report, indent=2) + "\n")
+            self._report(data, time.perf_counter() - started)
         return data
+
+    def _report(self, data: InvertedData, seconds: float) -> None:
+        """Write `inversion.json`, unless it is there and tells of the same noise."""
+        path, fingerprint = self.output_dir / "inversion.json", fingerprint_of({"noise": data.noise})
+        if path.is_file() and json.loads(path.read_text()).get("noise") == fingerprint:
+            return
+        inverted_steps = len(self.sampler.steps) - self.config.skipped_steps
+        report = {
+            "noise": fingerprint,
+            "samples": len(data.rows),
+            "left_out": len(self.train_dataset) - len(data.rows),
+            "largest_residual": data.residuals.max().item(),
+            "evaluations_per_step": data.iterations.double().mean().item() / inverted_steps,
+            "seconds": seconds,
+        }
+        if len(data.rows) >= 20:
+            found = gaussianity(some_of(data.noise, self.config.seed), self.config.seed)
+            self.accelerator.print(f"Inverted noise beside standard normal noise:\n{found}")
+            report["gaussianity"] = asdict(found)
+        path.write_text(json.dumps(report, indent=2) + "\n")
 
     def train(self) -> NoiseCorrectedPipeline:
         """
@@ -205,11 +216,13 @@ class NoiseCorrectionTrainer:
         """
         data = self.invert()
         if self.accelerator.is_main_process and not self.config.resume_from_checkpoint:
-            put_aside(self.output_dir, [CHECKPOINT_FILE, METRICS_FILE, CORRECTOR_FOLDER])
+            put_aside(self.output_dir, [CHECKPOINT_FILE, GAUSSIAN_FILE, METRICS_FILE, CORRECTOR_FOLDER])
         self.accelerator.wait_for_everyone()
         if self.config.corrector == "gaussian":
-            self._fit_gaussian(data)
+            self.corrector = self.corrected.corrector = self._fit_gaussian(data)
         else:
+            if self.config.corrector == "whitened":
+                data = self._whitened(data)
             self.fit = CorrectorFit(
                 self.accelerator, self.corrector, self._training_data(data), self.config, self.output_dir, self.log
             )
@@ -220,11 +233,23 @@ class NoiseCorrectionTrainer:
             self.push_to_hub()
         return self.corrected
 
-    def _fit_gaussian(self, data: InvertedData) -> None:
+    def _fit_gaussian(self, data: InvertedData) -> GaussianCorrector:
         held_out, rows = split(len(data.noise), self.config)
-        self.corrector = self.corrected.corrector = GaussianCorrector.fit(data.noise[rows])
+        gaussian = GaussianCorrector.fit(data.noise[rows].to(self.accelerator.device))
         if len(held_out):
-            self.log({"held_out/nats_gained": self.corrector.nats_gained(data.noise[held_out])})
+            self.log({"held_out/nats_gained": gaussian.nats_gained(data.noise[held_out].to(self.accelerator.device))})
+        return gaussian
+
+    def _whitened(self, data: InvertedData) -> InvertedData:
+        """Data for the network of a [`WhitenedCorrector`]; its Gaussian is fitted, or that of the run resumed."""
+        if self.config.resume_from_checkpoint and (self.output_dir / GAUSSIAN_FILE).is_file():
+            gaussian = GaussianCorrector.load(self.output_dir, self.pipeline)
+        else:
+            gaussian = self._fit_gaussian(data)
+            if self.accelerator.is_main_process:
+                gaussian.save(self.output_dir)
+        self.corrected.corrector = WhitenedCorrector(self.corrector, gaussian)
+        return replace(data, noise=gaussian.whiten(data.noise.to(self.accelerator.device)).float().cpu())
 
     def _training_data(self, data: InvertedData) -> CorrectorData:
         if isinstance(self.corrector, NetworkCorrector):  # knows no prompts, and there may be many
@@ -293,8 +318,8 @@ def _check_arguments(
             f"network: a {type(network).__name__} is no diffusers model, so it could not be saved. Derive it from "
             "diffusers.ModelMixin and ConfigMixin."
         )
-    if network is not None and config.corrector != "network":
-        raise ValueError(f"network: given with corrector={config.corrector!r}; set corrector='network'.")
+    if network is not None and config.corrector not in ("network", "whitened"):
+        raise ValueError(f"network: given with corrector={config.corrector!r}; set corrector='network' or 'whitened'.")
     if peft_config is not None and config.corrector != "lora":
         raise ValueError(f"peft_config: given with corrector={config.corrector!r}; set corrector='lora'.")
 

@@ -54,8 +54,9 @@ def runs_of(plan: dict[str, Any]) -> list[dict[str, Any]]:
         seeds = [0] if trainer == "base" else seeds
         common = {"method": name, "trainer": trainer, "fields": fields, "evaluation": plan["evaluation"]}
         runs += [{**common, "seed": seed} for seed in seeds]
-    # Long runs first, so that none is left alone at the end; the untuned model is needed by all others.
-    return sorted(runs, key=lambda run: (run["trainer"] != "base", run["trainer"] != "ddpo"))
+    # All others need the untuned model. Then seed by seed, so that what is done is a whole comparison, and long
+    # runs first, so that none is left alone at the end.
+    return sorted(runs, key=lambda run: (run["trainer"] != "base", run["seed"], run["trainer"] != "ddpo"))
 
 
 def resolve(methods: dict[str, dict], name: str) -> dict[str, Any]:

@@ -118,6 +118,7 @@ class Recorder:
             frechet_base=frechet_distance(measured.features, self.base) if final and self.base is not None else None,
         )
         self.tables.append(table)
+        pd.concat(self.tables).to_parquet(self.folder / "evaluations.unfinished")
         means = table.groupby("category").score.mean()
         by_category = " ".join(f"{name} {means[name]:.2f}" for name in CATEGORIES if name in means)
         print(
@@ -136,9 +137,7 @@ class Recorder:
         if self.base is None:
             save_file({"features": measured.features.contiguous()}, self.folder / "features.safetensors")
         # Last, because the table tells that the run is done.
-        unfinished = self.folder / "evaluations.unfinished"
-        pd.concat(self.tables).to_parquet(unfinished)
-        unfinished.rename(self.folder / "evaluations.parquet")
+        (self.folder / "evaluations.unfinished").rename(self.folder / "evaluations.parquet")
 
 
 def quiet_pipeline() -> StableDiffusionPipeline:

@@ -57,6 +57,7 @@ RECIPE = {
     "acceptance_kwargs": {"k": 2},
     "tuned_fraction": 0.6,
     "guidance_loss": "conditional",
+    "control_adapter": False,  # better for two rounds of this size; not for four
     "caption_dropout": 0.0,
     "timestep_sampling": "sampler",
     "train_timestep_fraction": 0.1,

@@ -69,6 +69,7 @@ def config(tmp_path):
             "train_num_inner_epochs": 2,
             "train_learning_rate": 1e-2,
             "lora_rank": 2,
+            "control_adapter": False,
             "output_dir": str(tmp_path / "out"),
         }
         return GraftConfig(**{**defaults, **options})

@@ -20,6 +20,7 @@ import peft
 import pytest
 import torch
 from tiny_pipelines import ATTENTION, tiny_flux, tiny_sd
+from tiny_transformers import tiny_qwen_image
 
 from trl_pgraft import PGraftTrainer, load_pgraft_adapter
 from trl_pgraft.adapters import adapter_parameters
@@ -110,3 +111,12 @@ def test_a_control_takes_plain_loras_alone(tmp_path, make_trainer):
             make_trainer(tmp_path, tiny_sd(), peft_config, control_adapter=True)
     with pytest.raises(ValueError, match="this is a LoHaConfig. Give a plain LoraConfig"):
         make_trainer(tmp_path, tiny_sd(), KINDS["LoHa"], control_adapter=True)
+
+
+def test_by_default_there_is_a_control_wherever_one_can_be_subtracted(tmp_path, make_trainer):
+    kinds = {kind: make_trainer(tmp_path, tiny_sd(), KINDS[kind], control_adapter=None) for kind in ("LoHa", "DoRA")}
+    plain = make_trainer(tmp_path, tiny_sd(), peft.LoraConfig(r=2, target_modules=ATTENTION), control_adapter=None)
+    unguided = make_trainer(tmp_path, tiny_flux(), None, control_adapter=None)
+    rescaled = make_trainer(tmp_path, tiny_qwen_image(), None, control_adapter=None)
+    assert plain.policy.has_control and unguided.policy.has_control
+    assert not any(trainer.policy.has_control for trainer in (*kinds.values(), rescaled))

@@ -103,7 +103,6 @@ def test_fields_that_only_ppo_uses_are_named_in_one_warning():
         ({"max_merged_rank": 0}, "max_merged_rank=0 must be at least 1"),
         ({"train_learning_rate": 0.0}, "train_learning_rate=0.0 must be positive"),
         ({"control_scale": 0.0}, "control_scale=0.0 must be positive"),
-        ({"loss_weighting": "snr"}, "loss_weighting='snr' is not one of 'prediction', 'sample'"),
         ({"sample_guidance_scale": 0.0}, "sample_guidance_scale=0.0 must be positive"),
         ({"tuned_guidance_scale": 0.0}, "tuned_guidance_scale=0.0 must be positive"),
         ({"caption_dropout": 1.0}, r"caption_dropout=1.0 is outside \[0, 1\)"),

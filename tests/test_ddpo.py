@@ -208,7 +208,7 @@ def test_trainable_layers_are_a_lora_of_rank_4_and_the_trainer_trains_it(model, 
     assert pipeline.get_trainable_layers() is pipeline.get_trainable_layers() is pipeline.unet
     parameters = adapter_parameters(pipeline.unet, "pgraft")
     assert {p.shape[0] if p.shape[0] < p.shape[1] else p.shape[1] for p in parameters} == {4}
-    trainer = DDPOTrainer(config(), brightness, prompt_fn, pipeline)
+    trainer = DDPOTrainer(config(control_adapter=False), brightness, prompt_fn, pipeline)
     before = weights(trainer)
     trainer.train()
     assert all(p is q for p, q in zip(parameters, adapter_parameters(trainer.denoiser, "pgraft"), strict=True))
@@ -216,6 +216,15 @@ def test_trainable_layers_are_a_lora_of_rank_4_and_the_trainer_trains_it(model, 
     with pytest.raises(ValueError, match="peft_config: the pipeline has an adapter 'pgraft' already"):
         lora = LoraConfig(r=2, target_modules=ATTENTION)
         DDPOTrainer(config(), brightness, prompt_fn, pipeline, peft_config=lora)
+
+
+def test_by_default_what_a_control_leaves_is_added_to_the_pipelines_lora(model, config):
+    pipeline = DefaultDDPOStableDiffusionPipeline(model)
+    pipeline.get_trainable_layers()
+    trainer = DDPOTrainer(config(num_epochs=2), brightness, prompt_fn, pipeline)
+    trainer.train()
+    assert trainer.policy.has_control and list(trainer.denoiser.peft_config) == ["pgraft"]
+    assert trainer.denoiser.peft_config["pgraft"].r == 4 * (1 + 2 * 2), "its own rank, and twice that a round"
 
 
 def test_a_call_of_the_pipeline_samples_from_the_tuned_model(model, config):

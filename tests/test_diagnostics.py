@@ -56,6 +56,7 @@ def make(tmp_path):
             "sample_num_batches_per_epoch": 2,
             "samples_per_prompt": 4,
             "acceptance_kwargs": {"k": 1},
+            "control_adapter": False,
             "train_batch_size": 8,
             "mixed_precision": "no",
             "output_dir": str(tmp_path / "out"),

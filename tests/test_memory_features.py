@@ -354,7 +354,7 @@ from trl_pgraft import GraftConfig
 
 folder, precision = sys.argv[1:]
 options = {"sample_num_steps": 2, "num_epochs": 2, "sample_batch_size": 4, "sample_num_batches_per_epoch": 1}
-options |= {"train_learning_rate": 1e-2, "mixed_precision": precision}
+options |= {"train_learning_rate": 1e-2, "mixed_precision": precision, "control_adapter": False}
 
 def train(name, pipeline, **further):
     settings = GraftConfig(**options, **further, output_dir=f"{folder}/{name}")

@@ -20,14 +20,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEuler
 from mixtures import Mixture
 
 from trl_pgraft.noise_schedules import CLEAN, NoiseSchedule, expand
-from trl_pgraft.parameterizations import (
-    PREDICTION_TYPES,
-    combine,
-    original_per_prediction,
-    predicted_original,
-    prediction_type_of,
-    renoise,
-)
+from trl_pgraft.parameterizations import PREDICTION_TYPES, combine, predicted_original, prediction_type_of, renoise
 
 
 SCHEDULES = {
@@ -175,41 +168,6 @@ def test_the_weight_bounds_the_variance_next_to_the_switch(schedule, prediction_
             weighted.append((expand(weight, target) * target.square()).mean().item())
         assert raw[-1] > 1e3 * raw[0]
         assert max(weighted) < 4
-
-
-@parametrize_types
-@parametrize_schedules
-def test_with_sample_weights_the_error_is_that_of_x_0(schedule, prediction_type):
-    """The weighted error of a prediction is the error of its x_0, whatever the denoiser predicts."""
-    level_i, level_t = schedule(400), schedule(timesteps(50, 410, 990))
-    x_i, noise, off = random(50, 3), random(50, 3, seed=1), random(50, 3, seed=2)
-    x_t, target, weight = renoise(x_i, noise, level_i, level_t, prediction_type, weighting="sample")
-    originals = [predicted_original(prediction_type, p, x_t, *level_t)[0] for p in (target, target + off)]
-    error = (originals[1] - originals[0]) / off
-    per_prediction = expand(original_per_prediction(prediction_type, *level_t), off).expand(50, 3)
-    torch.testing.assert_close(error.abs(), per_prediction)
-    kernel = renoise(x_i, noise, level_i, level_t, "sample").weight
-    torch.testing.assert_close(weight, kernel * error[:, 0].square(), check_dtype=False, rtol=1e-5, atol=1e-9)
-
-
-@parametrize_types
-@pytest.mark.parametrize("kind", ["vp", "flow"])
-def test_with_sample_weights_the_noise_in_x_i_counts_equally_at_all_levels(prediction_type, kind):
-    """All data in one point: what x_t does not tell of the target is then the noise in x_I, of variance sigma_I^2."""
-    schedule, count = SCHEDULES[kind], 20_000
-    level_i, levels = schedule(400), (410, 600, 900)
-    x_i = 0.3 * level_i[0] + level_i[1] * random(count, 1)
-    left = {}
-    for weighting in ("prediction", "sample"):
-        for t in levels:
-            x_t, target, weight = renoise(
-                x_i, random(count, 1, seed=1), level_i, schedule(t), prediction_type, weighting=weighting
-            )
-            correlation = torch.corrcoef(torch.cat([x_t, target], dim=1).T)[0, 1]
-            left[weighting, t] = (weight[0] * target.var() * (1 - correlation**2)).item()
-    assert [left["sample", t] for t in levels] == pytest.approx([level_i[1].item() ** 2] * 3, rel=0.05)
-    if prediction_type == "epsilon":
-        assert left["prediction", 900] < 0.1 * left["prediction", 410]
 
 
 @parametrize_types

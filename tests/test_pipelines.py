@@ -195,6 +195,7 @@ def make_trainer(case: Case, folder: Any, eval_dataset: Any = None, **options: A
         "train_learning_rate": 1e-2,
         "lora_rank": 2,
         "caption_dropout": 0.5,
+        "control_adapter": False,
         "output_dir": str(folder),
     }
     pipeline = case.make()

@@ -48,6 +48,7 @@ SETTINGS = (
     "sample_guidance_scale",
     "guidance_loss",
     "control_adapter",
+    "control_scale",
     "train_learning_rate",
     "train_num_inner_epochs",
     "seed",
@@ -230,7 +231,9 @@ def facts_of(trainer: Any, shown: Sequence[Prompt], dataset: str | None, tags: S
     """What a [`PGraftTrainer`] knows about the adapter that it trains, and the prompts that are shown."""
     config, rewards = trainer.config, {reward.name: reward.weight for reward in trainer.rewards}
     source, metrics = metrics_of(trainer.history, list(rewards))
-    settings = config.to_dict()
+    settings = {**config.to_dict(), "control_adapter": trainer.policy.has_control}
+    if not trainer.policy.has_control:
+        del settings["control_scale"]
     told = ("num_inference_steps", "guidance_scale", "height", "width")
     return AdapterFacts(
         switch=trainer.policy.switch,
@@ -241,7 +244,7 @@ def facts_of(trainer: Any, shown: Sequence[Prompt], dataset: str | None, tags: S
         rewards=rewards,
         metrics=metrics,
         metrics_source=source,
-        settings={name: settings[name] for name in SETTINGS if settings[name] not in (None, {})},
+        settings={name: settings[name] for name in SETTINGS if settings.get(name) not in (None, {})},
         arguments={n: value for n, value in trainer.policy.arguments.items() if n in told and value is not None},
         tags=tags,
         dataset=dataset,

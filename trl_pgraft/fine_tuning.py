@@ -87,8 +87,6 @@ class GraftLoss:
             Share of rows that get the unconditional input (conditional loss).
         adapters (`list[str]`):
             Adapters that make the difference between policy and reference.
-        weighting (`str`, *optional*, defaults to `"prediction"`):
-            Whose error counts, see [`renoise`].
     """
 
     denoiser: torch.nn.Module
@@ -100,7 +98,6 @@ class GraftLoss:
     guidance_scale: float
     caption_dropout: float
     adapters: list[str]
-    weighting: str = "prediction"
 
     def __call__(
         self,
@@ -141,9 +138,8 @@ class GraftLoss:
         dropped: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Prediction and target, both of shape `(B, ...)`, and weight of each row; arguments as those of a call."""
-        level_t = self.levels.schedule(timesteps)
         x_t, target, weight = renoise(
-            x_i, noise, self.levels.level_i, level_t, self.prediction_type, self.weighting
+            x_i, noise, self.levels.level_i, self.levels.schedule(timesteps), self.prediction_type
         )
         x_t = x_t.to(self.denoiser.dtype)
         conditional = self.conditioning.rows(prompts, x_i.device)

@@ -21,7 +21,6 @@ from .noise_schedules import Level, as_coefficients, expand, transition
 
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
-WEIGHTINGS = ("prediction", "sample")
 
 
 def prediction_type_of(scheduler: Any) -> str:
@@ -113,32 +112,6 @@ def predicted_original(
             return (x_t - sigma * prediction) / (alpha + sigma), (x_t + alpha * prediction) / (alpha + sigma)
 
 
-def original_per_prediction(
-    prediction_type: str, alpha: float | torch.Tensor, sigma: float | torch.Tensor
-) -> float | torch.Tensor:
-    r"""
-    By how much the x_0 of [`predicted_original`] moves with the prediction, at a given x_t: `|d x_0 / d prediction|`.
-
-    Args:
-        prediction_type (`str`):
-            One of `PREDICTION_TYPES`.
-        alpha, sigma (`float` or `torch.Tensor`):
-            Level of x_t, () or (B,).
-
-    Returns:
-        `float` or `torch.Tensor`: as alpha and sigma; not finite for an epsilon prediction at alpha = 0.
-    """
-    match _known(prediction_type):
-        case "epsilon":
-            return sigma / alpha
-        case "sample":
-            return 1.0
-        case "v_prediction":
-            return sigma / (alpha**2 + sigma**2)
-        case _:
-            return sigma / (alpha + sigma)
-
-
 class Renoised(NamedTuple):
     """A training example of the denoiser: `x_t` and `target` of shape (B, ...), and the loss's `weight` (B,)."""
 
@@ -153,7 +126,6 @@ def renoise(
     level_i: Level,
     level_t: Level,
     prediction_type: str,
-    weighting: str = "prediction",
 ) -> Renoised:
     r"""
     Noise intermediate states x_I to t > t_I, and give the denoiser's regression target there (P-GRAFT).
@@ -170,11 +142,6 @@ def renoise(
     all of this is the ordinary denoising loss with weight one. Nothing divides by alpha_t, so pure noise (alpha_T = 0)
     is fine.
 
-    With the weighting `"sample"` the error is that of the x_0 which the prediction stands for: the weight of every
-    type is `(sigma_tI / sigma_t)^2 alpha_I^2 |d x_0 / d prediction|^2`. The noise in x_I gives x_0* a variance of
-    `(sigma_I sigma_t / (alpha_I sigma_tI))^2` given x_t, which then counts equally at all t; in an unweighted epsilon
-    loss nearly all of it comes from the levels next to t_I.
-
     Args:
         x_i (`torch.Tensor`):
             (B, ...), states at t_I, in the denoiser's space.
@@ -186,9 +153,6 @@ def renoise(
             (alpha_t, sigma_t), each () or (B,), noisier than `level_i`.
         prediction_type (`str`):
             One of `PREDICTION_TYPES`.
-        weighting (`str`, *optional*, defaults to `"prediction"`):
-            Whose error is weighted, one of `WEIGHTINGS`: the prediction's, or that of its x_0. The latter is not
-            finite for an epsilon prediction of pure noise.
 
     Returns:
         [`Renoised`]: `x_t` and `target` in the dtype of `x_i`, and `weight` (B,), at least float32.
@@ -207,8 +171,5 @@ def renoise(
     x_0 = x_i / expand(alpha_i, x_i) - expand(scale * sigma_i.square() / (alpha_i * sigma_ti), noise) * noise
     target = combine(prediction_type, x_0, expand(sigma_t / sigma_ti, noise) * noise, alpha_t, sigma_t)
     weight = (sigma_ti / sigma_t).square() * (1 if prediction_type == "epsilon" else alpha_i.square())
-    if weighting == "sample":
-        per_prediction = original_per_prediction(prediction_type, alpha_t, sigma_t)
-        weight = (sigma_ti / sigma_t * alpha_i * per_prediction).square()
     weight = expand(weight, x_i).flatten().expand(len(x_i))
     return Renoised(x_t.to(x_i.dtype), target.to(x_i.dtype), weight)

@@ -26,7 +26,6 @@ from peft import PeftConfig
 from .config import GraftConfig
 from .denoiser_call import DenoiserCall, denoiser_of
 from .denoiser_format import DenoiserFormat
-from .levels import TunedLevels
 from .pipeline_inputs import parameters_of
 
 
@@ -62,23 +61,6 @@ def check_call(call: DenoiserCall, config: GraftConfig, pipeline: Any) -> None:
             "u + w (c - u), for example by rescaling the sum, and w is needed here. Switch the rescaling off in "
             "pipeline_kwargs (`cfg_normalization=False`, `guidance_rescale=0.0`) where the pipeline lets you, or use "
             "guidance_loss='conditional' without these."
-        )
-
-
-def check_weighting(config: GraftConfig, prediction_type: str, levels: TunedLevels) -> None:
-    """
-    Check that the noisiest training level has a finite weight.
-
-    Raises:
-        `ValueError`: pure noise, of which an epsilon prediction says nothing, is to be weighted by the error of x_0.
-    """
-    if config.loss_weighting != "sample" or prediction_type != "epsilon":
-        return
-    alpha, _ = levels.schedule(levels.highest)
-    if alpha < 1e-3:
-        raise ValueError(
-            f"loss_weighting='sample': the scheduler's noisiest level has alpha {alpha.item():.1e}, and an epsilon "
-            "prediction there stands for no x_0. Use loss_weighting='prediction'."
         )
 
 

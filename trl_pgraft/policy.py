@@ -50,7 +50,7 @@ from .hub import load_adapter_weights, put_adapter
 from .levels import tuned_levels
 from .memory import estimate_memory
 from .parameterizations import prediction_type_of
-from .pipeline_checks import check_call, check_peft_config, check_weighting, few_step_warning
+from .pipeline_checks import check_call, check_peft_config, few_step_warning
 from .pipeline_inputs import as_batch, inputs_of
 from .placement import check_adaptable, on_device
 from .probe import learn_denoiser_call
@@ -123,7 +123,6 @@ class Policy:
         few_step_warning(self.pipeline, self.call, self.arguments)
         self.prediction_type = prediction_type_of(self.pipeline.scheduler)
         self.levels, self.switch = tuned_levels(config, self.pipeline, self.call, asked_with)
-        check_weighting(config, self.prediction_type, self.levels)
         _hand_over(self.switch, sd_pipeline)
         if self.start is not None:
             self.start.check_level(self.switch, config, lambda: sampler_of(self.pipeline, asked_with))
@@ -131,9 +130,13 @@ class Policy:
         self.memory = estimate_memory(self.pipeline, config, self.peft_config, asked_with, self.call)
         accelerator.print(self.memory)
         self.optimizer: torch.optim.Optimizer | None = None
-        if self.start is not None or not config.control_adapter:
+        self.has_control = config.control_adapter
+        if self.has_control is None:
+            knows_guidance = not self.call.is_guided or self.call.guidance_scale is not None
+            self.has_control = knows_guidance and is_plain_lora(self.peft_config)
+        if self.start is not None or not self.has_control:
             self._make_adapter()
-        if not config.control_adapter:
+        if not self.has_control:
             self.optimizer = make_optimizer(adapter_parameters(self.denoiser, ADAPTER_NAME), config)
         if config.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
@@ -161,13 +164,11 @@ class Policy:
         elif peft_config is None and self.is_full:
             peft_config = full_copy_config(self.denoiser)
         peft_config = peft_config or default_lora_config(self.denoiser, self.config.lora_rank)
-        is_lora = isinstance(peft_config, LoraConfig)
-        extras = [name for name in ("use_dora", "lora_bias") if is_lora and getattr(peft_config, name)]
-        if self.config.control_adapter and (extras or not is_lora):
+        if self.config.control_adapter and not is_plain_lora(peft_config):
             raise ValueError(
                 "peft_config: control_adapter=True subtracts one LoRA from another; this is a "
-                f"{' with '.join([type(peft_config).__name__, *extras])}. Give a plain LoraConfig, or set "
-                "control_adapter=False."
+                f"{' with '.join([type(peft_config).__name__, *lora_extras(peft_config)])}. Give a plain LoraConfig, "
+                "or set control_adapter=False."
             )
         check_peft_config(self.pipeline, peft_config)
         self.is_full = self.is_full or isinstance(peft_config, LNTuningConfig)  # see `full_copy_config`
@@ -263,7 +264,7 @@ class Policy:
             on_event (`Callable[[str], None]`, *optional*):
                 Called with the names of transformers' callback events, of the fit to accepted states alone.
         """
-        if not self.config.control_adapter:
+        if not self.has_control:
             return self._fit(ADAPTER_NAME, self.optimizer, data, data.rows.passes(), learning_rate, on_event)
         accepted, control = "pgraft_accepted", "pgraft_control"
         report = self._fit_new(accepted, epoch, data, data.rows.passes(), learning_rate, on_event)
@@ -326,7 +327,6 @@ class Policy:
             self.tuned_guidance_scale,
             self.config.caption_dropout,
             adapters,
-            self.config.loss_weighting,
         )
 
 
@@ -334,6 +334,16 @@ def _checked_pipeline(sd_pipeline: Any) -> Any:
     if sd_pipeline is None:
         raise ValueError("sd_pipeline is required: the diffusers pipeline to fine-tune.")
     return getattr(sd_pipeline, "sd_pipeline", sd_pipeline)
+
+
+def lora_extras(peft_config: PeftConfig) -> list[str]:
+    """What a LoRA's configuration asks for beyond two factors a layer, whose difference would be no LoRA."""
+    return [name for name in ("use_dora", "lora_bias") if getattr(peft_config, name, False)]
+
+
+def is_plain_lora(peft_config: PeftConfig) -> bool:
+    """Whether two adapters of this configuration can be subtracted from one another."""
+    return isinstance(peft_config, LoraConfig) and not lora_extras(peft_config)
 
 
 def _check_no_gate(denoiser: torch.nn.Module) -> None:

@@ -120,30 +120,35 @@ def run_all(plan: dict[str, Any], arguments: argparse.Namespace) -> None:
 
 
 def collect(plan: dict[str, Any], output: Path) -> pd.DataFrame:
-    """All evaluations of the plan's finished runs."""
-    files = [folder_of(output, run) / "evaluations.parquet" for run in runs_of(plan)]
-    return pd.concat([pd.read_parquet(file) for file in files if file.exists()], ignore_index=True)
+    """All evaluations of the plan's runs; of one that was interrupted, those until then."""
+    names = ("evaluations.parquet", "evaluations.unfinished")
+    files = [[folder_of(output, run) / name for name in names] for run in runs_of(plan)]
+    there = [next((file for file in pair if file.exists()), None) for pair in files]
+    return pd.concat([pd.read_parquet(file) for file in there if file], ignore_index=True)
 
 
 def report(plan: dict[str, Any], output: Path) -> None:
-    """Write `evaluations.parquet`, `table.md` and the figures of the runs that are there."""
+    """Write `evaluations.parquet`, `evaluations.jsonl`, `table.md` and the figures of the runs that are there."""
     # Not needed by the workers, and slow to import.
     from examples.benchmarks import figures
 
     evaluations = collect(plan, output)
     evaluations.to_parquet(output / "evaluations.parquet")
+    figures.means(evaluations).to_json(output / "evaluations.jsonl", orient="records", lines=True, double_precision=4)
     there, base = set(evaluations.method), "base"
     methods = [name for name in plan["methods"] if name in there]
+    finished = [name for name in methods if name in set(evaluations[evaluations.final].method)]
     fields = {name: resolve(plan["methods"], name) for name in methods}
     fractions = {name: fields[name]["tuned_fraction"] for name in plan.get("fractions", []) if name in there}
-    parts = [figures.table(evaluations, methods, base), figures.best_of_n_line(evaluations, base)]
-    parts += [figures.equal_seconds(evaluations, methods, base), figures.categories(evaluations, methods)]
+    parts = [figures.table(evaluations, finished, base), figures.best_of_n_line(evaluations, base)]
+    parts += [figures.equal_images(evaluations, methods), figures.equal_seconds(evaluations, methods, base)]
+    parts += [figures.categories(evaluations, finished)]
     parts += [speed_line(figures, evaluations, *pair) for pair in plan.get("speed", []) if set(pair) <= there]
     (output / "table.md").write_text("\n\n".join(parts) + "\n")
     for over in ("images", "seconds"):
         figures.draw_curves(evaluations, methods, base, over, output / f"score_over_{over}.png")
-    figures.draw_categories(evaluations, methods, output / "categories.png")
-    if fractions:
+    figures.draw_categories(evaluations, finished, output / "categories.png")
+    if fractions and set(fractions) <= set(finished):
         figures.draw_fractions(evaluations, fractions, base, output / "tuned_fraction.png")
     print("\n\n".join(parts))
 

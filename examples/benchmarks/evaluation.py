@@ -46,7 +46,8 @@ def frechet_distance(features: torch.Tensor, others: torch.Tensor) -> float:
         return float("nan")
     squares = torch.linalg.eigvals(first.T.cov() @ second.T.cov()).real.clamp(min=0)
     traces = first.T.cov().trace() + second.T.cov().trace() - 2 * squares.sqrt().sum()
-    return ((first.mean(0) - second.mean(0)).square().sum() + traces).item()
+    # Not negative, but by rounding where the sets are nearly the same.
+    return max(0.0, ((first.mean(0) - second.mean(0)).square().sum() + traces).item())
 
 
 def pairwise_distances(features: torch.Tensor) -> torch.Tensor:

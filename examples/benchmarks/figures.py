@@ -87,6 +87,27 @@ def categories(evaluations: pd.DataFrame, methods: list[str]) -> str:
     return "\n".join(lines + rows)
 
 
+def means(evaluations: pd.DataFrame) -> pd.DataFrame:
+    """One row an evaluation: what it measured, averaged over prompts, and the score of each category."""
+    keys = ["method", "seed", "images", "seconds", "final"]
+    numbers = [name for name in evaluations.select_dtypes("number") if name not in keys]
+    by_category = evaluations.pivot_table(index=keys, columns="category", values="score")
+    return evaluations.groupby(keys)[numbers].mean().join(by_category).reset_index()
+
+
+def equal_images(evaluations: pd.DataFrame, methods: list[str]) -> str:
+    """Score of each method after as many images: mean over the seeds that were measured there, and their number."""
+    scores = curves(evaluations).groupby(["method", "images"]).score.agg(["mean", "count"])
+    counts = sorted(set(scores.index.get_level_values("images")))
+    shown = counts[:: -max(1, len(counts) // 9)][::-1]
+    lines = ["| method, images | " + " | ".join(f"{n:,}" for n in shown) + " |", "| --- |" + " --: |" * len(shown)]
+    for method in methods:
+        cells = [scores.loc[(method, n)] if (method, n) in scores.index else None for n in shown]
+        texts = ["" if cell is None else f"{cell['mean']:.3f} ({cell['count']:.0f})" for cell in cells]
+        lines.append(f"| {method} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
 def curves(evaluations: pd.DataFrame) -> pd.DataFrame:
     """Score of each evaluation: columns method, seed, images, seconds, score."""
     keys = ["method", "seed", "images", "seconds"]
@@ -120,7 +141,7 @@ def _with_spread(mean: float, spread: float) -> str:
 
 
 def draw_curves(evaluations: pd.DataFrame, methods: list[str], base: str, over: str, path: Path) -> None:
-    """Score over `images` or `seconds`: the mean over seeds, and each seed thinly."""
+    """Score over `images` or `seconds`: the mean over seeds as far as all were measured, and each seed thinly."""
     points = curves(evaluations)
     start = points[points.method == base].score.mean()
     figure, axes = plt.subplots(figsize=(7, 4.5))
@@ -129,7 +150,8 @@ def draw_curves(evaluations: pd.DataFrame, methods: list[str], base: str, over: 
         lines = [np.vstack([[0, start], run.sort_values(over)[[over, "score"]]]) for _, run in runs]
         for line in lines:
             axes.plot(*line.T, color=f"C{color}", alpha=0.3, linewidth=0.8)
-        axes.plot(*np.mean(lines, axis=0).T, color=f"C{color}", marker="o", markersize=3, label=method)
+        common = [line[: min(map(len, lines))] for line in lines]
+        axes.plot(*np.mean(common, axis=0).T, color=f"C{color}", marker="o", markersize=3, label=method)
     axes.axhline(start, color="gray", linestyle="--", linewidth=1, label=base)
     axes.set(xlabel={"images": "images drawn", "seconds": "GPU-seconds"}[over], ylabel="verifier's score")
     axes.grid(alpha=0.3)

@@ -416,7 +416,7 @@ class PGraftTrainer:
 
     def _save_adapter(self, folder: str | Path) -> None:
         if not self.policy.has_adapter:
-            raise ValueError("save_model: with control_adapter=True there is no adapter before the first round.")
+            raise ValueError("save_model: with a control adapter there is none to save before the first round.")
         if self.accelerator.is_main_process:
             save_pgraft_adapter(self.pipeline, folder, self.policy.switch)
 

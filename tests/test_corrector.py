@@ -26,13 +26,13 @@ from trl_pgraft.denoiser_call import record_conditioning, replay
 from trl_pgraft.noise_correction.corrector import (
     CORRECTION_ADAPTER,
     AdapterCorrector,
-    GaussianCorrector,
     NetworkCorrector,
     add_correction_adapter,
     make_network,
     perturb,
     transport,
 )
+from trl_pgraft.noise_correction.gaussian import GaussianCorrector
 from trl_pgraft.probe import learn_denoiser_call
 
 

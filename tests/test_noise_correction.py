@@ -29,11 +29,11 @@ from trl_pgraft.adapters import default_lora_config
 from trl_pgraft.denoiser_call import denoiser_of
 from trl_pgraft.noise_correction.corrector import (
     AdapterCorrector,
-    GaussianCorrector,
     NetworkCorrector,
     add_correction_adapter,
     make_network,
 )
+from trl_pgraft.noise_correction.gaussian import GaussianCorrector
 from trl_pgraft.publishing import push_corrector_to_hub
 
 

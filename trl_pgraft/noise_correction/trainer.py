@@ -45,13 +45,13 @@ from .corrector import (
     CORRECTION_ADAPTER,
     AdapterCorrector,
     FlowCorrector,
-    GaussianCorrector,
     NetworkCorrector,
     WhitenedCorrector,
     add_correction_adapter,
     make_network,
 )
 from .fit import CHECKPOINT_FILE, CorrectorData, CorrectorFit, split
+from .gaussian import GaussianCorrector
 from .gaussianity import gaussianity
 from .inversion import FlowSampler
 from .inverted_data import DatasetInverter, InvertedData, encode_images

@@ -123,13 +123,15 @@ def best_reached(table: pd.DataFrame) -> str:
         first = rows.sort_values("flops").iloc[0]
         cost = first.flops if first["mean"] <= best["mean"] else cost_of(best["mean"], rows)
         share = f"as good at {cost / best.flops:.0%} of these FLOPs" if np.isfinite(cost) else "never as good"
-        lines.append(f"{_label(arm, count, 1)}: {share}.")
+        lines.append(f"{_label(arm, count)}: {share}.")
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _label(arm: str, count: int, seeds: int) -> str:
+def _label(arm: str, count: int, fewest: int = 1, most: int = 1) -> str:
+    """A sampler's name, and how many seeds its points have, unless that is one."""
     label = STYLES[arm][0] + (f", {count} step{'s' if count > 1 else ''}" if arm in HAVE_STEPS else "")
-    return label + (f" ({seeds} seeds)" if seeds > 1 else "")
+    seeds = f"{most}" if fewest == most else f"{fewest} to {most}"
+    return label + (f" ({seeds} seeds)" if most > 1 else "")
 
 
 def draw(tables: dict[str, pd.DataFrame], path: Path) -> None:
@@ -156,7 +158,7 @@ def _curve(axis: plt.Axes, arm: str, count: int, rows: pd.DataFrame) -> None:
     x, mean, spread = rows.flops / 1e6, rows["mean"], rows["std"].fillna(0)
     line = ":" if arm == "inverted" else LINES.get(count, "-.")
     style = {"color": STYLES[arm][1], "linestyle": line, "marker": "o", "markersize": 4, "capsize": 2}
-    axis.errorbar(x, mean, spread, label=_label(arm, count, rows.seeds.max()), **style)
+    axis.errorbar(x, mean, spread, label=_label(arm, count, rows.seeds.min(), rows.seeds.max()), **style)
     if arm in ("uncorrected", "gaussian"):
         offset = (4, 5) if arm == "uncorrected" else (-4, -11)
         for steps, at, height in zip(rows.steps, x, mean, strict=True):

@@ -41,6 +41,7 @@ from trl_pgraft.adapters import adapter_parameters
 
 FIELDS = {
     "num_epochs": 3,
+    "control_adapter": False,
     "sample_num_steps": 4,
     "sample_guidance_scale": 3.0,
     "sample_batch_size": 2,

@@ -34,6 +34,7 @@ from pathlib import Path
 
 import torch
 from tiny_pipelines import tiny_sd
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from trl_pgraft import GraftConfig, PGraftTrainer, checkpoints
 from trl_pgraft.adapters import adapter_parameters
@@ -76,7 +77,10 @@ def arm(die_at: str, trainer: PGraftTrainer, tick: dict) -> None:
     elif die_at == "scoring":
         tick["score"] = at(4 + 3, kill)
     elif die_at == "training":
-        trainer.policy.optimizer.register_step_post_hook(at(6 + 4, kill))
+        register_optimizer_step_post_hook(at(6 + 4, kill))
+    elif die_at == "control":
+        # With a control adapter there are two fits a round: in the second one of the second round.
+        register_optimizer_step_post_hook(at(2 * 6 + 6 + 4, kill))
     elif die_at == "saving":
         whole = os.replace
         die = at(2, kill)

@@ -93,6 +93,19 @@ def test_a_killed_run_resumes_bit_for_bit(whole, tmp_path, stage, save_freq):
     assert [json.loads(line)["epoch"] for line in lines] == [0, 1, 2]
 
 
+def test_a_run_killed_in_the_fit_of_its_control_resumes_bit_for_bit(tmp_path):
+    folders = [tmp_path / name for name in ("whole", "killed")]
+    for folder in folders:
+        folder.mkdir()
+    assert run(folders[0], control_adapter=True).returncode == 0
+    killed = run(folders[1], control_adapter=True, die_at="control")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    resumed = run(folders[1], control_adapter=True, resume_from_checkpoint=True)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_the_same(*map(result, folders[::-1]))
+    assert len(batches(folders[1], "drawn")) == BATCHES, "no batch that was drawn is drawn again"
+
+
 def test_a_run_killed_from_outside_resumes(whole, tmp_path):
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command(tmp_path), env=ENVIRONMENT, **quiet)

@@ -231,9 +231,9 @@ def facts_of(trainer: Any, shown: Sequence[Prompt], dataset: str | None, tags: S
     """What a [`PGraftTrainer`] knows about the adapter that it trains, and the prompts that are shown."""
     config, rewards = trainer.config, {reward.name: reward.weight for reward in trainer.rewards}
     source, metrics = metrics_of(trainer.history, list(rewards))
-    settings = {**config.to_dict(), "control_adapter": trainer.policy.has_control}
-    if not trainer.policy.has_control:
-        del settings["control_scale"]
+    has_control = trainer.policy.has_control
+    control = {"control_adapter": has_control, "control_scale": config.control_scale if has_control else None}
+    settings = {**config.to_dict(), **control}
     told = ("num_inference_steps", "guidance_scale", "height", "width")
     return AdapterFacts(
         switch=trainer.policy.switch,
@@ -244,7 +244,7 @@ def facts_of(trainer: Any, shown: Sequence[Prompt], dataset: str | None, tags: S
         rewards=rewards,
         metrics=metrics,
         metrics_source=source,
-        settings={name: settings[name] for name in SETTINGS if settings.get(name) not in (None, {})},
+        settings={name: settings[name] for name in SETTINGS if settings[name] not in (None, {})},
         arguments={n: value for n, value in trainer.policy.arguments.items() if n in told and value is not None},
         tags=tags,
         dataset=dataset,

@@ -34,6 +34,11 @@ FEW_STEPS = 8
 TAKEN_FROM_THE_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
+def guides_plainly(call: DenoiserCall) -> bool:
+    """Whether the pipeline guides as `u + w (c - u)`, with a w that is known, or not at all."""
+    return not call.is_guided or call.guidance_scale is not None
+
+
 def check_call(call: DenoiserCall, config: GraftConfig, pipeline: Any) -> None:
     """
     Check that what the configuration does with guidance fits how the pipeline guides.
@@ -47,7 +52,7 @@ def check_call(call: DenoiserCall, config: GraftConfig, pipeline: Any) -> None:
             f"tuned_guidance_scale: {type(call.format).__name__} overrides what the prediction is, and the scale is "
             "changed in the denoiser's own output. Leave it at None."
         )
-    if not call.is_guided or call.guidance_scale is not None:
+    if guides_plainly(call):
         return
     asked = {
         f"guidance_loss={config.guidance_loss!r}": config.guidance_loss != "conditional",

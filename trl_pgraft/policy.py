@@ -50,7 +50,7 @@ from .hub import load_adapter_weights, put_adapter
 from .levels import tuned_levels
 from .memory import estimate_memory
 from .parameterizations import prediction_type_of
-from .pipeline_checks import check_call, check_peft_config, few_step_warning
+from .pipeline_checks import check_call, check_peft_config, few_step_warning, guides_plainly
 from .pipeline_inputs import as_batch, inputs_of
 from .placement import check_adaptable, on_device
 from .probe import learn_denoiser_call
@@ -132,8 +132,7 @@ class Policy:
         self.optimizer: torch.optim.Optimizer | None = None
         self.has_control = config.control_adapter
         if self.has_control is None:
-            knows_guidance = not self.call.is_guided or self.call.guidance_scale is not None
-            self.has_control = knows_guidance and is_plain_lora(self.peft_config)
+            self.has_control = guides_plainly(self.call) and is_plain_lora(self.peft_config)
         if self.start is not None or not self.has_control:
             self._make_adapter()
         if not self.has_control:

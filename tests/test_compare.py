@@ -13,7 +13,7 @@
 # limitations under the License.
 
 
-
+import argparse
 import json
 import math
 import sys
@@ -73,16 +73,42 @@ def evaluations() -> pd.DataFrame:
             for step, score in enumerate(scores):
                 for index, category in enumerate(["single", "count"]):
                     row = {"method": method, "seed": seed, "images": 100 * step, "seconds": (1 + seed) * step}
-                    row |= {"prompt": f"p{index}", "category": category, "final": step == len(scores) - 1}
+                    row |= {"prompt": f"p{index}", "category": category}
                     row |= {"score": score + 0.1 * index, "judge": score, "diversity": 1.0, "diversity_right": 1.0}
                     row |= {"frechet_real": 2.0, "implied_kl": math.nan, "memory": 1.0, "best_score": 1.0}
-                    rows.append(row | {"best_judge": 1.0})
+                    row |= {"best_judge": 1.0}
+                    rows += [row | {"final": False}] + [row | {"final": True}] * (step == len(scores) - 1)
     return pd.DataFrame(rows)
 
 
 def test_gain_is_paired_over_prompts():
     gain, half = figures.gain_interval(figures.final_scores(evaluations()), "ours", "base")
     assert gain == pytest.approx(0.3) and half == pytest.approx(0, abs=1e-9)
+
+
+def test_methods_are_compared_on_the_seeds_that_both_have():
+    table = evaluations()
+    only_one = table[(table.method != "theirs") | (table.seed == 1)]
+    assert figures.difference_line(only_one, "ours", "theirs") == (
+        "ours above theirs: +0.200 (+0.200 to +0.200), 1 seed."
+    )
+
+
+def test_a_command_may_ask_for_some_methods_and_seeds(tmp_path):
+    runs = compare.runs_of(
+        {"methods": {"base": {"trainer": "base"}, "ours": {"trainer": "pgraft"}}, "seeds": [0, 1], "evaluation": {}}
+    )
+
+    def asked(**options):
+        arguments = argparse.Namespace(output=tmp_path, **{"methods": None, "seeds": None, **options})
+        return [(run["method"], run["seed"]) for run in runs if compare.is_wanted(run, arguments)]
+
+    assert asked() == [("base", 0), ("ours", 0), ("ours", 1)]
+    assert asked(seeds=[1]) == [("base", 0), ("ours", 1)] and asked(methods=["base"]) == [("base", 0)]
+    done = compare.folder_of(tmp_path, runs[1])
+    done.mkdir(parents=True)
+    (done / "evaluations.parquet").touch()
+    assert asked(methods=["ours"]) == [("base", 0), ("ours", 1)]
 
 
 def test_seconds_to_reach_a_score():
@@ -115,6 +141,7 @@ def test_a_run_leaves_its_evaluations_and_the_report_its_figures(tmp_path, monke
         base = base or folder / "features.safetensors"
     compare.report(plan, tmp_path)
     table = pd.read_parquet(tmp_path / "evaluations.parquet")
+    assert table[~table.final].groupby("method").images.unique().map(list).to_dict() == {"base": [0], "ours": [4]}
     final = table[table.final].groupby("method").agg({"images": "max", "prompt": "count", "frechet_base": "mean"})
     assert final.loc["ours", "images"] == 4 and (final.prompt == 2).all() and final.loc["ours", "frechet_base"] >= 0
     assert (tmp_path / "score_over_images.png").stat().st_size > 5000

@@ -13,12 +13,11 @@
 # limitations under the License.
 
 
-
 """
 Compare P-GRAFT with GRAFT, TRL's DDPO and the untuned model on the embedded emoji model.
 
     python -m examples.benchmarks.compare --plan examples/benchmarks/plans/final.yaml --output outputs/compare \\
-        --old-trl trl-0.23.1 --jobs 8 --gpus 1
+        --old-trl trl-0.23.1 --jobs 8 --gpus 0 1
     python -m examples.benchmarks.compare --plan examples/benchmarks/plans/final.yaml --output outputs/compare --report
 
 The first command runs every method with every seed, each in a process of its own, and leaves out what is there
@@ -92,15 +91,23 @@ def start(run: dict[str, Any], output: Path, gpu: int, old_trl: Path | None, bas
     return code == 0
 
 
+def is_wanted(run: dict[str, Any], arguments: argparse.Namespace) -> bool:
+    """Whether a run is not there yet, and the command line asks for it; all others need the untuned model."""
+    if (folder_of(arguments.output, run) / "evaluations.parquet").exists():
+        return False
+    asked = (run["method"], arguments.methods), (run["seed"], arguments.seeds)
+    return run["trainer"] == "base" or all(chosen is None or value in chosen for value, chosen in asked)
+
+
 def run_all(plan: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """Run what is not there yet, `jobs` at a time, spread over the GPUs."""
+    """Run what is asked for, `jobs` at a time, spread over the GPUs."""
     output = arguments.output
-    todo = [run for run in runs_of(plan) if not (folder_of(output, run) / "evaluations.parquet").exists()]
+    todo = [run for run in runs_of(plan) if is_wanted(run, arguments)]
     if arguments.old_trl is None and any(run["trainer"] == "ddpo" for run in todo):
         raise SystemExit("--old-trl: the plan has runs of DDPO, which need a folder with trl 0.23.1.")
     free: queue.Queue[int] = queue.Queue()
     for job in range(arguments.jobs):
-        free.put(job % max(arguments.gpus, 1))
+        free.put(arguments.gpus[job % len(arguments.gpus)])
 
     def work(run: dict[str, Any], base: Path | None) -> bool:
         gpu = free.get()
@@ -141,12 +148,16 @@ def report(plan: dict[str, Any], output: Path) -> None:
     fields = {name: resolve(plan["methods"], name) for name in methods}
     fractions = {name: fields[name]["tuned_fraction"] for name in plan.get("fractions", []) if name in there}
     parts = [figures.table(evaluations, finished, base), figures.best_of_n_line(evaluations, base)]
-    parts += [figures.equal_images(evaluations, methods), figures.equal_seconds(evaluations, methods, base)]
+    timed = evaluations[
+        evaluations.seed.isin(plan.get("timed_seeds", evaluations.seed)) | (evaluations.method == base)
+    ]
+    parts += [figures.equal_images(evaluations, methods), figures.equal_seconds(timed, methods, base)]
     parts += [figures.categories(evaluations, finished)]
-    parts += [speed_line(figures, evaluations, *pair) for pair in plan.get("speed", []) if set(pair) <= there]
+    for pair in (pair for pair in plan.get("pairs", []) if set(pair) <= set(finished)):
+        parts += [figures.difference_line(evaluations, *pair), speed_line(figures, timed, *pair)]
     (output / "table.md").write_text("\n\n".join(parts) + "\n")
-    for over in ("images", "seconds"):
-        figures.draw_curves(evaluations, methods, base, over, output / f"score_over_{over}.png")
+    for over, rows in (("images", evaluations), ("seconds", timed)):
+        figures.draw_curves(rows, methods, base, over, output / f"score_over_{over}.png")
     figures.draw_categories(evaluations, finished, output / "categories.png")
     if fractions and set(fractions) <= set(finished):
         figures.draw_fractions(evaluations, fractions, base, output / "tuned_fraction.png")
@@ -170,7 +181,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--old-trl", type=Path, help="folder with trl 0.23.1")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--gpus", type=int, nargs="+", default=[0], help="numbers of the GPUs")
+    parser.add_argument("--methods", nargs="+", help="run only these of the plan, and the untuned model")
+    parser.add_argument("--seeds", type=int, nargs="+", help="run only these of the plan")
     parser.add_argument("--report", action="store_true", help="run nothing; write the table and the figures")
     arguments = parser.parse_args()
     plan = yaml.safe_load(arguments.plan.read_text())

@@ -13,7 +13,6 @@
 # limitations under the License.
 
 
-
 """What is measured on a model's images: the verifier, a judge nobody trained on, fidelity and diversity."""
 
 from collections.abc import Callable, Sequence

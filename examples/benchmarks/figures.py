@@ -13,7 +13,6 @@
 # limitations under the License.
 
 
-
 """The table and the figures of a comparison, from its evaluations (one row a prompt and evaluation)."""
 
 from pathlib import Path
@@ -67,6 +66,16 @@ def table(evaluations: pd.DataFrame, methods: list[str], base: str) -> str:
     return "\n".join(lines)
 
 
+def difference_line(evaluations: pd.DataFrame, ours: str, theirs: str) -> str:
+    """How far one method's final score is from another's, over the seeds that both have."""
+    scores = final_scores(evaluations)
+    seeds = sorted(set(scores[ours].columns) & set(scores[theirs].columns))
+    common = scores.loc[:, (slice(None), seeds)]
+    gain, half = gain_interval(common, ours, theirs)
+    counted = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    return f"{ours} above {theirs}: {gain:+.3f} ({gain - half:+.3f} to {gain + half:+.3f}), {counted}."
+
+
 def best_of_n_line(evaluations: pd.DataFrame, base: str) -> str:
     """The untuned model with the image of the best soft score among a prompt's, at inference."""
     best = evaluations[evaluations.final & (evaluations.method == base)]
@@ -109,9 +118,9 @@ def equal_images(evaluations: pd.DataFrame, methods: list[str]) -> str:
 
 
 def curves(evaluations: pd.DataFrame) -> pd.DataFrame:
-    """Score of each evaluation: columns method, seed, images, seconds, score."""
+    """Score of each evaluation on the way, from the same noise: columns method, seed, images, seconds, score."""
     keys = ["method", "seed", "images", "seconds"]
-    return evaluations.groupby(keys, as_index=False).score.mean()
+    return evaluations[~evaluations.final].groupby(keys, as_index=False).score.mean()
 
 
 def equal_seconds(evaluations: pd.DataFrame, methods: list[str], base: str) -> str:

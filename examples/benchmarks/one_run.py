@@ -13,7 +13,6 @@
 # limitations under the License.
 
 
-
 """
 One run of a comparison: train by one method with one seed, measure along the way, and write one Parquet file.
 
@@ -38,7 +37,7 @@ from diffusers.utils import logging
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from examples.benchmarks.evaluation import Evaluation, frechet_distance
+from examples.benchmarks.evaluation import Evaluation, Measured, frechet_distance
 from examples.emoji.scenes import CATEGORIES
 from examples.emoji.verifier import Verifier
 from examples.quickstart import EMOJI, LORA_TARGETS, load_prompts
@@ -104,7 +103,12 @@ class Recorder:
         return due
 
     def measure(self, pipeline: Any, final: bool = False, implied_kl: float = float("nan")) -> None:
-        """Evaluate a pipeline as it is now."""
+        """Evaluate a pipeline as it is now: a point of the curve, and at the end with more images as well."""
+        self._measure(pipeline, False, implied_kl)
+        if final:
+            self._write(self._measure(pipeline, True, implied_kl))
+
+    def _measure(self, pipeline: Any, final: bool, implied_kl: float) -> Measured:
         measured = (self.final if final else self.curve)(pipeline, **self.options)
         table = measured.prompts.assign(
             method=self.run["method"],
@@ -127,10 +131,9 @@ class Recorder:
             f"({by_category})",
             flush=True,
         )
-        if final:
-            self._write(measured)
+        return measured
 
-    def _write(self, measured: Any) -> None:
+    def _write(self, measured: Measured) -> None:
         rows, columns = PICTURED
         shown = measured.images[:: max(1, len(measured.images) // rows)][:rows, :columns]
         save_file({"images": (shown * 255).round().byte().contiguous()}, self.folder / "pictures.safetensors")

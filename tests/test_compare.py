@@ -26,6 +26,7 @@ import yaml
 from benchmarks import compare, figures, one_run
 from benchmarks.evaluation import frechet_distance, pairwise_distances
 from emoji.judge import Judge
+from PIL import Image
 
 
 PLANS = Path(compare.__file__).parent / "plans"
@@ -94,6 +95,12 @@ def test_methods_are_compared_on_the_seeds_that_both_have():
     )
 
 
+def test_methods_without_a_common_seed_are_not_compared():
+    table = evaluations()
+    apart = table[(table.method == "base") | (table.seed == (table.method == "ours"))]
+    assert figures.difference_line(apart, "ours", "theirs") == "ours and theirs have no seed in common yet."
+
+
 def test_a_command_may_ask_for_some_methods_and_seeds(tmp_path):
     runs = compare.runs_of(
         {"methods": {"base": {"trainer": "base"}, "ours": {"trainer": "pgraft"}}, "seeds": [0, 1], "evaluation": {}}
@@ -130,7 +137,7 @@ def test_a_run_leaves_its_evaluations_and_the_report_its_figures(tmp_path, monke
     ours = {"trainer": "pgraft", "num_epochs": 1, "sample_num_steps": 2, "sample_batch_size": 4, "lora_rank": 2}
     ours |= {"sample_num_batches_per_epoch": 1, "samples_per_prompt": 4, "acceptance_kwargs": {"k": 1}}
     methods = {"base": {"trainer": "base"}, "ours": ours}
-    plan = {"evaluation": evaluation, "seeds": [0], "methods": methods}
+    plan = {"evaluation": evaluation, "seeds": [0], "methods": methods, "pictured": ["base", "ours"]}
     base = None
     for run in compare.runs_of(plan):
         folder = compare.folder_of(tmp_path, run)
@@ -145,3 +152,4 @@ def test_a_run_leaves_its_evaluations_and_the_report_its_figures(tmp_path, monke
     final = table[table.final].groupby("method").agg({"images": "max", "prompt": "count", "frechet_base": "mean"})
     assert final.loc["ours", "images"] == 4 and (final.prompt == 2).all() and final.loc["ours", "frechet_base"] >= 0
     assert (tmp_path / "score_over_images.png").stat().st_size > 5000
+    assert Image.open(tmp_path / "pictures.png").size == (2 * 64, 2 * 64)

@@ -28,7 +28,7 @@ from examples.benchmarks import intermediate_step
 from trl_pgraft import GraftConfig, PGraftTrainer, choose_intermediate_step
 from trl_pgraft.adapters import active_adapters, adapter_parameters
 from trl_pgraft.denoiser_call import observe_steps, record_trajectory
-from trl_pgraft.diagnostics import _warn_if_unresolved, conditional_variance, rank_correlation, scored
+from trl_pgraft.diagnostics import _proposed, _warn_if_unresolved, conditional_variance, rank_correlation, scored
 from trl_pgraft.fit_work import squared_mean
 from trl_pgraft.pictures import draw_choice
 from trl_pgraft.pilot import complete, draw_pilot
@@ -128,6 +128,12 @@ def test_a_deterministic_sampler_settles_the_reward_at_any_state(make):
     for row in result.curves:
         assert row["information"] == pytest.approx(max(0.0, row["readable"]) ** 2)
     assert result.fraction in column(result, "fraction")
+
+
+def test_what_is_proposed_leaves_steps_to_the_reference():
+    rows = [{"fraction": f, "score": score} for f, score in ((0.25, 0.1), (0.5, 0.4), (0.75, 0.2), (1.0, 0.9))]
+    assert _proposed(rows) == 0.5
+    assert _proposed(rows[3:]) == 1.0
 
 
 def test_reward_variance_of_a_stochastic_sampler_falls_to_zero(make):

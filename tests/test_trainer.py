@@ -193,18 +193,18 @@ def test_a_control_sees_as_many_rows_of_the_same_groups(config, monkeypatch):
 @pytest.mark.parametrize(
     "options, scale, guidance",
     [
-        ({"guidance_loss": "conditional"}, 1 / 3, 3.0),
-        ({"guidance_loss": "corrected"}, 1.0, 3.0),
-        ({"guidance_loss": "combined"}, 1.0, 3.0),
-        ({"guidance_loss": "corrected", "tuned_guidance_scale": 1.0}, 1.0, 1.0),
-        ({"guidance_loss": "conditional", "tuned_guidance_scale": 2.0}, 1 / 2, 2.0),
+        ({"guidance_loss": "conditional"}, 2 / 3, 3.0),
+        ({"guidance_loss": "corrected"}, 2.0, 3.0),
+        ({"guidance_loss": "combined"}, 2.0, 3.0),
+        ({"guidance_loss": "corrected", "tuned_guidance_scale": 1.0}, 2.0, 1.0),
+        ({"guidance_loss": "conditional", "tuned_guidance_scale": 2.0, "control_scale": 1.0}, 1 / 2, 2.0),
         ({"guidance_loss": "conditional", "control_scale": 6.0}, 2.0, 3.0),
         ({"guidance_loss": "corrected", "control_scale": 6.0}, 6.0, 3.0),
     ],
     ids=str,
 )
 def test_guidance_is_that_of_the_tuned_steps(config, monkeypatch, options, scale, guidance):
-    """The guided field moves by the difference of the two fits: in the conditional branch, by the w-th part of it."""
+    """The guided field moves by `control_scale` of the fits' difference: the conditional branch by the w-th of it."""
     fits, scales, original = spied_fits(monkeypatch), [], policy_module.merge_difference
 
     def spy(denoiser, policy, accepted, control, scale, max_rank):
@@ -224,7 +224,7 @@ def test_without_a_signal_the_control_changes_next_to_nothing(config):
     options = {"acceptance": "all", "train_num_inner_epochs": 4}
     plain = make_trainer(config(**options))
     plain.train()
-    controlled = make_trainer(config(**options, control_adapter=True))
+    controlled = make_trainer(config(**options, control_adapter=True, control_scale=1.0))
     controlled.train()
     changes = [
         torch.cat([layer.get_delta_weight("pgraft").flatten() for layer in tuner_layers(t.denoiser, "pgraft")]).norm()
@@ -720,7 +720,7 @@ def test_a_run_is_not_resumed_with_another_switch(config):
     trainer = make_trainer(config())
     trainer.train()
     folder = str(trainer.output_dir / "checkpoints")
-    with pytest.raises(ValueError, match="checkpoint_0 is of another run: tuned_fraction was 0.5 and is 0.75; "):
+    with pytest.raises(ValueError, match="checkpoint_0 is of another run: tuned_fraction was 0.6 and is 0.75; "):
         make_trainer(config(tuned_fraction=0.75, resume_from=folder))
 
 

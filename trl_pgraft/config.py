@@ -143,9 +143,10 @@ class GraftConfig:
     push_to_hub: bool = option(False, "Push the adapter to the Hub, with a model card, at the end of training.")
 
     tuned_fraction: float = option(
-        0.5,
+        0.6,
         "Share of the sampler's steps, from pure noise, that is fine-tuned and run by the tuned model; the reference "
-        "model finishes. 1.0 is GRAFT, less is P-GRAFT.",
+        "model finishes. 1.0 is GRAFT, less is P-GRAFT. 0.6, because it was the best of a sweep from 0.2 to 1.0 "
+        "(docs/comparison.md); `choose_intermediate_step` proposes one for other models.",
     )
     samples_per_prompt: int | None = option(
         None, "Group size M. None: 8, or all of the round's images where they are fewer."
@@ -178,10 +179,11 @@ class GraftConfig:
         "(docs/comparison.md).",
     )
     control_scale: float = option(
-        1.0,
+        2.0,
         "Factor of the difference that `control_adapter` keeps. Short fits go only part of the way to what they are "
-        "fitted to; a factor above 1 goes on in their direction at no cost, and enlarges their noise as well: 3 "
-        "gained more with 512 accepted samples a round; with 256 its noise showed.",
+        "fitted to; a factor above 1 goes on in their direction at no cost, and enlarges their noise as well. 2, with "
+        "which the best run of a search was made; 3 with half as many steps gained less, and with 256 accepted "
+        "samples a round its noise showed (docs/comparison.md). Fits that go all the way need 1.",
     )
     tuned_guidance_scale: float | None = option(
         None, "Guidance scale of the tuned steps while sampling; 1.0 is none there. None: `sample_guidance_scale`."

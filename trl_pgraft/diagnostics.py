@@ -99,15 +99,16 @@ def choose_intermediate_step(
     - `selection`: the same of the accepted minus all states' gradient: the part that the reward asks for.
     - `refit_error`, `selection_error`: jackknife standard errors of the two. `selection` is usually within its error
       below some hundred prompts, so the proposal does not depend on it.
-    - `score`: `information - refit / max(refit)`; the proposal is the fraction where it is largest.
+    - `score`: `information - refit / max(refit)`; the proposal is the fraction below 1 where it is largest.
 
     The response to selection is the selection differential times the share of the reward's variance that is passed on
     (`information`; the breeder's equation), and is bought with refitting the sampler's errors. The score is the knee
     of the two curves: beyond it a further step adds a smaller share of the information than of the refitting. Its
-    limits: the exchange rate of the two is a convention that sets the score of the costliest fraction (usually 1.0) to
-    what its information exceeds 1 by, so it cannot say whether tuning everything beats the knee; a control adapter
-    cancels much of what `refit` counts, which the score does not know; a model may learn more of x_I than the one-step
-    prediction shows; and `refit` is about the first step of a fit. Treat it as the middle of a short search.
+    limits: it cannot say whether tuning everything beats the knee, because at 1.0 a fit is to images, which have no
+    sampler's noise left to refit, and the score there is of another kind (it is in the curves, and not proposed); the
+    exchange rate of the two is a convention; a control adapter cancels much of what `refit` counts, which the score
+    does not know; a model may learn more of x_I than the one-step prediction shows; and `refit` is about the first
+    step of a fit. Treat it as the middle of a short search.
 
     Args:
         trainer ([`PGraftTrainer`]):
@@ -141,7 +142,7 @@ def choose_intermediate_step(
     rows = [c.to_row() | left | right for c, left, right in zip(candidates, held, learnt, strict=True)]
     curves = scored(rows)
     _warn_if_unresolved(curves)
-    return IntermediateStep(max(curves, key=lambda row: row["score"])["fraction"], stochastic, curves)
+    return IntermediateStep(_proposed(curves), stochastic, curves)
 
 
 def scored(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -149,6 +150,12 @@ def scored(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     most = max(row["refit"] for row in rows)
     shares = [max(0.0, row["refit"]) / most if most > 0 else 0.0 for row in rows]
     return [{**row, "score": row["information"] - share} for row, share in zip(rows, shares, strict=True)]
+
+
+def _proposed(rows: list[dict[str, Any]]) -> float:
+    """The fraction of the largest score, of those that leave steps to the reference, where there are any."""
+    partial = [row for row in rows if row["fraction"] < 1]
+    return max(partial or rows, key=lambda row: row["score"])["fraction"]
 
 
 def _warn_if_unresolved(rows: list[dict[str, Any]]) -> None:

@@ -148,19 +148,23 @@ def report(plan: dict[str, Any], output: Path) -> None:
     fields = {name: resolve(plan["methods"], name) for name in methods}
     fractions = {name: fields[name]["tuned_fraction"] for name in plan.get("fractions", []) if name in there}
     parts = [figures.table(evaluations, finished, base), figures.best_of_n_line(evaluations, base)]
-    timed = evaluations[
-        evaluations.seed.isin(plan.get("timed_seeds", evaluations.seed)) | (evaluations.method == base)
-    ]
-    parts += [figures.equal_images(evaluations, methods), figures.equal_seconds(timed, methods, base)]
+    timed = evaluations[evaluations.seed.isin(plan.get("timed_seeds", plan["seeds"])) | (evaluations.method == base)]
+    in_time = [name for name in methods if name in set(timed.method)]
+    parts += [figures.equal_images(evaluations, methods), figures.equal_seconds(timed, in_time, base)]
     parts += [figures.categories(evaluations, finished)]
     for pair in (pair for pair in plan.get("pairs", []) if set(pair) <= set(finished)):
-        parts += [figures.difference_line(evaluations, *pair), speed_line(figures, timed, *pair)]
+        parts += [figures.difference_line(evaluations, *pair)]
+        parts += [speed_line(figures, timed, *pair)] if set(pair) <= set(in_time) else []
     (output / "table.md").write_text("\n\n".join(parts) + "\n")
-    for over, rows in (("images", evaluations), ("seconds", timed)):
-        figures.draw_curves(rows, methods, base, over, output / f"score_over_{over}.png")
+    figures.draw_curves(evaluations, methods, base, "images", output / "score_over_images.png")
+    figures.draw_curves(timed, in_time, base, "seconds", output / "score_over_seconds.png")
     figures.draw_categories(evaluations, finished, output / "categories.png")
     if fractions and set(fractions) <= set(finished):
         figures.draw_fractions(evaluations, fractions, base, output / "tuned_fraction.png")
+    first = {run["method"]: folder_of(output, run) / "pictures.safetensors" for run in reversed(runs_of(plan))}
+    pictured = [first[name] for name in plan.get("pictured", []) if first[name].exists()]
+    if pictured:
+        figures.draw_pictures(pictured, output / "pictures.png")
     print("\n\n".join(parts))
 
 

@@ -20,6 +20,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
+from PIL import Image
+from safetensors.torch import load_file
 
 from examples.emoji.scenes import CATEGORIES
 
@@ -70,6 +73,8 @@ def difference_line(evaluations: pd.DataFrame, ours: str, theirs: str) -> str:
     """How far one method's final score is from another's, over the seeds that both have."""
     scores = final_scores(evaluations)
     seeds = sorted(set(scores[ours].columns) & set(scores[theirs].columns))
+    if not seeds:
+        return f"{ours} and {theirs} have no seed in common yet."
     common = scores.loc[:, (slice(None), seeds)]
     gain, half = gain_interval(common, ours, theirs)
     counted = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
@@ -126,6 +131,8 @@ def curves(evaluations: pd.DataFrame) -> pd.DataFrame:
 def equal_seconds(evaluations: pd.DataFrame, methods: list[str], base: str) -> str:
     """Score of each method when the one that finished first had finished: at the same GPU-seconds."""
     points, trained = curves(evaluations), [name for name in methods if name != base]
+    if not trained:
+        return "Nothing was trained yet."
     budget = min(points[points.method == name].groupby("seed").seconds.max().mean() for name in trained)
     lines = [f"| method, {budget:.0f} s | score | images |", "| --- | --: | --: |"]
     for method in trained:
@@ -164,7 +171,7 @@ def draw_curves(evaluations: pd.DataFrame, methods: list[str], base: str, over: 
     axes.axhline(start, color="gray", linestyle="--", linewidth=1, label=base)
     axes.set(xlabel={"images": "images drawn", "seconds": "GPU-seconds"}[over], ylabel="verifier's score")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)
 
@@ -181,6 +188,13 @@ def draw_categories(evaluations: pd.DataFrame, methods: list[str], path: Path) -
     axes.legend(fontsize=8, ncols=2)
     figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)
+
+
+def draw_pictures(files: list[Path], path: Path, columns: int = 16) -> None:
+    """A row of images for each file of `one_run.py`: the first of each of `columns` prompts, from the same noise."""
+    rows = [load_file(file)["images"][:, 0] for file in files]
+    rows = torch.stack([images[:: max(1, len(images) // columns)][:columns] for images in rows])  # (rows, n, 3, H, W)
+    Image.fromarray(rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).contiguous().numpy()).save(path)
 
 
 def draw_fractions(evaluations: pd.DataFrame, fractions: dict[str, float], base: str, path: Path) -> None:

@@ -508,6 +508,14 @@ def test_a_gaussian_is_fitted(tmp_path):
     assert torch.equal(loaded.corrector.root, corrected.corrector.root)
 
 
+@pytest.mark.parametrize("corrector", ["gaussian", "whitened"])
+def test_too_few_samples_for_a_gaussian_are_refused_before_the_inversion(tmp_path, corrector):
+    trainer = trainer_of(tmp_path, flow_data(8), corrector=corrector)
+    with pytest.raises(ValueError, match="A Gaussian of 8 samples of .* more samples than elements"):
+        trainer.train()
+    assert not (trainer.output_dir / "inverted").exists()
+
+
 def test_a_network_is_fitted_to_what_the_gaussian_leaves(tmp_path):
     data = flow_data(400)
     trainer = trainer_of(tmp_path, data, corrector="whitened", corrector_steps=2)

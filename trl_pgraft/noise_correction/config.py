@@ -47,12 +47,13 @@ class NoiseCorrectionConfig:
     )
     seed: int = option(0, "Random seed of initial weights, batches and noise.")
     corrector: str = option(
-        "lora",
-        "What is fitted: a LoRA on the model itself, which knows the prompts and costs two denoiser evaluations a "
-        "step; a small network of its own, which does not; the Gaussian of the noise's mean and covariance, which "
-        "needs no training and next to no time, for latents of some thousand elements; or that Gaussian after a "
-        "network that is fitted to what it leaves, noise whitened by it.",
-        choices=["lora", "network", "gaussian", "whitened"],
+        "network",
+        "What is fitted: a small network of its own, which knows no prompts; the Gaussian of the noise's mean and "
+        "covariance, which needs no training and next to no time, for latents of some thousand elements and more "
+        "samples than that; that Gaussian after a network that is fitted to what it leaves ('whitened'), which was "
+        "the best wherever a Gaussian can be fitted; or a LoRA on the model itself, which knows the prompts, costs "
+        "two denoiser evaluations a step and was the worst (docs/noise_correction.md).",
+        choices=["network", "gaussian", "whitened", "lora"],
     )
     corrector_steps: int = option(1, "Steps of the corrector when sampling, unless a call asks for others.")
     lora_rank: int = option(16, "Rank of the default LoRA, where no `peft_config` is given.")

@@ -29,6 +29,20 @@ from ..hub import GAUSSIAN_FILE
 MOST_ELEMENTS = 8192
 
 
+def check_size(count: int, elements: int) -> None:
+    """
+    Raise where a covariance cannot be fitted: a trainer asks before it inverts anything.
+
+    Raises:
+        `ValueError`: there are too few samples for a covariance, or too many elements.
+    """
+    if elements > MOST_ELEMENTS or count <= elements:
+        raise ValueError(
+            f"A Gaussian of {count} samples of {elements} elements: it needs more samples than elements, and no more "
+            f"than {MOST_ELEMENTS} elements. Use corrector='network' or 'lora'."
+        )
+
+
 @dataclass(frozen=True)
 class GaussianCorrector:
     """
@@ -57,12 +71,7 @@ class GaussianCorrector:
             `ValueError`: there are too few samples for a covariance, or too many elements.
         """
         flat = noise.flatten(1).double()
-        count, elements = flat.shape
-        if elements > MOST_ELEMENTS or count <= elements:
-            raise ValueError(
-                f"corrector='gaussian': {count} samples of {elements} elements. It needs more samples than elements, "
-                f"and no more than {MOST_ELEMENTS} elements; use corrector='network' or 'lora'."
-            )
+        check_size(*flat.shape)
         values, vectors = torch.linalg.eigh(cross_validated_covariance(flat))
         root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
         return cls(flat.mean(0).float().cpu(), root.float().cpu())

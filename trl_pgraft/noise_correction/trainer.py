@@ -51,7 +51,7 @@ from .corrector import (
     make_network,
 )
 from .fit import CHECKPOINT_FILE, CorrectorData, CorrectorFit, split
-from .gaussian import GaussianCorrector
+from .gaussian import GaussianCorrector, check_size
 from .gaussianity import gaussianity
 from .inversion import FlowSampler
 from .inverted_data import DatasetInverter, InvertedData, encode_images
@@ -213,7 +213,12 @@ class NoiseCorrectionTrainer:
 
         Returns:
             [`NoiseCorrectedPipeline`]: the pipeline with its corrector.
+
+        Raises:
+            `ValueError`: the corrector has a Gaussian, and there are too few samples for it, or too many elements.
         """
+        if self.config.corrector in ("gaussian", "whitened"):
+            check_size(len(split(len(self.train_dataset), self.config)[1]), self.sampler.like[0].numel())
         data = self.invert()
         if self.accelerator.is_main_process and not self.config.resume_from_checkpoint:
             put_aside(self.output_dir, [CHECKPOINT_FILE, GAUSSIAN_FILE, METRICS_FILE, CORRECTOR_FOLDER])

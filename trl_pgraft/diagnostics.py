@@ -99,7 +99,8 @@ def choose_intermediate_step(
     - `selection`: the same of the accepted minus all states' gradient: the part that the reward asks for.
     - `refit_error`, `selection_error`: jackknife standard errors of the two. `selection` is usually within its error
       below some hundred prompts, so the proposal does not depend on it.
-    - `score`: `information - refit / max(refit)`; the proposal is the fraction below 1 where it is largest.
+    - `score`: `information - refit / max(refit)`; the proposal is the fraction where it is largest, of those below
+      1 if there are any.
 
     The response to selection is the selection differential times the share of the reward's variance that is passed on
     (`information`; the breeder's equation), and is bought with refitting the sampler's errors. The score is the knee

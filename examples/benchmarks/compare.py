@@ -149,7 +149,7 @@ def report(plan: dict[str, Any], output: Path) -> None:
     fractions = {name: fields[name]["tuned_fraction"] for name in plan.get("fractions", []) if name in there}
     parts = [figures.table(evaluations, finished, base), figures.best_of_n_line(evaluations, base)]
     timed = evaluations[evaluations.seed.isin(plan.get("timed_seeds", plan["seeds"])) | (evaluations.method == base)]
-    in_time = [name for name in methods if name in set(timed.method)]
+    in_time = [name for name in methods if name in set(timed[timed.final].method)]
     parts += [figures.equal_images(evaluations, methods), figures.equal_seconds(timed, in_time, base)]
     parts += [figures.categories(evaluations, finished)]
     for pair in (pair for pair in plan.get("pairs", []) if set(pair) <= set(finished)):

@@ -122,7 +122,9 @@ class Recorder:
             frechet_base=frechet_distance(measured.features, self.base) if final and self.base is not None else None,
         )
         self.tables.append(table)
-        pd.concat(self.tables).to_parquet(self.folder / "evaluations.unfinished")
+        # Whole or not at all: another process may be reading.
+        pd.concat(self.tables).to_parquet(self.folder / "evaluations.tmp")
+        (self.folder / "evaluations.tmp").rename(self.folder / "evaluations.unfinished")
         means = table.groupby("category").score.mean()
         by_category = " ".join(f"{name} {means[name]:.2f}" for name in CATEGORIES if name in means)
         print(

@@ -50,10 +50,10 @@ class NoiseCorrectionConfig:
         "network",
         "What is fitted: a small network of its own, which knows no prompts; the Gaussian of the noise's mean and "
         "covariance, which needs no training and next to no time, for latents of some thousand elements and more "
-        "samples than that; that Gaussian after a network that is fitted to what it leaves ('whitened'), the best that "
-        "was measured; or a LoRA on the model itself, which knows the prompts and costs two denoiser evaluations a "
-        "step. The network, because it can be fitted to any latents and costs little; where a Gaussian can be fitted, "
-        "take 'whitened' (docs/noise_correction.md).",
+        "samples than that; that Gaussian after a network that is fitted to what it leaves ('whitened'), the best "
+        "that was measured; or a LoRA on the model itself, which knows the prompts and costs two denoiser "
+        "evaluations a step. The network, because it can be fitted to any latents and costs little; where a Gaussian "
+        "can be fitted, take 'whitened' (docs/noise_correction.md).",
         choices=["network", "gaussian", "whitened", "lora"],
     )
     corrector_steps: int = option(1, "Steps of the corrector when sampling, unless a call asks for others.")

@@ -183,9 +183,9 @@ def draw_categories(evaluations: pd.DataFrame, methods: list[str], path: Path) -
     places, width = np.arange(means.shape[1]), 0.8 / len(methods)
     for index, method in enumerate(methods):
         axes.bar(places + index * width, means.loc[method], width, label=method)
-    axes.set_xticks(places + 0.4 - width / 2, [name.replace("_", " + ") for name in means.columns])
+    axes.set_xticks(places + 0.4 - width / 2, [name.replace("_", "\n") for name in means.columns])
     axes.set(ylabel="verifier's score", ylim=(0, 1.02))
-    axes.legend(fontsize=8, ncols=2)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)
 

@@ -145,8 +145,9 @@ class GraftConfig:
     tuned_fraction: float = option(
         0.6,
         "Share of the sampler's steps, from pure noise, that is fine-tuned and run by the tuned model; the reference "
-        "model finishes. 1.0 is GRAFT, less is P-GRAFT. 0.6, because it was the best of a sweep from 0.2 to 1.0 "
-        "(docs/comparison.md); `choose_intermediate_step` proposes one for other models.",
+        "model finishes. 1.0 is GRAFT, less is P-GRAFT. 0.6, because it was the best of a sweep from 0.2 to 1.0 on "
+        "the embedded model (one seed; 0.4 not told apart, 1.0 about as good with more steps; docs/comparison.md). "
+        "`choose_intermediate_step` proposes one for other models.",
     )
     samples_per_prompt: int | None = option(
         None, "Group size M. None: 8, or all of the round's images where they are fewer."
@@ -172,18 +173,19 @@ class GraftConfig:
     )
     control_adapter: bool | None = option(
         None,
-        "Train a second, equal adapter on all samples of the round and subtract it: what training does apart from the "
-        "reward cancels. Costs a second training of the same length. None: wherever the adapter is a plain LoRA and "
-        "the pipeline guides as u + w (c - u) or not at all, because without it four rounds on guided samples took a "
-        "real model from 0.65 to 0.46, and to 0.31 where everything was accepted; with it, to 0.69 and 0.65 "
-        "(docs/comparison.md).",
+        "Train a second, equal adapter on all samples of the round and subtract it: what training does apart from "
+        "the reward cancels. Costs a second training of the same length. None: wherever the adapter is a plain LoRA "
+        "and the pipeline guides as u + w (c - u) or not at all, because without it four rounds on guided samples "
+        "took the embedded model from 0.65 to 0.46, and to 0.31 where everything was accepted; with it and "
+        "control_scale=1, to 0.69 and 0.65 (one seed, docs/comparison.md).",
     )
     control_scale: float = option(
         2.0,
         "Factor of the difference that `control_adapter` keeps. Short fits go only part of the way to what they are "
-        "fitted to; a factor above 1 goes on in their direction at no cost, and enlarges their noise as well. 2, with "
-        "which the best run of a search was made; 3 with half as many steps gained less, and with 256 accepted "
-        "samples a round its noise showed (docs/comparison.md). Fits that go all the way need 1.",
+        "fitted to; a factor above 1 goes on in their direction at no cost, and enlarges their noise as well. 2, "
+        "with which, and with more steps, the best run of a search was made; in equal steps 3 gained more than 1, "
+        "and its noise cost 0.11 in seven small rounds that accepted everything (docs/comparison.md). Fits that go "
+        "all the way need 1.",
     )
     tuned_guidance_scale: float | None = option(
         None, "Guidance scale of the tuned steps while sampling; 1.0 is none there. None: `sample_guidance_scale`."

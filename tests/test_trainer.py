@@ -571,6 +571,7 @@ torch.save((adapter_of(trainer), trainer.history), sys.argv[2] + str(trainer.acc
 @pytest.mark.parametrize("options", [{"guidance_loss": "corrected"}, {"control_adapter": True}], ids=str)
 def test_two_processes_are_one_with_twice_the_batch(config, tmp_path, options):
     options |= {"samples_per_prompt": 8, "num_epochs": 2, "eval_prompts": ["a cat"], "acceptance_kwargs": {"k": 2}}
+    options |= {"train_adam_epsilon": 1e-4}  # Adam makes whole steps of gradients that are nothing but rounding
     alone = make_trainer(config(sample_num_batches_per_epoch=4, train_batch_size=2, **options))
     alone.train()
     shared = config(sample_num_batches_per_epoch=2, train_batch_size=1, **options, output_dir=str(tmp_path / "shared"))
@@ -582,7 +583,7 @@ def test_two_processes_are_one_with_twice_the_batch(config, tmp_path, options):
     subprocess.run(command, check=True, env={**os.environ, **environment})
     (one, history), (other, _) = (torch.load(tmp_path / f"rank{rank}") for rank in (0, 1))
     assert equal(one, other), "the processes agree"
-    assert_close(one, adapter_of(alone), atol=1e-4)
+    assert_close(one, adapter_of(alone), atol=1e-5)
     for found, expected in zip(history, alone.history, strict=True):
         for name in ("reward", "eval/reward", "images", "denoiser_calls", "accepted"):
             assert found.get(name) == pytest.approx(expected.get(name), abs=1e-3)

@@ -154,7 +154,7 @@ def report(plan: dict[str, Any], output: Path) -> None:
     parts += [figures.categories(evaluations, finished)]
     for pair in (pair for pair in plan.get("pairs", []) if set(pair) <= set(finished)):
         parts += [figures.difference_line(evaluations, *pair)]
-        parts += [speed_line(figures, timed, *pair)] if set(pair) <= set(in_time) else []
+        parts += [figures.speed_line(timed, *pair)] if set(pair) <= set(in_time) else []
     (output / "table.md").write_text("\n\n".join(parts) + "\n")
     figures.draw_curves(evaluations, methods, base, "images", output / "score_over_images.png")
     figures.draw_curves(timed, in_time, base, "seconds", output / "score_over_seconds.png")
@@ -166,17 +166,6 @@ def report(plan: dict[str, Any], output: Path) -> None:
     if pictured:
         figures.draw_pictures(pictured, output / "pictures.png")
     print("\n\n".join(parts))
-
-
-def speed_line(figures: Any, evaluations: pd.DataFrame, ours: str, theirs: str) -> str:
-    """How long one method takes to the other's final score."""
-    points = figures.curves(evaluations)[lambda points: points.method == theirs]
-    last = points[points.images == points.images.max()]
-    needed = figures.seconds_to_reach(evaluations, ours, last.score.mean())
-    return (
-        f"{theirs} ends at {last.score.mean():.3f} after {last.seconds.mean():.0f} s; {ours} is there after "
-        f"{needed:.0f} s: {needed / last.seconds.mean():.2f} of it."
-    )
 
 
 def main() -> None:

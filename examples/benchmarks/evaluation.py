@@ -27,6 +27,7 @@ from examples.emoji.evaluate import read_prompts, sample
 from examples.emoji.judge import Judge
 from examples.emoji.scenes import FOLDER as EMOJI, Renderer, layout, parse_prompt
 from examples.emoji.verifier import Verifier
+from examples.noise_correction.frechet import distance_of_gaussians
 
 
 # Noise seeds of evaluation images; training draws its own from other numbers.
@@ -34,19 +35,10 @@ FIRST_SEED = 7_000_000
 
 
 def frechet_distance(features: torch.Tensor, others: torch.Tensor) -> float:
-    """
-    Fréchet distance of the Gaussians fitted to two sets of features of shape `(n, D)` (Heusel et al., 2017).
-
-    The trace of the square root of `S1 S2` is the sum of the square roots of its eigenvalues, which are real and not
-    negative because the product is similar to a positive semi-definite matrix.
-    """
-    first, second = features.double(), others.double()
-    if first.isnan().any() or second.isnan().any():
+    """Fréchet distance of the Gaussians fitted to two sets of features of shape `(n, D)`; NaN without a judge."""
+    if features.isnan().any() or others.isnan().any():
         return float("nan")
-    squares = torch.linalg.eigvals(first.T.cov() @ second.T.cov()).real.clamp(min=0)
-    traces = first.T.cov().trace() + second.T.cov().trace() - 2 * squares.sqrt().sum()
-    # Not negative, but by rounding where the sets are nearly the same.
-    return max(0.0, ((first.mean(0) - second.mean(0)).square().sum() + traces).item())
+    return distance_of_gaussians(features.double(), others.double())
 
 
 def pairwise_distances(features: torch.Tensor) -> torch.Tensor:

@@ -151,6 +151,17 @@ def seconds_to_reach(evaluations: pd.DataFrame, method: str, score: float) -> fl
     return means[means.score >= score].seconds.min() if (means.score >= score).any() else float("inf")
 
 
+def speed_line(evaluations: pd.DataFrame, ours: str, theirs: str) -> str:
+    """How long one method takes to the other's final score."""
+    points = curves(evaluations)[lambda points: points.method == theirs]
+    last = points[points.images == points.images.max()]
+    needed = seconds_to_reach(evaluations, ours, last.score.mean())
+    return (
+        f"{theirs} ends at {last.score.mean():.3f} after {last.seconds.mean():.0f} s; {ours} is there after "
+        f"{needed:.0f} s: {needed / last.seconds.mean():.2f} of it."
+    )
+
+
 def _with_spread(mean: float, spread: float) -> str:
     """A mean over seeds with its standard deviation, which one seed does not have."""
     return f"{mean:.3f}" if np.isnan(spread) else f"{mean:.3f} ± {spread:.3f}"

@@ -48,18 +48,23 @@ def frechet_distance(features: torch.Tensor, others: torch.Tensor) -> float:
         )
     first, second = features.double().cpu(), others.double().cpu()
     if fid_statistics_to_metric is None:
-        return _frechet_distance(first, second)
+        return distance_of_gaussians(first, second)
     statistics = [fid_features_to_statistics(part) for part in (first, second)]
     return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
 
 
-def _frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
-    """With R the root of S1, the eigenvalues of S1 S2 are those of R S2 R."""
+def distance_of_gaussians(first: torch.Tensor, second: torch.Tensor) -> float:
+    """
+    Frechet distance of the Gaussians fitted to float64 features `(N, D)`, of any number (Heusel et al., 2017).
+
+    With R the root of S1, the eigenvalues of S1 S2 are those of R S2 R.
+    """
     values, vectors = torch.linalg.eigh(first.T.cov())
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ second.T.cov() @ root).clamp(min=0).sqrt().sum()
     traces = first.T.cov().trace() + second.T.cov().trace() - 2 * cross
-    return ((first.mean(0) - second.mean(0)).square().sum() + traces).item()
+    # Not negative, but by rounding where the sets are nearly the same.
+    return max(0.0, ((first.mean(0) - second.mean(0)).square().sum() + traces).item())
 
 
 def feature_extractor(name: str, weights: Path | None = None, device: str = "cpu", size: int = 224) -> Features:

@@ -39,6 +39,8 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from examples.benchmarks import figures
+
 
 def runs_of(plan: dict[str, Any]) -> list[dict[str, Any]]:
     """
@@ -134,38 +136,61 @@ def collect(plan: dict[str, Any], output: Path) -> pd.DataFrame:
     return pd.concat([pd.read_parquet(file) for file in there if file], ignore_index=True)
 
 
+def had_a_gpu_alone(plan: dict[str, Any], evaluations: pd.DataFrame, base: str) -> pd.DataFrame:
+    """The evaluations whose seconds can be compared: the first seed of the plan's `timed` methods; else all."""
+    if "timed" not in plan:
+        return evaluations
+    alone = evaluations.method.isin(plan["timed"]) & (evaluations.seed == plan["seeds"][0])
+    return evaluations[alone | (evaluations.method == base)]
+
+
 def report(plan: dict[str, Any], output: Path) -> None:
     """Write `evaluations.parquet`, `evaluations.jsonl`, `table.md` and the figures of the runs that are there."""
-    # Not needed by the workers, and slow to import.
-    from examples.benchmarks import figures
-
     evaluations = collect(plan, output)
     evaluations.to_parquet(output / "evaluations.parquet")
     figures.means(evaluations).to_json(output / "evaluations.jsonl", orient="records", lines=True, double_precision=4)
-    there, base = set(evaluations.method), "base"
-    methods = [name for name in plan["methods"] if name in there]
-    finished = [name for name in methods if name in set(evaluations[evaluations.final].method)]
-    fields = {name: resolve(plan["methods"], name) for name in methods}
-    fractions = {name: fields[name]["tuned_fraction"] for name in plan.get("fractions", []) if name in there}
+    parts = tables(plan, evaluations)
+    (output / "table.md").write_text("\n\n".join(parts) + "\n")
+    draw(plan, evaluations, output)
+    print("\n\n".join(parts))
+
+
+def methods_of(plan: dict[str, Any], evaluations: pd.DataFrame) -> tuple[list[str], list[str]]:
+    """The plan's methods that were evaluated, and those among them that came to an end."""
+    there, ended = set(evaluations.method), set(evaluations[evaluations.final].method)
+    return [name for name in plan["methods"] if name in there], [name for name in plan["methods"] if name in ended]
+
+
+def tables(plan: dict[str, Any], evaluations: pd.DataFrame, base: str = "base") -> list[str]:
+    """Tables and lines of Markdown."""
+    methods, finished = methods_of(plan, evaluations)
+    timed = had_a_gpu_alone(plan, evaluations, base)
+    in_time = methods_of(plan, timed)[1]
     parts = [figures.table(evaluations, finished, base), figures.best_of_n_line(evaluations, base)]
-    timed = evaluations[evaluations.seed.isin(plan.get("timed_seeds", plan["seeds"])) | (evaluations.method == base)]
-    in_time = [name for name in methods if name in set(timed[timed.final].method)]
     parts += [figures.equal_images(evaluations, methods), figures.equal_seconds(timed, in_time, base)]
     parts += [figures.categories(evaluations, finished)]
     for pair in (pair for pair in plan.get("pairs", []) if set(pair) <= set(finished)):
         parts += [figures.difference_line(evaluations, *pair)]
         parts += [figures.speed_line(timed, *pair)] if set(pair) <= set(in_time) else []
-    (output / "table.md").write_text("\n\n".join(parts) + "\n")
+    return parts
+
+
+def draw(plan: dict[str, Any], evaluations: pd.DataFrame, output: Path, base: str = "base") -> None:
+    """The figures, of the plan's `drawn` methods, or all."""
+    methods, finished = (
+        [n for n in names if n in plan.get("drawn", names)] for names in methods_of(plan, evaluations)
+    )
     figures.draw_curves(evaluations, methods, base, "images", output / "score_over_images.png")
-    figures.draw_curves(timed, in_time, base, "seconds", output / "score_over_seconds.png")
+    timed = had_a_gpu_alone(plan, evaluations, base)
+    figures.draw_curves(timed, methods_of(plan, timed)[1], base, "seconds", output / "score_over_seconds.png")
     figures.draw_categories(evaluations, finished, output / "categories.png")
+    fractions = {name: resolve(plan["methods"], name)["tuned_fraction"] for name in plan.get("fractions", [])}
     if fractions and set(fractions) <= set(finished):
         figures.draw_fractions(evaluations, fractions, base, output / "tuned_fraction.png")
     first = {run["method"]: folder_of(output, run) / "pictures.safetensors" for run in reversed(runs_of(plan))}
     pictured = [first[name] for name in plan.get("pictured", []) if first[name].exists()]
     if pictured:
         figures.draw_pictures(pictured, output / "pictures.png")
-    print("\n\n".join(parts))
 
 
 def main() -> None:

@@ -118,6 +118,40 @@ def test_a_command_may_ask_for_some_methods_and_seeds(tmp_path):
     assert asked(methods=["ours"]) == [("base", 0), ("ours", 1)]
 
 
+def test_seconds_are_those_of_the_first_seed_of_timed_methods():
+    table, plan = evaluations(), {"seeds": [0, 1], "timed": ["theirs"]}
+    alone = compare.had_a_gpu_alone(plan, table, "base")
+    assert set(zip(alone.method, alone.seed, strict=True)) == {("base", 0), ("base", 1), ("theirs", 0)}
+    assert compare.had_a_gpu_alone({"seeds": [0, 1]}, table, "base") is table
+
+
+def test_figures_are_of_the_methods_that_a_plan_draws(tmp_path, monkeypatch):
+    drawn = {}
+    for name in ("draw_curves", "draw_categories", "draw_fractions"):
+        monkeypatch.setattr(
+            compare.figures, name, lambda table, methods, *rest, name=name: drawn.setdefault(name, methods)
+        )
+    methods = {name: {"trainer": "any", "tuned_fraction": 0.6} for name in ("base", "ours", "theirs")}
+    plan = {"methods": methods, "seeds": [0], "evaluation": {}}
+    plan |= {"drawn": ["base", "theirs"], "fractions": ["ours", "no"]}
+    compare.draw(plan, evaluations(), tmp_path)
+    assert drawn["draw_curves"] == drawn["draw_categories"] == ["base", "theirs"]
+    assert drawn["draw_fractions"] == {"ours": 0.6}
+
+
+def test_results_of_a_plan_that_has_changed_are_refused(tmp_path):
+    plan = {"methods": {"base": {"trainer": "base"}}, "seeds": [0], "evaluation": {"steps": 10}}
+    with pytest.raises(SystemExit, match="no evaluations"):
+        compare.collect(plan, tmp_path)
+    folder = compare.folder_of(tmp_path, compare.runs_of(plan)[0])
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps(compare.runs_of(plan)[0]))
+    evaluations().to_parquet(folder / "evaluations.parquet")
+    assert len(compare.collect(plan, tmp_path)) == len(evaluations())
+    with pytest.raises(SystemExit, match="another --output"):
+        compare.collect({**plan, "evaluation": {"steps": 20}}, tmp_path)
+
+
 def test_seconds_to_reach_a_score():
     assert figures.seconds_to_reach(evaluations(), "ours", 0.6) == 0
     assert figures.seconds_to_reach(evaluations(), "ours", 0.66) == 1.5

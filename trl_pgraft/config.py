@@ -116,7 +116,7 @@ class GraftConfig:
     train_batch_size: int = option(
         1,
         "Accepted samples of one training step, per process. On the embedded model a quarter as many steps of 512 "
-        "gained as much as steps of 128, in less than half the time (docs/comparison.md).",
+        "at twice the learning rate gained as much as steps of 128, in less than half the time (docs/comparison.md).",
     )
     train_use_8bit_adam: bool = option(False, "Use 8-bit AdamW of bitsandbytes.")
     train_learning_rate: float = option(3e-4, "Learning rate of AdamW.")
@@ -150,9 +150,8 @@ class GraftConfig:
         0.6,
         "Share of the sampler's steps, from pure noise, that is fine-tuned and run by the tuned model; the reference "
         "model finishes. 1.0 is GRAFT, less is P-GRAFT. 0.6, because it was the best of a sweep from 0.2 to 1.0 on "
-        "the embedded model (one seed; 0.4 not told apart). Over six pairs of runs it learned more than 1.0 from the "
-        "first images, and as much in the end (docs/comparison.md). `choose_intermediate_step` proposes one for other "
-        "models.",
+        "the embedded model (one seed; 0.4 not told apart; with more steps 1.0 is as good; docs/comparison.md). "
+        "`choose_intermediate_step` proposes one for other models.",
     )
     samples_per_prompt: int | None = option(
         None, "Group size M. None: 8, or all of the round's images where they are fewer."

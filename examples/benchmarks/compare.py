@@ -23,6 +23,9 @@ Compare P-GRAFT with GRAFT, TRL's DDPO and the untuned model on the embedded emo
 The first command runs every method with every seed, each in a process of its own, and leaves out what is there
 already; `--old-trl` is a folder with trl 0.23.1 (`pip install --no-deps --target trl-0.23.1 trl==0.23.1`), the last
 release that has DDPO. Both write `evaluations.parquet` (one row a prompt and evaluation), `table.md` and the figures.
+
+Seconds can be compared where runs had a GPU to themselves. So the methods that a plan has as `timed` are run first,
+the first seed of each, with `--jobs 1`, `--seeds` and `--methods`; tables and figure of seconds have these only.
 """
 
 import argparse
@@ -93,8 +96,16 @@ def start(run: dict[str, Any], output: Path, gpu: int, old_trl: Path | None, bas
     return code == 0
 
 
+def check_same(run: dict[str, Any], folder: Path) -> None:
+    """What is in a run's folder must be of this run: plans change, and keep their names."""
+    path = folder / "run.json"
+    if path.exists() and json.loads(path.read_text()) != run:
+        raise SystemExit(f"{path} is of other fields than the plan's. Give another --output, or remove {folder}.")
+
+
 def is_wanted(run: dict[str, Any], arguments: argparse.Namespace) -> bool:
     """Whether a run is not there yet, and the command line asks for it; all others need the untuned model."""
+    check_same(run, folder_of(arguments.output, run))
     if (folder_of(arguments.output, run) / "evaluations.parquet").exists():
         return False
     asked = (run["method"], arguments.methods), (run["seed"], arguments.seeds)
@@ -130,10 +141,15 @@ def run_all(plan: dict[str, Any], arguments: argparse.Namespace) -> None:
 
 def collect(plan: dict[str, Any], output: Path) -> pd.DataFrame:
     """All evaluations of the plan's runs; of one that was interrupted, those until then."""
-    names = ("evaluations.parquet", "evaluations.unfinished")
-    files = [[folder_of(output, run) / name for name in names] for run in runs_of(plan)]
-    there = [next((file for file in pair if file.exists()), None) for pair in files]
-    return pd.concat([pd.read_parquet(file) for file in there if file], ignore_index=True)
+    there = []
+    for run in runs_of(plan):
+        folder = folder_of(output, run)
+        check_same(run, folder)
+        files = [folder / name for name in ("evaluations.parquet", "evaluations.unfinished")]
+        there += [file for file in files if file.exists()][:1]
+    if not there:
+        raise SystemExit(f"{output / 'runs'} has no evaluations of the plan's runs.")
+    return pd.concat([pd.read_parquet(file) for file in there], ignore_index=True)
 
 
 def had_a_gpu_alone(plan: dict[str, Any], evaluations: pd.DataFrame, base: str) -> pd.DataFrame:
@@ -176,16 +192,15 @@ def tables(plan: dict[str, Any], evaluations: pd.DataFrame, base: str = "base") 
 
 
 def draw(plan: dict[str, Any], evaluations: pd.DataFrame, output: Path, base: str = "base") -> None:
-    """The figures, of the plan's `drawn` methods, or all."""
-    methods, finished = (
-        [n for n in names if n in plan.get("drawn", names)] for names in methods_of(plan, evaluations)
-    )
-    figures.draw_curves(evaluations, methods, base, "images", output / "score_over_images.png")
+    """The figures: over images and by category of the plan's `drawn` methods, over seconds of its `timed` ones."""
+    shown = evaluations[evaluations.method.isin(plan.get("drawn", list(plan["methods"])))]
     timed = had_a_gpu_alone(plan, evaluations, base)
+    figures.draw_curves(shown, methods_of(plan, shown)[0], base, "images", output / "score_over_images.png")
     figures.draw_curves(timed, methods_of(plan, timed)[1], base, "seconds", output / "score_over_seconds.png")
-    figures.draw_categories(evaluations, finished, output / "categories.png")
-    fractions = {name: resolve(plan["methods"], name)["tuned_fraction"] for name in plan.get("fractions", [])}
-    if fractions and set(fractions) <= set(finished):
+    figures.draw_categories(shown, methods_of(plan, shown)[1], output / "categories.png")
+    finished = [name for name in plan.get("fractions", []) if name in methods_of(plan, evaluations)[1]]
+    if finished:
+        fractions = {name: resolve(plan["methods"], name)["tuned_fraction"] for name in finished}
         figures.draw_fractions(evaluations, fractions, base, output / "tuned_fraction.png")
     first = {run["method"]: folder_of(output, run) / "pictures.safetensors" for run in reversed(runs_of(plan))}
     pictured = [first[name] for name in plan.get("pictured", []) if first[name].exists()]

@@ -134,14 +134,15 @@ def equal_seconds(evaluations: pd.DataFrame, methods: list[str], base: str) -> s
     if not trained:
         return "Nothing was trained yet."
     budget = min(points[points.method == name].groupby("seed").seconds.max().mean() for name in trained)
-    lines = [f"| method, {budget:.0f} s | score | images |", "| --- | --: | --: |"]
+    lines = [f"| method, within {budget:.0f} s | score | images | seconds |", "| --- | --: | --: | --: |"]
     for method in trained:
         within = points[(points.method == method) & (points.seconds <= budget)].sort_values("seconds")
         if within.empty:
-            lines.append(f"| {method} | not measured that early | |")
+            lines.append(f"| {method} | not measured that early | | |")
             continue
         last = within.groupby("seed").last()
-        lines.append(f"| {method} | {_with_spread(last.score.mean(), last.score.std())} | {last.images.mean():,.0f} |")
+        score = _with_spread(last.score.mean(), last.score.std())
+        lines.append(f"| {method} | {score} | {last.images.mean():,.0f} | {last.seconds.mean():.0f} |")
     return "\n".join(lines)
 
 
@@ -191,7 +192,7 @@ def draw_categories(evaluations: pd.DataFrame, methods: list[str], path: Path) -
     """Final score by category, a bar a method."""
     means = by_category(evaluations)
     figure, axes = plt.subplots(figsize=(9, 4))
-    places, width = np.arange(means.shape[1]), 0.8 / len(methods)
+    places, width = np.arange(means.shape[1]), 0.8 / max(1, len(methods))
     for index, method in enumerate(methods):
         axes.bar(places + index * width, means.loc[method], width, label=method)
     axes.set_xticks(places + 0.4 - width / 2, [name.replace("_", "\n") for name in means.columns])

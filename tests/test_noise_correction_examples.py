@@ -22,7 +22,7 @@ import pandas as pd
 import pytest
 import torch
 from diffusers import UNet2DModel
-from noise_correction import compare, frechet, report, samples, train_classifier, train_flow
+from noise_correction import compare, frechet, report, samples, tolerance, train_classifier, train_flow
 from noise_correction.data import Images, centred, dequantise, load_images, to_bytes
 from noise_correction.flow_pipeline import FlowPipeline
 from PIL import Image
@@ -219,6 +219,17 @@ def test_samples_are_drawn_with_every_corrector(comparison):
     drawn = np.array(Image.open(folder / "samples.png"))
     assert drawn.shape == (7 * 8 * 2, 5 * 8 * 2, 3)
     assert (drawn[6 * 16 :: 2, 16:32:2, 0] == rows["test images"][1, 0].numpy()).all()
+
+
+def test_a_tighter_tolerance_takes_more_evaluations(comparison, capsys):
+    folder, _ = comparison
+    options = ["--data", str(folder), "--flow", str(folder / "flow"), "--images", "16", "--steps", "2", "4"]
+    tolerance.main(tolerance.parse([*options, "--tolerances", "0.1", "0.0001"]))
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    rows = [[float(cell) for cell in line] for line in lines[2:]]
+    assert [row[:2] for row in rows] == [[2, 0.0001], [2, 0.1], [4, 0.0001], [4, 0.1]]
+    for tight, loose in (rows[:2], rows[2:]):
+        assert tight[3] == 0 and 0 < loose[3] < 0.1 and tight[4] > loose[4] >= 1
 
 
 def test_processes_may_share_a_folder(comparison):

@@ -182,7 +182,7 @@ def from_inverted_noise(comparison: Comparison, dataset: Dataset, steps: int) ->
     key = _with("inverted", steps, 0, args.seeds[0])
     if not comparison.is_done(**key):
         inverted = new_trainer(comparison, dataset, "gaussian", steps, args.seeds[0]).invert().noise
-        facts = {"inverted_images": len(dataset)}
+        facts = {"inverted_images": len(dataset), "tolerance": args.tolerance}
         comparison.measure(sampler_of(comparison.pipeline, steps), inverted[: args.images], facts, **key)
 
 
@@ -195,7 +195,8 @@ def corrected(comparison: Comparison, dataset: Dataset, steps: int) -> None:
         missing = [n for n in counts if not comparison.is_done(**_with(arm, steps, n, seed))]
         if missing:
             pipeline = corrected_pipeline(comparison, dataset, arm, steps, seed)
-        facts = {"inverted_images": len(dataset), "training_steps": args.training_steps if arm != "gaussian" else 0}
+        facts = {"inverted_images": len(dataset), "tolerance": args.tolerance}
+        facts["training_steps"] = args.training_steps if arm != "gaussian" else 0
         for n in missing:
             sampler = sampler_of(pipeline, steps, corrector_steps=n)
             comparison.measure(sampler, comparison.noise(seed), facts, **_with(arm, steps, n, seed))
@@ -239,7 +240,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=10_000, help="drawn for each distance")
     parser.add_argument("--real-images", type=int, help="of the test split; all where not given")
     parser.add_argument("--inverted-images", type=int, default=20_000, help="training images that are inverted")
-    parser.add_argument("--tolerance", type=float, default=1e-2)
+    parser.add_argument("--tolerance", type=float, default=1e-3, help="of an inverted step; errors of steps add up")
     parser.add_argument("--skipped-steps", type=int, default=1, help="last steps that are not inverted")
     parser.add_argument("--max-unconverged", type=float, default=0.01)
     parser.add_argument("--network-channels", type=int, default=24)

@@ -1,0 +1,84 @@
+# Copyright 2026 The trl_pgraft authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+What the tolerance of the inversion does to the inverted noise: the errors of its steps add up.
+
+    python -m examples.noise_correction.tolerance --flow outputs/fm/flow
+
+The last step is skipped, as in `compare.py`, with the same noise for all; "off" is the root mean square of the
+difference to the noise of the smallest tolerance.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+from datasets import Array3D, Dataset, Features
+
+from examples.noise_correction.data import DOMAINS, dequantise, load_images
+from examples.noise_correction.flow_pipeline import FlowPipeline
+from trl_pgraft import NoiseCorrectionConfig, NoiseCorrectionTrainer
+
+
+HEAD = ("| steps | tolerance | deviation of the noise | off | evaluations a step |", "| --: | --: | --: | --: | --: |")
+
+
+def inverted(pipeline: FlowPipeline, dataset: Dataset, steps: int, tolerance: float) -> tuple[torch.Tensor, float]:
+    """Noise of the data, and denoiser evaluations for each inverted step."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = NoiseCorrectionConfig(output_dir=folder, num_inference_steps=steps, tolerance=tolerance)
+        data = NoiseCorrectionTrainer(config, pipeline, dataset).invert()
+    return data.noise, data.iterations.double().mean().item() / (steps - config.skipped_steps)
+
+
+def table(pipeline: FlowPipeline, dataset: Dataset, all_steps: list[int], tolerances: list[float]) -> str:
+    """One row a number of steps and tolerance, in Markdown."""
+    lines = list(HEAD)
+    for steps in all_steps:
+        exact = None
+        for tolerance in sorted(tolerances):
+            noise, evaluations = inverted(pipeline, dataset, steps, tolerance)
+            exact = noise if exact is None else exact
+            off = (noise - exact).square().mean().sqrt()
+            lines.append(f"| {steps} | {tolerance:g} | {noise.std():.4f} | {off:.4f} | {evaluations:.1f} |")
+    return "\n".join(lines)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print the table."""
+    pipeline = FlowPipeline.from_pretrained(args.flow).to("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline.set_progress_bar_config(disable=True)
+    pixels = load_images(args.domain, "train", args.data, args.images).pixels
+    latents = pipeline.encode(dequantise(pixels, torch.Generator().manual_seed(0)))
+    features = Features({"latents": Array3D(latents.shape[1:], "float32")})
+    dataset = Dataset.from_dict({"latents": list(latents.numpy())}, features).with_format("numpy")
+    print(table(pipeline, dataset, args.steps, args.tolerances))
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--domain", choices=DOMAINS, default="fashion_mnist")
+    parser.add_argument("--data", type=Path, help="folder of Fashion-MNIST's files")
+    parser.add_argument("--flow", type=Path, required=True, help="folder of train_flow.py")
+    parser.add_argument("--images", type=int, default=64, help="training images that are inverted")
+    parser.add_argument("--steps", type=int, nargs="+", default=[2, 3, 5, 10, 20, 30])
+    parser.add_argument("--tolerances", type=float, nargs="+", default=[1e-4, 1e-3, 3e-3, 1e-2])
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main(parse())

@@ -221,11 +221,17 @@ def test_samples_are_drawn_with_every_corrector(comparison):
     assert (drawn[6 * 16 :: 2, 16:32:2, 0] == rows["test images"][1, 0].numpy()).all()
 
 
+def test_results_with_other_settings_are_refused(comparison):
+    _, arguments = comparison
+    with pytest.raises(SystemExit, match="tolerance=0.001, not 0.1.*another --output"):
+        compare.main(compare.parse([*arguments, "--tolerance", "0.1"]))
+
+
 def test_a_tighter_tolerance_takes_more_evaluations(comparison, capsys):
     folder, _ = comparison
     options = ["--data", str(folder), "--flow", str(folder / "flow"), "--images", "16", "--steps", "2", "4"]
     tolerance.main(tolerance.parse([*options, "--tolerances", "0.1", "0.0001"]))
-    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
     rows = [[float(cell) for cell in line] for line in lines[2:]]
     assert [row[:2] for row in rows] == [[2, 0.0001], [2, 0.1], [4, 0.0001], [4, 0.1]]
     for tight, loose in (rows[:2], rows[2:]):

@@ -27,6 +27,7 @@ Several processes may share an output folder if they correct different numbers o
 import argparse
 import itertools
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +48,10 @@ from trl_pgraft import NoiseCorrectedPipeline, NoiseCorrectionConfig, NoiseCorre
 ARMS = ("gaussian", "network", "whitened", "lora")
 LORA_TARGETS = ("conv1", "conv2", "to_q", "to_k", "to_v", "to_out.0")
 UNCORRECTED = (2, 3, 4, 5, 6, 8, 10, 14, 20, 30, 50)
+SETTINGS = (
+    *("domain", "images", "real_images", "inverted_images", "tolerance", "skipped_steps"),
+    *("network_channels", "lora_rank", "training_steps", "training_batch", "learning_rate"),
+)
 Sampler = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -62,6 +67,7 @@ class Comparison:
         self.args, self.device = args, "cuda" if torch.cuda.is_available() else "cpu"
         self.path = args.output / "results.jsonl"
         args.output.mkdir(parents=True, exist_ok=True)
+        check_settings(args)
         torch.set_float32_matmul_precision("high")  # as convolutions are computed anyway
         weights = {"domain": args.classifier, "inception": args.inception_weights}
         self.extractors = {
@@ -111,6 +117,18 @@ class Comparison:
             file.write(line + "\n")
         self.done.add(_key(key))
         print(line, flush=True)
+
+
+def check_settings(args: argparse.Namespace) -> None:
+    """An output folder is of one choice of `SETTINGS`; another would be taken for it."""
+    path, settings = args.output / "settings.json", {name: getattr(args, name) for name in SETTINGS}
+    there = json.loads(path.read_text()) if path.exists() else settings
+    other = [f"{name}={there[name]}, not {settings[name]}" for name in SETTINGS if there[name] != settings[name]]
+    if other:
+        raise SystemExit(f"{args.output} was measured with {'; '.join(other)}. Give another --output.")
+    aside = path.with_suffix(f".{os.getpid()}")
+    aside.write_text(json.dumps(settings, indent=1))
+    aside.rename(path)  # whole, as processes may share the folder
 
 
 def _key(record: dict[str, Any]) -> tuple:

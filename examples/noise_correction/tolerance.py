@@ -22,7 +22,9 @@ difference to the noise of the smallest tolerance.
 """
 
 import argparse
+import sys
 import tempfile
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -38,7 +40,7 @@ HEAD = ("| steps | tolerance | deviation of the noise | off | evaluations a step
 
 def inverted(pipeline: FlowPipeline, dataset: Dataset, steps: int, tolerance: float) -> tuple[torch.Tensor, float]:
     """Noise of the data, and denoiser evaluations for each inverted step."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):  # the trainer's own report
         config = NoiseCorrectionConfig(output_dir=folder, num_inference_steps=steps, tolerance=tolerance)
         data = NoiseCorrectionTrainer(config, pipeline, dataset).invert()
     return data.noise, data.iterations.double().mean().item() / (steps - config.skipped_steps)
@@ -59,6 +61,7 @@ def table(pipeline: FlowPipeline, dataset: Dataset, all_steps: list[int], tolera
 
 def main(args: argparse.Namespace) -> None:
     """Print the table."""
+    torch.set_float32_matmul_precision("high")  # as in compare.py
     pipeline = FlowPipeline.from_pretrained(args.flow).to("cuda" if torch.cuda.is_available() else "cpu")
     pipeline.set_progress_bar_config(disable=True)
     pixels = load_images(args.domain, "train", args.data, args.images).pixels

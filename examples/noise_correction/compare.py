@@ -39,7 +39,7 @@ from peft import LoraConfig
 from torch.utils.flop_counter import FlopCounterMode
 
 from examples.noise_correction.data import DOMAINS, centred, dequantise, load_images, to_bytes
-from examples.noise_correction.flow_pipeline import FlowPipeline
+from examples.noise_correction.flow_pipeline import FlowPipeline, load_flow
 from examples.noise_correction.frechet import CODE, FEATURES, feature_extractor, features_of, frechet_distance
 from examples.noise_correction.report import write_report
 from trl_pgraft import NoiseCorrectedPipeline, NoiseCorrectionConfig, NoiseCorrectionTrainer
@@ -64,11 +64,13 @@ class Comparison:
     """
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.device = args, "cuda" if torch.cuda.is_available() else "cpu"
+        self.args = args
         self.path = args.output / "results.jsonl"
         args.output.mkdir(parents=True, exist_ok=True)
         check_settings(args)
         torch.set_float32_matmul_precision("high")  # as convolutions are computed anyway
+        self.pipeline = load_flow(args.flow)
+        self.device = self.pipeline.device
         weights = {"domain": args.classifier, "inception": args.inception_weights}
         self.extractors = {
             name: feature_extractor(name, weights.get(name), self.device, args.efficientnet_size)
@@ -76,17 +78,10 @@ class Comparison:
         }
         real = load_images(args.domain, "test", args.data, args.real_images).pixels
         self.real = {name: self._features(name, real) for name in self.extractors}
-        self.pipeline = self.new_pipeline()
         size = self.pipeline.unet.config.sample_size
         self.shape = (self.pipeline.unet.config.in_channels, size, size)
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         self.done = {_key(json.loads(line)) for line in lines}
-
-    def new_pipeline(self) -> FlowPipeline:
-        """The flow model, fresh from disk."""
-        pipeline = FlowPipeline.from_pretrained(self.args.flow).to(self.device)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
 
     def _features(self, name: str, pixels: torch.Tensor) -> torch.Tensor:
         return features_of(centred(pixels), self.extractors[name], self.device)
@@ -148,12 +143,11 @@ def sampler_of(pipeline: Any, steps: int, **options: Any) -> Sampler:
     return lambda x: pipeline(latents=x, num_inference_steps=steps, output_type="latent", **options).images
 
 
-def training_latents(comparison: Comparison) -> Dataset:
-    """Dequantised training images in the layout of the pipeline's latents."""
-    args = comparison.args
-    pixels = load_images(args.domain, "train", args.data, args.inverted_images).pixels
-    latents = comparison.pipeline.encode(dequantise(pixels, torch.Generator().manual_seed(0)))
-    features = Features({"latents": Array3D(comparison.shape, "float32")})
+def training_latents(pipeline: FlowPipeline, domain: str, data: Path | None, count: int) -> Dataset:
+    """The first dequantised training images in the layout of the pipeline's latents."""
+    pixels = load_images(domain, "train", data, count).pixels
+    latents = pipeline.encode(dequantise(pixels, torch.Generator().manual_seed(0)))
+    features = Features({"latents": Array3D(latents.shape[1:], "float32")})
     return Dataset.from_dict({"latents": list(latents.numpy())}, features).with_format("numpy")
 
 
@@ -178,7 +172,7 @@ def new_trainer(comparison: Comparison, dataset: Dataset, arm: str, steps: int, 
     rank = args.lora_rank
     lora = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(LORA_TARGETS))
     peft_config = lora if arm == "lora" else None
-    return NoiseCorrectionTrainer(config, comparison.new_pipeline(), dataset, peft_config=peft_config)
+    return NoiseCorrectionTrainer(config, load_flow(comparison.args.flow), dataset, peft_config=peft_config)
 
 
 def corrected_pipeline(
@@ -191,7 +185,7 @@ def corrected_pipeline(
         trainer.train()
         trainer.save_model(aside)
         aside.rename(folder)  # a run that is killed leaves no half of a corrector
-    return NoiseCorrectedPipeline.from_pretrained(folder, comparison.new_pipeline())
+    return NoiseCorrectedPipeline.from_pretrained(folder, load_flow(comparison.args.flow))
 
 
 def from_inverted_noise(comparison: Comparison, dataset: Dataset, steps: int) -> None:
@@ -235,7 +229,8 @@ def main(args: argparse.Namespace) -> None:
     """Run what is not there yet, then write the report."""
     comparison = Comparison(args)
     uncorrected(comparison)
-    dataset = training_latents(comparison) if args.corrected else None
+    data = (args.domain, args.data, args.inverted_images)
+    dataset = training_latents(comparison.pipeline, *data) if args.corrected else None
     for steps in args.corrected:
         from_inverted_noise(comparison, dataset, steps)
         corrected(comparison, dataset, steps)

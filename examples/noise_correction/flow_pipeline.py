@@ -14,6 +14,8 @@
 
 """An unconditional flow model as a pipeline, which diffusers does not have: a UNet and an Euler scheduler."""
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput, UNet2DModel
@@ -73,3 +75,10 @@ class FlowPipeline(DiffusionPipeline):
     def _to_images(self, x: torch.Tensor, output_type: str):
         arrays = (self.decode(x) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
         return self.numpy_to_pil(arrays) if output_type == "pil" else arrays
+
+
+def load_flow(folder: Path) -> FlowPipeline:
+    """The flow model of a folder, without progress bars, on the GPU where there is one."""
+    pipeline = FlowPipeline.from_pretrained(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -29,29 +29,23 @@ from PIL import Image
 
 from examples.noise_correction.compare import ARMS, sampler_of
 from examples.noise_correction.data import DOMAINS, load_images, to_bytes
-from examples.noise_correction.flow_pipeline import FlowPipeline
+from examples.noise_correction.flow_pipeline import load_flow
 from trl_pgraft import NoiseCorrectedPipeline
 
 
 def rows_of(args: argparse.Namespace) -> dict[str, torch.Tensor]:
     """Images `(N, C, H, W)`, uint8, of each row, by what the row shows."""
     folder = args.compare / f"steps_{args.few}" / f"seed_{args.seed}"
-    plain = _flow(args)
+    plain = load_flow(args.flow)
     shape = (plain.unet.config.in_channels, *[plain.unet.config.sample_size] * 2)
     noise = torch.randn(args.count, *shape, generator=torch.Generator().manual_seed(args.seed)).to(plain.device)
     samplers = {f"{args.few} steps": sampler_of(plain, args.few)}
     for arm in [arm for arm in ARMS if (folder / arm).exists()]:
-        corrected = NoiseCorrectedPipeline.from_pretrained(folder / arm, _flow(args))
+        corrected = NoiseCorrectedPipeline.from_pretrained(folder / arm, load_flow(args.flow))
         samplers[f"{arm}, {args.few} steps"] = sampler_of(corrected, args.few, corrector_steps=args.corrector_steps)
     samplers[f"{args.many} steps"] = sampler_of(plain, args.many)
     rows = {name: to_bytes(plain.decode(sampler(noise)).cpu()) for name, sampler in samplers.items()}
     return {**rows, "test images": load_images(args.domain, "test", args.data, args.count).pixels}
-
-
-def _flow(args: argparse.Namespace) -> FlowPipeline:
-    pipeline = FlowPipeline.from_pretrained(args.flow).to("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def picture(rows: dict[str, torch.Tensor], scale: int = 2) -> Image.Image:

@@ -28,10 +28,11 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
-from datasets import Array3D, Dataset, Features
+from datasets import Dataset
 
-from examples.noise_correction.data import DOMAINS, dequantise, load_images
-from examples.noise_correction.flow_pipeline import FlowPipeline
+from examples.noise_correction.compare import training_latents
+from examples.noise_correction.data import DOMAINS
+from examples.noise_correction.flow_pipeline import FlowPipeline, load_flow
 from trl_pgraft import NoiseCorrectionConfig, NoiseCorrectionTrainer
 
 
@@ -62,12 +63,8 @@ def table(pipeline: FlowPipeline, dataset: Dataset, all_steps: list[int], tolera
 def main(args: argparse.Namespace) -> None:
     """Print the table."""
     torch.set_float32_matmul_precision("high")  # as in compare.py
-    pipeline = FlowPipeline.from_pretrained(args.flow).to("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline.set_progress_bar_config(disable=True)
-    pixels = load_images(args.domain, "train", args.data, args.images).pixels
-    latents = pipeline.encode(dequantise(pixels, torch.Generator().manual_seed(0)))
-    features = Features({"latents": Array3D(latents.shape[1:], "float32")})
-    dataset = Dataset.from_dict({"latents": list(latents.numpy())}, features).with_format("numpy")
+    pipeline = load_flow(args.flow)
+    dataset = training_latents(pipeline, args.domain, args.data, args.images)
     print(table(pipeline, dataset, args.steps, args.tolerances))
 
 

@@ -60,12 +60,12 @@ def test_round_trip_of_a_pipeline(name):
     make, shape, prompts, kwargs = CASES[name]
     pipeline, kwargs = make(), {**kwargs, "num_inference_steps": 6}
     data = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    found = invert_flow(pipeline, data, prompts=prompts, pipeline_kwargs=kwargs, tolerance=2e-6)
+    found = invert_flow(pipeline, data, prompts=prompts, pipeline_kwargs=kwargs, tolerance=1e-5)
     again = sample(pipeline, found.noise, prompts, **kwargs)
     assert (found.noise - data).abs().max() > 0.1
     assert (again - data).abs().max() < ROUND_TRIP
     assert found.residuals.shape == found.iterations.shape == (6, 3)
-    assert found.residuals.max() <= 2e-6
+    assert found.residuals.sum(0).max() <= 1e-5
 
 
 def test_guidance_is_off_unless_asked():
@@ -88,7 +88,7 @@ def test_linear_flow_has_a_closed_form():
     """With v = a (x - m) each step multiplies x - m by 1 + h a, here by as little as 0.1 and with a slope of 3.6."""
     sigmas, a, m = [1.0, 0.7, 0.4, 0.0], torch.tensor([2.25, -1.0, 0.5], dtype=torch.float64), 0.3
     data = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = invert_flow(lambda x, s: a * (x - m), data, sigmas=sigmas, tolerance=1e-12, max_iterations=1000)
+    found = invert_flow(lambda x, s: a * (x - m), data, sigmas=sigmas, tolerance=3e-12, max_iterations=1000)
     factor = (1 - 0.3 * a) ** 2 * (1 - 0.4 * a)
     torch.testing.assert_close(found.noise, m + (data - m) / factor, rtol=0, atol=1e-9)
 
@@ -110,6 +110,19 @@ def test_a_step_without_inverse_raises_with_its_index():
         invert_flow(velocity, torch.ones(2, 3), sigmas=[1, 0.5, 0.25, 0])
     assert error.value.step == 1
     assert error.value.residual == pytest.approx(1)
+
+
+@pytest.mark.parametrize("steps", [2, 10, 50])
+def test_the_tolerance_is_that_of_the_whole_inversion(steps):
+    """v grows with x, so each step shrinks what the ones before it are off by, and the sum bounds the round trip."""
+    sigmas = torch.linspace(1, 0, steps + 1, dtype=torch.float64).square()
+    data = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = invert_flow(lambda x, s: (x + x.tanh()) / 2, data, sigmas=sigmas.tolist(), tolerance=1e-3)
+    again = found.noise
+    for step in sigmas.diff():
+        again = again + step * (again + again.tanh()) / 2
+    assert 1e-6 < (again - data).abs().max() < 1e-3
+    assert found.residuals.max() <= 1e-3 / steps
 
 
 def test_velocities_that_are_not_finite_raise():

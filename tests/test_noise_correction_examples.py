@@ -223,7 +223,7 @@ def test_samples_are_drawn_with_every_corrector(comparison):
 
 def test_results_with_other_settings_are_refused(comparison):
     _, arguments = comparison
-    with pytest.raises(SystemExit, match="tolerance=0.001, not 0.1.*another --output"):
+    with pytest.raises(SystemExit, match="tolerance=0.01, not 0.1.*another --output"):
         compare.main(compare.parse([*arguments, "--tolerance", "0.1"]))
 
 

@@ -58,7 +58,7 @@ def flow_data(count=48):
 def make_config(tmp_path, **changes):
     values = {
         "output_dir": str(tmp_path / "out"), "corrector": "network", "network_channels": 8,
-        "num_inference_steps": STEPS, "skipped_steps": 0, "tolerance": 1e-5, "max_steps": 6, "train_batch_size": 16,
+        "num_inference_steps": STEPS, "skipped_steps": 0, "tolerance": 4e-5, "max_steps": 6, "train_batch_size": 16,
         "warmup_steps": 0,
         "inversion_batch_size": 20, "save_steps": 3, "logging_steps": 2, "learning_rate": 1e-3, **changes,
     }  # fmt: skip
@@ -78,7 +78,7 @@ def test_the_noise_of_the_data_is_found_and_reported(tmp_path):
     found = trainer.invert()
     torch.testing.assert_close(found.noise, noise_of(48), rtol=0, atol=2e-4)
     assert found.rows.tolist() == list(range(48))
-    assert found.residuals.max() <= 1e-5
+    assert found.residuals.max() <= 4e-5
     report = json.loads((tmp_path / "out/inversion.json").read_text())
     assert (report["samples"], report["left_out"]) == (48, 0)
     assert report["evaluations_per_step"] > 1

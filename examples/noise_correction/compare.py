@@ -253,7 +253,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=10_000, help="drawn for each distance")
     parser.add_argument("--real-images", type=int, help="of the test split; all where not given")
     parser.add_argument("--inverted-images", type=int, default=20_000, help="training images that are inverted")
-    parser.add_argument("--tolerance", type=float, default=1e-3, help="of an inverted step; errors of steps add up")
+    parser.add_argument("--tolerance", type=float, default=1e-2, help="of an inversion, all its steps together")
     parser.add_argument("--skipped-steps", type=int, default=1, help="last steps that are not inverted")
     parser.add_argument("--max-unconverged", type=float, default=0.01)
     parser.add_argument("--network-channels", type=int, default=24)

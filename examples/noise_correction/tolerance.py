@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-What the tolerance of the inversion does to the inverted noise: the errors of its steps add up.
+What the tolerance of the inversion does to the inverted noise.
 
     python -m examples.noise_correction.tolerance --flow outputs/fm/flow
 
@@ -76,7 +76,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--flow", type=Path, required=True, help="folder of train_flow.py")
     parser.add_argument("--images", type=int, default=64, help="training images that are inverted")
     parser.add_argument("--steps", type=int, nargs="+", default=[2, 3, 5, 10, 20, 30])
-    parser.add_argument("--tolerances", type=float, nargs="+", default=[1e-4, 1e-3, 3e-3, 1e-2])
+    parser.add_argument("--tolerances", type=float, nargs="+", default=[1e-3, 1e-2, 1e-1])
     return parser.parse_args(arguments)
 
 

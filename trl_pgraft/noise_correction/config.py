@@ -71,7 +71,11 @@ class NoiseCorrectionConfig:
     guided: bool = option(
         False, "Invert the sampler with the guidance that `pipeline_kwargs` ask for, not that of the prompts alone."
     )
-    tolerance: float = option(1e-3, "Largest residual of an inverted step, in units of the latents.")
+    tolerance: float = option(
+        1e-2,
+        "Largest sum of an element's residuals over the inverted steps, in units of the latents; each step is allowed "
+        "an equal share.",
+    )
     max_iterations: int = option(200, "Denoiser evaluations of an inverted step, per sample.")
     max_unconverged: float = option(
         0.0, "Largest share of the samples that may be left out because a step of theirs did not converge."

@@ -70,12 +70,12 @@ class InversionError(RuntimeError):
             Which samples of the batch did not converge.
     """
 
-    def __init__(self, step: int, residual: float, samples: torch.Tensor, count: int, tolerance: float):
+    def __init__(self, step: int, residual: float, samples: torch.Tensor, count: int, allowed: float):
         self.step, self.residual, self.samples = step, residual, samples
         super().__init__(
             f"invert_flow: {len(samples)} of {count} samples did not converge at step {step}: residual "
-            f"{residual:.3g}, tolerance {tolerance:.3g}. Raise max_iterations, use more sampling steps (a shorter "
-            "step is easier to invert), or a tolerance that the model's precision can reach."
+            f"{residual:.3g}, a step's share of the tolerance {allowed:.3g}. Raise max_iterations, use more sampling "
+            "steps (a shorter step is easier to invert), or a tolerance that the model's precision can reach."
         )
 
 
@@ -105,7 +105,7 @@ def invert_flow(
     pipeline_kwargs: dict[str, Any] | None = None,
     guided: bool = False,
     denoiser_format: type[DenoiserFormat] | None = None,
-    tolerance: float = 1e-5,
+    tolerance: float = 1e-4,
     max_iterations: int = 200,
 ) -> Inversion:
     """
@@ -132,8 +132,9 @@ def invert_flow(
             conditional branch alone is the velocity, whatever they say; an embedded guidance is always kept.
         denoiser_format (`type`, *optional*):
             Subclass of [`DenoiserFormat`] for a denoiser that the default does not serve.
-        tolerance (`float`, *optional*, defaults to `1e-5`):
-            Largest residual of an element, in units of the latents.
+        tolerance (`float`, *optional*, defaults to `1e-4`):
+            Largest sum over the steps of an element's residual, in units of the latents: the errors of steps add up.
+            Each step is allowed an equal share.
         max_iterations (`int`, *optional*, defaults to `200`):
             Denoiser evaluations of a step.
 
@@ -172,12 +173,13 @@ def invert(
     """
     x, rows = latents.to(torch.promote_types(latents.dtype, torch.float32)), torch.arange(len(latents))
     residuals, iterations = torch.empty(0, len(x), dtype=torch.float64), torch.empty(0, len(x), dtype=torch.int64)
+    allowed = tolerance / len(field.steps)
     for step in reversed(range(len(field.steps))):
-        x, residual, count = invert_step(field, x, step, rows, tolerance, max_iterations)
+        x, residual, count = invert_step(field, x, step, rows, allowed, max_iterations)
         residuals, iterations = torch.cat([residual[None], residuals]), torch.cat([count[None], iterations])
-        converged = residual <= tolerance
+        converged = residual <= allowed
         if not converged.all():
-            error = InversionError(step, residual.max().item(), rows[~converged], len(latents), tolerance)
+            error = InversionError(step, residual.max().item(), rows[~converged], len(latents), allowed)
             if leave_out is None:
                 raise error
             leave_out(error)
@@ -192,7 +194,8 @@ def invert_step(
     field: EulerField, target: torch.Tensor, step: int, rows: torch.Tensor, tolerance: float, max_iterations: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Solve `x + h v(x) = target` for x of the samples `rows`; converged samples are not computed again.
+    Solve `x + h v(x) = target` for x of the samples `rows`, to a residual of `tolerance`; converged samples are not
+    computed again.
 
     Returns:
         `tuple`: the best x found, of the shape of `target`, and its residuals and iterations of shape `(B,)` on the

@@ -57,7 +57,7 @@ class InvertedData:
         rows (`torch.Tensor` of shape `(N,)`, int64):
             Which rows of the data set these are.
         residuals (`torch.Tensor` of shape `(N,)`, float64):
-            Largest residual of a sample's steps.
+            Sum of a sample's residuals over its steps.
         iterations (`torch.Tensor` of shape `(N,)`, int64):
             Denoiser evaluations of all its steps.
     """
@@ -170,7 +170,7 @@ class DatasetInverter:
         return {
             "noise": found.noise.float().cpu(),
             "rows": start + rows,
-            "residuals": found.residuals.amax(0),
+            "residuals": found.residuals.sum(0),
             "iterations": found.iterations.sum(0),
         }
 

@@ -32,7 +32,6 @@ from ..checkpoints import load_optimizer_tensors, optimizer_tensors, refuse_chan
 from ..denoiser_call import Conditioning, DenoiserCall
 from ..fine_tuning import learning_rates, prepared, stop_if_skipped, take_step
 from ..rollout import seed_of
-from ..samples import fingerprint_of
 from .config import NoiseCorrectionConfig
 from .corrector import FlowCorrector, perturb
 
@@ -48,7 +47,9 @@ class CorrectorData:
 
     Args:
         noise (`torch.Tensor` of shape `(N, ...)`):
-            Inverted noise.
+            Inverted noise, or what a Gaussian leaves of it.
+        fingerprint (`str`):
+            Of the inverted noise: a resumed fit must have the same.
         prompts (`torch.Tensor` of shape `(N,)`, int64):
             Row of the conditioning that each belongs to.
         call ([`DenoiserCall`]):
@@ -58,6 +59,7 @@ class CorrectorData:
     """
 
     noise: torch.Tensor
+    fingerprint: str
     prompts: torch.Tensor
     call: DenoiserCall
     conditioning: Conditioning
@@ -93,7 +95,6 @@ class CorrectorFit:
     ):
         self.accelerator, self.corrector, self.data, self.config, self.log = accelerator, corrector, data, config, log
         self.path, self.step, self._losses, self._skipped_in_a_row = folder / CHECKPOINT_FILE, 0, [], 0
-        self._fingerprint = fingerprint_of({"noise": data.noise})
         self.parameters = corrector.parameters
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay
@@ -210,7 +211,7 @@ class CorrectorFit:
     def _run(self) -> dict[str, Any]:
         """What the result depends on, and so must not change when the fit is resumed."""
         made_with = {f"corrector's {name}": value for name, value in self.corrector.settings.items()}
-        return {**self.config.shaping(), **made_with, "inverted noise": self._fingerprint}
+        return {**self.config.shaping(), **made_with, "inverted noise": self.data.fingerprint}
 
     def _load(self) -> None:
         with safe_open(self.path, framework="pt") as file:

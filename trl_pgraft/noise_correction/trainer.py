@@ -15,6 +15,7 @@
 """Inverse noise correction: a flow model's noise is learned from real data, without a reward."""
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -51,7 +52,7 @@ from .corrector import (
     make_network,
 )
 from .fit import CHECKPOINT_FILE, CorrectorData, CorrectorFit, split
-from .gaussian import GaussianCorrector, check_size
+from .gaussian import FOLDS, GaussianCorrector, check_size, whiten_apart
 from .gaussianity import gaussianity
 from .inversion import FlowSampler
 from .inverted_data import DatasetInverter, InvertedData, encode_images
@@ -218,18 +219,21 @@ class NoiseCorrectionTrainer:
             `ValueError`: the corrector has a Gaussian, and there are too few samples for it, or too many elements.
         """
         if self.config.corrector in ("gaussian", "whitened"):
-            check_size(len(split(len(self.train_dataset), self.config)[1]), self.sampler.like[0].numel())
+            count = len(split(len(self.train_dataset), self.config)[1])
+            fitted = count if self.config.corrector == "gaussian" else count - math.ceil(count / FOLDS)
+            check_size(fitted, self.sampler.like[0].numel())
         data = self.invert()
         if self.accelerator.is_main_process and not self.config.resume_from_checkpoint:
             put_aside(self.output_dir, [CHECKPOINT_FILE, GAUSSIAN_FILE, METRICS_FILE, CORRECTOR_FOLDER])
         self.accelerator.wait_for_everyone()
         if self.config.corrector == "gaussian":
-            self.corrector = self.corrected.corrector = self._fit_gaussian(data)
+            self.corrector = self.corrected.corrector = self._fit_gaussian(data.noise)
         else:
+            training_data = self._training_data(data)
             if self.config.corrector == "whitened":
-                data = self._whitened(data)
+                training_data = replace(training_data, noise=self._whitened(data.noise))
             self.fit = CorrectorFit(
-                self.accelerator, self.corrector, self._training_data(data), self.config, self.output_dir, self.log
+                self.accelerator, self.corrector, training_data, self.config, self.output_dir, self.log
             )
             with on_device(self.pipeline, denoiser_of(self.pipeline), self.accelerator):
                 self.fit.run()
@@ -238,33 +242,37 @@ class NoiseCorrectionTrainer:
             self.push_to_hub()
         return self.corrected
 
-    def _fit_gaussian(self, data: InvertedData) -> GaussianCorrector:
-        held_out, rows = split(len(data.noise), self.config)
-        gaussian = GaussianCorrector.fit(data.noise[rows].to(self.accelerator.device))
+    def _fit_gaussian(self, noise: torch.Tensor) -> GaussianCorrector:
+        held_out, rows = split(len(noise), self.config)
+        gaussian = GaussianCorrector.fit(noise[rows].to(self.accelerator.device))
         if len(held_out):
-            self.log({"held_out/nats_gained": gaussian.nats_gained(data.noise[held_out].to(self.accelerator.device))})
+            self.log({"held_out/nats_gained": gaussian.nats_gained(noise[held_out].to(self.accelerator.device))})
         return gaussian
 
-    def _whitened(self, data: InvertedData) -> InvertedData:
-        """Data for the network of a [`WhitenedCorrector`]; its Gaussian is fitted, or that of the run resumed."""
+    def _whitened(self, noise: torch.Tensor) -> torch.Tensor:
+        """Noise for the network of a [`WhitenedCorrector`]; its Gaussian is fitted, or that of the run resumed."""
         if self.config.resume_from_checkpoint and (self.output_dir / GAUSSIAN_FILE).is_file():
             gaussian = GaussianCorrector.load(self.output_dir, self.pipeline)
         else:
-            gaussian = self._fit_gaussian(data)
+            gaussian = self._fit_gaussian(noise)
             if self.accelerator.is_main_process:
                 gaussian.save(self.output_dir)
         self.corrected.corrector = WhitenedCorrector(self.corrector, gaussian)
-        return replace(data, noise=gaussian.whiten(data.noise.to(self.accelerator.device)).float().cpu())
+        noise, (_, rows) = noise.to(self.accelerator.device), split(len(noise), self.config)
+        whitened = gaussian.whiten(noise)
+        whitened[rows] = whiten_apart(noise[rows])
+        return whitened.float().cpu()
 
     def _training_data(self, data: InvertedData) -> CorrectorData:
+        fingerprint = fingerprint_of({"noise": data.noise})
         if isinstance(self.corrector, NetworkCorrector):  # knows no prompts, and there may be many
             rows = torch.zeros(len(data.rows), dtype=torch.int64)
-            return CorrectorData(data.noise, rows, self.sampler.call, Conditioning({}, None, {}))
+            return CorrectorData(data.noise, fingerprint, rows, self.sampler.call, Conditioning({}, None, {}))
         has_prompts = "prompt" in self.train_dataset.column_names
         prompts = list(self.train_dataset["prompt"]) if has_prompts else [""] * len(self.train_dataset)
         unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         rows = torch.tensor([unique[prompts[row]] for row in data.rows.tolist()])
-        return CorrectorData(data.noise, rows, self.sampler.call, self.sampler.record(list(unique)))
+        return CorrectorData(data.noise, fingerprint, rows, self.sampler.call, self.sampler.record(list(unique)))
 
     def log(self, metrics: dict[str, float]) -> None:
         """Append a line of metrics to `metrics.jsonl` in the output folder."""

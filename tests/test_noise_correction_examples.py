@@ -227,6 +227,17 @@ def test_results_with_other_settings_are_refused(comparison):
         compare.main(compare.parse([*arguments, "--tolerance", "0.1"]))
 
 
+def test_settings_are_chosen_by_training_images_that_are_not_inverted(comparison):
+    folder, arguments = comparison
+    options = [*arguments, "--real-split", "train", "--real-images", "30", "--inverted-images", "70"]
+    training = load_images("fashion_mnist", "train", folder).pixels
+    assert torch.equal(compare.real_images(compare.parse(options)), training[70:])
+    with pytest.raises(SystemExit, match="last 30 of 100 training images overlap with the first 71"):
+        compare.real_images(compare.parse([*options, "--inverted-images", "71"]))
+    with pytest.raises(SystemExit, match="real_split=test, not train"):
+        compare.main(compare.parse(options))
+
+
 def test_a_tighter_tolerance_takes_more_evaluations(comparison, capsys):
     folder, _ = comparison
     options = ["--data", str(folder), "--flow", str(folder / "flow"), "--images", "16", "--steps", "2", "4"]

@@ -47,9 +47,9 @@ from trl_pgraft import NoiseCorrectedPipeline, NoiseCorrectionConfig, NoiseCorre
 
 ARMS = ("gaussian", "network", "whitened", "lora")
 LORA_TARGETS = ("conv1", "conv2", "to_q", "to_k", "to_v", "to_out.0")
-UNCORRECTED = (2, 3, 4, 5, 6, 8, 10, 14, 20, 30, 50)
+UNCORRECTED = (2, 3, 4, 5, 6, 8, 10, 14, 20, 25, 30, 50, 100)
 SETTINGS = (
-    *("domain", "images", "real_images", "inverted_images", "tolerance", "skipped_steps"),
+    *("domain", "images", "real_split", "real_images", "inverted_images", "tolerance", "skipped_steps"),
     *("network_channels", "lora_rank", "training_steps", "training_batch", "learning_rate"),
 )
 Sampler = Callable[[torch.Tensor], torch.Tensor]
@@ -76,7 +76,7 @@ class Comparison:
             name: feature_extractor(name, weights.get(name), self.device, args.efficientnet_size)
             for name in args.features
         }
-        real = load_images(args.domain, "test", args.data, args.real_images).pixels
+        real = real_images(args)
         self.real = {name: self._features(name, real) for name in self.extractors}
         size = self.pipeline.unet.config.sample_size
         self.shape = (self.pipeline.unet.config.in_channels, size, size)
@@ -112,6 +112,19 @@ class Comparison:
             file.write(line + "\n")
         self.done.add(_key(key))
         print(line, flush=True)
+
+
+def real_images(args: argparse.Namespace) -> torch.Tensor:
+    """What samples are compared with: the first test images or, to choose settings by, the last training images."""
+    if args.real_split == "test":
+        return load_images(args.domain, "test", args.data, args.real_images).pixels
+    pixels, count = load_images(args.domain, "train", args.data).pixels, args.real_images or 10_000
+    if args.inverted_images + count > len(pixels):
+        raise SystemExit(
+            f"--real-split train: the last {count} of {len(pixels)} training images overlap with the first "
+            f"{args.inverted_images}, which are inverted. Lower --inverted-images or --real-images."
+        )
+    return pixels[-count:]
 
 
 def check_settings(args: argparse.Namespace) -> None:
@@ -246,20 +259,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--classifier", type=Path, help="folder of train_classifier.py")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, nargs="*", default=UNCORRECTED, help="uncorrected")
-    parser.add_argument("--corrected", type=int, nargs="*", default=(2, 3, 5, 10, 20), help="steps that are corrected")
+    parser.add_argument("--corrected", type=int, nargs="*", default=(2, 3, 5, 10, 25, 50), help="that are corrected")
     parser.add_argument("--correctors", nargs="*", choices=ARMS, default=ARMS)
     parser.add_argument("--corrector-steps", type=int, nargs="+", default=(1, 2))
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--images", type=int, default=10_000, help="drawn for each distance")
-    parser.add_argument("--real-images", type=int, help="of the test split; all where not given")
-    parser.add_argument("--inverted-images", type=int, default=20_000, help="training images that are inverted")
+    parser.add_argument("--real-split", choices=("test", "train"), default="test", help="train: to choose settings by")
+    parser.add_argument("--real-images", type=int, help="of that split: all; of training images the last 10,000")
+    parser.add_argument("--inverted-images", type=int, default=30_000, help="training images that are inverted")
     parser.add_argument("--tolerance", type=float, default=1e-2, help="of an inversion, all its steps together")
     parser.add_argument("--skipped-steps", type=int, default=1, help="last steps that are not inverted")
     parser.add_argument("--max-unconverged", type=float, default=0.01)
     parser.add_argument("--network-channels", type=int, default=24)
     parser.add_argument("--lora-rank", type=int, default=16)
-    parser.add_argument("--training-steps", type=int, default=4000, help="of each corrector")
-    parser.add_argument("--training-batch", type=int, default=256)
+    parser.add_argument("--training-steps", type=int, default=2500, help="of each corrector")
+    parser.add_argument("--training-batch", type=int, default=1024)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--batch", type=int, default=2000, help="images drawn or inverted at a time")
     parser.add_argument("--features", nargs="+", choices=FEATURES, default=("domain",))

@@ -135,19 +135,26 @@ def _label(arm: str, count: int, fewest: int = 1, most: int = 1) -> str:
 
 
 def draw(tables: dict[str, pd.DataFrame], path: Path) -> None:
-    """One panel for each kind of features: distance over FLOPs, both in logarithms, with the deviation over seeds."""
-    figure, axes = plt.subplots(1, len(tables), figsize=(9.6 * len(tables), 5.2), squeeze=False)
+    """
+    One panel for each kind of features: distance over FLOPs, both in logarithms, with the deviation over seeds.
+
+    What starts from inverted training images may leave a panel below, so that the others can be told apart.
+    """
+    figure, axes = plt.subplots(1, len(tables), figsize=(6.4 * len(tables) + 3.2, 5.2), squeeze=False)
     for axis, (name, table) in zip(axes[0], tables.items(), strict=True):
         curves = dict(list(table.groupby(["arm", "corrector_steps"])))
         for (arm, count), rows in sorted(curves.items(), key=lambda item: list(STYLES).index(item[0][0])):
             _curve(axis, arm, count, rows.sort_values("flops"))
         axis.set(xscale="log", yscale="log", xlabel="MFLOP per image", ylabel=f"Fréchet distance, {name} features")
+        reached = table[table.arm != "inverted"]["mean"]
+        if len(reached):
+            axis.set_ylim(reached.min() / 1.3, reached.max() * 1.3)
         for scale in (axis.xaxis, axis.yaxis):
             scale.set_major_formatter("{x:g}")
             scale.set_minor_locator(matplotlib.ticker.LogLocator(subs=(2, 5)))
             scale.set_minor_formatter("{x:g}")
         axis.grid(alpha=0.25, which="both")
-        axis.legend(fontsize=8, title="numbers: model steps", loc="upper left", bbox_to_anchor=(1.01, 1))
+    axes[0, -1].legend(fontsize=8, title="numbers: model steps", loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -22,7 +22,7 @@ import pandas as pd
 import pytest
 import torch
 from diffusers import UNet2DModel
-from noise_correction import compare, frechet, report, samples, tolerance, train_classifier, train_flow
+from noise_correction import compare, frechet, remake, report, samples, tolerance, train_classifier, train_flow
 from noise_correction.data import Images, centred, dequantise, load_images, to_bytes
 from noise_correction.flow_pipeline import FlowPipeline
 from PIL import Image
@@ -295,3 +295,40 @@ def test_results_are_read_per_kind_of_features(tmp_path):
     text = report.write_report(tmp_path)
     assert "domain features" in text and "5.00 ± 1.41" in text
     assert "efficientnet features" in text and "| 1.00 |" in text
+
+
+def test_remaking_has_a_job_for_every_point(tmp_path):
+    jobs = remake.comparison_jobs(tuple(remake.FLOWS), tmp_path, ("domain",))
+    parsed = [(job.name.split("-")[0], compare.parse(list(job.arguments))) for job in jobs]
+    assert len({job.name for job in jobs}) == len(jobs)
+    points = {(name, steps, args.seeds[0]) for name, args in parsed for steps in args.corrected}
+    assert points == {(n, steps, s) for n, flow in remake.FLOWS.items() for steps in flow.corrected for s in (0, 1, 2)}
+    alone = [args for _, args in parsed if not args.corrected]
+    assert len(alone) == 9 and all(args.steps == compare.UNCORRECTED for args in alone)
+    training = remake.training_jobs(tuple(remake.FLOWS), tmp_path)[:3]
+    trained = {job.name: train_flow.parse(list(job.arguments)) for job in training}
+    assert {args.flow for name, args in parsed if name == "weaker"} == {trained["weaker-flow"].output}
+    assert trained["weaker-flow"].widths == [32, 64] and trained["emoji-flow"].domain == "emoji"
+
+
+@pytest.mark.slow
+def test_remaking_trains_compares_and_goes_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(remake, "SEEDS", (0,))
+    rng = np.random.default_rng(0)
+    for prefix in ("train", "t10k"):
+        write_idx(tmp_path, prefix, rng.integers(0, 256, (300, 8, 8)), rng.integers(0, 10, 300))
+    options = ["--data", str(tmp_path), "--output", str(tmp_path / "out"), "--flows", "weaker", "--features", "domain"]
+    small = "--images 140 --inverted-images 140 --batch 140 --max-unconverged 0.9 --tolerance 1 --training-steps 1"
+    options += ["--compare-options", f"{small} --training-batch 8", "--flow-options", "--steps 2 --batch 8"]
+    args = remake.parse([*options, "--jobs", "2"])
+    remake.main(args)
+    assert "network, then Gaussian" in capsys.readouterr().out
+    results = report.read_results(tmp_path / "out" / "weaker" / "compare")
+    assert set(results.steps[results.arm == "gaussian"]) == {10, 25}
+    logs = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "log").iterdir()}
+    assert len(logs) == 5
+    (tmp_path / "out" / "log" / "weaker-0-10.txt").unlink()
+    remake.main(args)
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "log").iterdir()}
+    assert [path.name for path in logs if after[path] != logs[path]] == ["weaker-0-10.txt"]
+    assert len(report.read_results(tmp_path / "out" / "weaker" / "compare")) == len(results)

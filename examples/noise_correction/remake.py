@@ -1,0 +1,181 @@
+# Copyright 2026 The trl_pgraft authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Remake the measurements of docs/noise_correction.md: train classifiers and flows, compare, report.
+
+    python -m examples.noise_correction.remake --output outputs/noise_correction --gpus 0 1 2 3 --jobs 14
+
+Every job is a process of its own, with a log in `OUTPUT/log`. Started again, it goes on: what is done is not done
+again, and a job that broke off goes on from what it had.
+"""
+
+import argparse
+import os
+import queue
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from examples.noise_correction.report import write_report
+
+
+@dataclass(frozen=True)
+class Job:
+    """
+    One process.
+
+    Args:
+        name (`str`): that of its log.
+        module (`str`): a module of `examples.noise_correction`.
+        arguments (`Sequence[str]`): its command line.
+    """
+
+    name: str
+    module: str
+    arguments: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Flow:
+    """
+    A flow model and what is measured of it.
+
+    Args:
+        domain (`str`): its data.
+        options (`Sequence[str]`): how it is trained, where that is not `train_flow`'s default.
+        corrected (`Sequence[int]`): numbers of steps that are corrected.
+    """
+
+    domain: str
+    options: Sequence[str] = ()
+    corrected: Sequence[int] = (50, 25, 10, 5, 3, 2)
+
+
+WEAKER = ("--widths", "32", "64", "--layers", "1", "--batch", "128", "--steps", "2700")
+FLOWS = {
+    "fashion_mnist": Flow("fashion_mnist"),
+    "emoji": Flow("emoji"),
+    "weaker": Flow("fashion_mnist", WEAKER, corrected=(25, 10)),
+}
+SEEDS = (0, 1, 2)
+
+
+def training_jobs(flows: Sequence[str], output: Path) -> list[Job]:
+    """Flows first, which take longest."""
+    jobs = []
+    for name in flows:
+        options = ("--domain", FLOWS[name].domain, "--output", str(output / name / "flow"), *FLOWS[name].options)
+        jobs.append(Job(f"{name}-flow", "train_flow", options))
+    for domain in dict.fromkeys(FLOWS[name].domain for name in flows):
+        options = ("--domain", domain, "--output", str(output / f"{domain}-classifier"))
+        jobs.append(Job(f"{domain}-classifier", "train_classifier", options))
+    return jobs
+
+
+def comparison_jobs(flows: Sequence[str], output: Path, features: Sequence[str]) -> list[Job]:
+    """The longest first, so that none is left alone at the end: the model alone, then by corrected steps."""
+    jobs = []
+    for seed in SEEDS:
+        for name in flows:
+            domain = FLOWS[name].domain
+            options = ("--domain", domain, "--flow", str(output / name / "flow"), "--features", *features)
+            options += (
+                "--classifier",
+                str(output / f"{domain}-classifier"),
+                "--output",
+                str(output / name / "compare"),
+            )
+            options += ("--seeds", str(seed))
+            jobs.append((100, Job(f"{name}-{seed}-uncorrected", "compare", (*options, "--corrected"))))
+            for steps in FLOWS[name].corrected:
+                # Whitening first was no better to ten steps.
+                learned = ("network", "whitened") if steps > 10 else ("network",)
+                corrected = ("--steps", "--corrected", str(steps), "--correctors", "gaussian", *learned)
+                jobs.append((steps, Job(f"{name}-{seed}-{steps}", "compare", (*options, *corrected))))
+    return [job for _, job in sorted(jobs, key=lambda pair: -pair[0])]
+
+
+def run(job: Job, gpu: int, logs: Path, extra: Sequence[str]) -> bool:
+    """Do a job unless its log says that it is done; whether it is."""
+    done, part, started = logs / f"{job.name}.txt", logs / f"{job.name}.part", time.perf_counter()
+    if done.exists():
+        return True
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu), "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", f"examples.noise_correction.{job.module}", *job.arguments, *extra]
+    with open(part, "w") as log:
+        code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
+    result = "done" if code == 0 else f"failed, see {part}"
+    print(f"{job.name}: {result}, {time.perf_counter() - started:.0f} s", flush=True)
+    if code == 0:
+        part.rename(done)
+    return code == 0
+
+
+def run_all(jobs: Sequence[Job], args: argparse.Namespace) -> None:
+    """
+    Do jobs, `args.jobs` at a time, spread over the GPUs.
+
+    Raises:
+        `SystemExit`: some failed; the others were done.
+    """
+    logs, free = args.output / "log", queue.Queue()
+    logs.mkdir(parents=True, exist_ok=True)
+    for number in range(args.jobs):
+        free.put(args.gpus[number % len(args.gpus)])
+
+    def work(job: Job) -> bool:
+        gpu = free.get()
+        try:
+            data = ["--data", str(args.data)] if args.data else []
+            further = {"train_flow": args.flow_options, "compare": args.compare_options}.get(job.module, "")
+            return run(job, gpu, logs, [*data, *shlex.split(further)])
+        finally:
+            free.put(gpu)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        done = list(pool.map(work, jobs))
+    if not all(done):
+        raise SystemExit(f"{done.count(False)} of {len(done)} jobs failed. Start again to try them once more.")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Train, compare, report."""
+    run_all(training_jobs(args.flows, args.output), args)
+    run_all(comparison_jobs(args.flows, args.output, args.features), args)
+    for name in args.flows:
+        print(f"{name}\n\n{write_report(args.output / name / 'compare')}\n")
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--data", type=Path, help="folder of Fashion-MNIST's files")
+    parser.add_argument("--flows", nargs="+", choices=FLOWS, default=tuple(FLOWS))
+    parser.add_argument("--features", nargs="+", default=("domain", "efficientnet"))
+    parser.add_argument("--gpus", type=int, nargs="+", default=[0], help="numbers of the GPUs")
+    parser.add_argument("--jobs", type=int, default=4, help="processes at a time; three or four fill a GPU")
+    parser.add_argument("--flow-options", default="", help="of every train_flow, as one string: '--limit 30000'")
+    parser.add_argument("--compare-options", default="", help="of every compare, as one string: '--images 2000'")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main(parse())

@@ -50,10 +50,10 @@ class NoiseCorrectionConfig:
         "network",
         "What is fitted: a small network of its own, which knows no prompts; the Gaussian of the noise's mean and "
         "covariance, which needs no training and next to no time, for latents of some thousand elements and more "
-        "samples than that; that Gaussian after a network that is fitted to what it leaves ('whitened'), the best "
-        "that was measured; or a LoRA on the model itself, which knows the prompts and costs two denoiser "
-        "evaluations a step. The network, because it can be fitted to any latents and costs little; where a Gaussian "
-        "can be fitted, take 'whitened' (docs/noise_correction.md).",
+        "samples than that; that Gaussian after a network that is fitted to what it leaves ('whitened'); or a LoRA on "
+        "the model itself, which knows the prompts and costs two denoiser evaluations a step. The network, because it "
+        "was the best for samplers of up to ten steps, can be fitted to any latents and costs little. For more steps, "
+        "measure: 'whitened' helped on one data set and did harm on another (docs/noise_correction.md).",
         choices=["network", "gaussian", "whitened", "lora"],
     )
     corrector_steps: int = option(1, "Steps of the corrector when sampling, unless a call asks for others.")
@@ -85,7 +85,11 @@ class NoiseCorrectionConfig:
     max_steps: int = option(
         2000, "Optimizer steps; a run that is resumed for more goes on with the learning-rate schedule of that many."
     )
-    train_batch_size: int = option(64, "Samples of an optimizer step, over all processes.")
+    train_batch_size: int = option(
+        64,
+        "Samples of an optimizer step, over all processes. What is learned is a small part of the loss, so larger "
+        "ones are worth their time: 1,024 gave better samples than 256 in as many steps or fewer.",
+    )
     learning_rate: float = option(1e-4, "Learning rate of AdamW.")
     weight_decay: float = option(0.0, "Weight decay of AdamW.")
     max_grad_norm: float = option(1.0, "Norm to which the gradient is clipped.")

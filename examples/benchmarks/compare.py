@@ -31,11 +31,7 @@ the first seed of each, with `--jobs 1`, `--seeds` and `--methods`; tables and f
 import argparse
 import json
 import os
-import queue
-import subprocess
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +39,7 @@ import pandas as pd
 import yaml
 
 from examples.benchmarks import figures
+from examples.gpu_jobs import run_module, spread
 
 
 def runs_of(plan: dict[str, Any]) -> list[dict[str, Any]]:
@@ -80,20 +77,18 @@ def start(run: dict[str, Any], output: Path, gpu: int, old_trl: Path | None, bas
     folder = folder_of(output, run)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.json").write_text(json.dumps(run, indent=1))
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu), "PYTHONUNBUFFERED": "1"}
+    environment = {}
     if run["trainer"] == "ddpo":
         paths = [str(old_trl), os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    command = [sys.executable, "-m", "examples.benchmarks.one_run", str(folder)]
-    with open(folder / "log.txt", "w") as log:
-        command += ["--base", str(base)] if base else []
-        code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
+    arguments = [str(folder), *(["--base", str(base)] if base else [])]
+    finished = run_module("examples.benchmarks.one_run", arguments, gpu, folder / "log.txt", environment)
     lines = (folder / "log.txt").read_text().splitlines()
     last = [line for line in lines if line.startswith(run["method"])][-1:]
     print(f"[{time.strftime('%H:%M:%S')}] {(last or [run['method']])[0]}", flush=True)
-    if code:
+    if not finished:
         print("\n".join([f"failed: {folder / 'log.txt'}", *lines[-12:]]), flush=True)
-    return code == 0
+    return finished
 
 
 def check_same(run: dict[str, Any], folder: Path) -> None:
@@ -118,23 +113,16 @@ def run_all(plan: dict[str, Any], arguments: argparse.Namespace) -> None:
     todo = [run for run in runs_of(plan) if is_wanted(run, arguments)]
     if arguments.old_trl is None and any(run["trainer"] == "ddpo" for run in todo):
         raise SystemExit("--old-trl: the plan has runs of DDPO, which need a folder with trl 0.23.1.")
-    free: queue.Queue[int] = queue.Queue()
-    for job in range(arguments.jobs):
-        free.put(arguments.gpus[job % len(arguments.gpus)])
-
-    def work(run: dict[str, Any], base: Path | None) -> bool:
-        gpu = free.get()
-        try:
-            return start(run, output, gpu, arguments.old_trl, base)
-        finally:
-            free.put(gpu)
 
     first = [run for run in runs_of(plan) if run["trainer"] == "base"][0]
-    if first in todo and not work(first, None):
+    if first in todo and not start(first, output, arguments.gpus[0], arguments.old_trl, None):
         raise SystemExit("the untuned model could not be evaluated")
-    base = folder_of(output, first) / "features.safetensors"
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        done = list(pool.map(lambda run: work(run, base), [run for run in todo if run != first]))
+    others, base = [run for run in todo if run != first], folder_of(output, first) / "features.safetensors"
+
+    def work(run: dict[str, Any], gpu: int) -> bool:
+        return start(run, output, gpu, arguments.old_trl, base)
+
+    done = spread(work, others, arguments.jobs, arguments.gpus)
     if not all(done):
         print(f"{done.count(False)} runs failed; start again to try them once more.")
 

@@ -22,17 +22,14 @@ again, and a job that broke off goes on from what it had.
 """
 
 import argparse
-import os
-import queue
+import itertools
 import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from examples.gpu_jobs import run_module, spread
 from examples.noise_correction.report import write_report
 
 
@@ -91,25 +88,19 @@ def training_jobs(flows: Sequence[str], output: Path) -> list[Job]:
 
 def comparison_jobs(flows: Sequence[str], output: Path, features: Sequence[str]) -> list[Job]:
     """The longest first, so that none is left alone at the end: the model alone, then by corrected steps."""
-    jobs = []
-    for seed in SEEDS:
-        for name in flows:
-            domain = FLOWS[name].domain
-            options = ("--domain", domain, "--flow", str(output / name / "flow"), "--features", *features)
-            options += (
-                "--classifier",
-                str(output / f"{domain}-classifier"),
-                "--output",
-                str(output / name / "compare"),
-            )
-            options += ("--seeds", str(seed))
-            jobs.append((100, Job(f"{name}-{seed}-uncorrected", "compare", (*options, "--corrected"))))
-            for steps in FLOWS[name].corrected:
-                # Whitening first was no better to ten steps.
-                learned = ("network", "whitened") if steps > 10 else ("network",)
-                corrected = ("--steps", "--corrected", str(steps), "--correctors", "gaussian", *learned)
-                jobs.append((steps, Job(f"{name}-{seed}-{steps}", "compare", (*options, *corrected))))
-    return [job for _, job in sorted(jobs, key=lambda pair: -pair[0])]
+    alone, corrected = [], []
+    for name, seed in itertools.product(flows, SEEDS):
+        classifier = output / f"{FLOWS[name].domain}-classifier"
+        folders = {"--flow": output / name / "flow", "--classifier": classifier, "--output": output / name / "compare"}
+        options = ["--domain", FLOWS[name].domain, "--seeds", str(seed), "--features", *features]
+        options += [part for option, folder in folders.items() for part in (option, str(folder))]
+        alone.append(Job(f"{name}-{seed}-uncorrected", "compare", [*options, "--corrected"]))
+        for steps in FLOWS[name].corrected:
+            # Whitening first was no better to ten steps.
+            learned = ["network", "whitened"] if steps > 10 else ["network"]
+            command = [*options, "--steps", "--corrected", str(steps), "--correctors", "gaussian", *learned]
+            corrected.append((steps, Job(f"{name}-{seed}-{steps}", "compare", command)))
+    return alone + [job for _, job in sorted(corrected, key=lambda pair: -pair[0])]
 
 
 def run(job: Job, gpu: int, logs: Path, extra: Sequence[str]) -> bool:
@@ -117,15 +108,12 @@ def run(job: Job, gpu: int, logs: Path, extra: Sequence[str]) -> bool:
     done, part, started = logs / f"{job.name}.txt", logs / f"{job.name}.part", time.perf_counter()
     if done.exists():
         return True
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu), "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", f"examples.noise_correction.{job.module}", *job.arguments, *extra]
-    with open(part, "w") as log:
-        code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
-    result = "done" if code == 0 else f"failed, see {part}"
+    finished = run_module(f"examples.noise_correction.{job.module}", [*job.arguments, *extra], gpu, part)
+    result = "done" if finished else f"failed, see {part}"
     print(f"{job.name}: {result}, {time.perf_counter() - started:.0f} s", flush=True)
-    if code == 0:
+    if finished:
         part.rename(done)
-    return code == 0
+    return finished
 
 
 def run_all(jobs: Sequence[Job], args: argparse.Namespace) -> None:
@@ -135,22 +123,15 @@ def run_all(jobs: Sequence[Job], args: argparse.Namespace) -> None:
     Raises:
         `SystemExit`: some failed; the others were done.
     """
-    logs, free = args.output / "log", queue.Queue()
+    logs = args.output / "log"
     logs.mkdir(parents=True, exist_ok=True)
-    for number in range(args.jobs):
-        free.put(args.gpus[number % len(args.gpus)])
+    data = ["--data", str(args.data)] if args.data else []
+    further = {"train_flow": args.flow_options, "compare": args.compare_options}
 
-    def work(job: Job) -> bool:
-        gpu = free.get()
-        try:
-            data = ["--data", str(args.data)] if args.data else []
-            further = {"train_flow": args.flow_options, "compare": args.compare_options}.get(job.module, "")
-            return run(job, gpu, logs, [*data, *shlex.split(further)])
-        finally:
-            free.put(gpu)
+    def work(job: Job, gpu: int) -> bool:
+        return run(job, gpu, logs, [*data, *shlex.split(further.get(job.module, ""))])
 
-    with ThreadPoolExecutor(args.jobs) as pool:
-        done = list(pool.map(work, jobs))
+    done = spread(work, jobs, args.jobs, args.gpus)
     if not all(done):
         raise SystemExit(f"{done.count(False)} of {len(done)} jobs failed. Start again to try them once more.")
 

@@ -14,6 +14,7 @@
 
 """The Gaussian of inverted noise as a corrector: a linear map, which needs no training."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -106,6 +107,11 @@ class GaussianCorrector:
         squares = noise.double().square().sum() - self.whiten(noise).square().sum()
         volume = torch.linalg.slogdet(self.root.to(noise.device).double())[1]
         return (squares / (2 * len(noise)) - volume).item() / noise[0].numel()
+
+
+def fitted_apart(count: int) -> int:
+    """How many of `count` samples each Gaussian of [`whiten_apart`] is fitted to, at least."""
+    return count - math.ceil(count / FOLDS)
 
 
 def whiten_apart(noise: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,11 @@ class InvertedData:
     rows: torch.Tensor
     residuals: torch.Tensor
     iterations: torch.Tensor
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the noise."""
+        return fingerprint_of({"noise": self.noise})
 
 
 class DatasetInverter:

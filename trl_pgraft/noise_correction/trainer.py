@@ -15,7 +15,6 @@
 """Inverse noise correction: a flow model's noise is learned from real data, without a reward."""
 
 import json
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -39,7 +38,6 @@ from ..hub import GAUSSIAN_FILE
 from ..pipeline_inputs import takes_prompts
 from ..placement import check_adaptable, on_device
 from ..rollout import seed_of
-from ..samples import fingerprint_of
 from ..timestep_gate import gate_on
 from .config import NoiseCorrectionConfig
 from .corrector import (
@@ -52,7 +50,7 @@ from .corrector import (
     make_network,
 )
 from .fit import CHECKPOINT_FILE, CorrectorData, CorrectorFit, split
-from .gaussian import FOLDS, GaussianCorrector, check_size, whiten_apart
+from .gaussian import GaussianCorrector, check_size, fitted_apart, whiten_apart
 from .gaussianity import gaussianity
 from .inversion import FlowSampler
 from .inverted_data import DatasetInverter, InvertedData, encode_images
@@ -188,12 +186,12 @@ class NoiseCorrectionTrainer:
 
     def _report(self, data: InvertedData, seconds: float) -> None:
         """Write `inversion.json`, unless it is there and tells of the same noise."""
-        path, fingerprint = self.output_dir / "inversion.json", fingerprint_of({"noise": data.noise})
-        if path.is_file() and json.loads(path.read_text()).get("noise") == fingerprint:
+        path = self.output_dir / "inversion.json"
+        if path.is_file() and json.loads(path.read_text()).get("noise") == data.fingerprint:
             return
         inverted_steps = len(self.sampler.steps) - self.config.skipped_steps
         report = {
-            "noise": fingerprint,
+            "noise": data.fingerprint,
             "samples": len(data.rows),
             "left_out": len(self.train_dataset) - len(data.rows),
             "largest_residual": data.residuals.max().item(),
@@ -220,7 +218,7 @@ class NoiseCorrectionTrainer:
         """
         if self.config.corrector in ("gaussian", "whitened"):
             count = len(split(len(self.train_dataset), self.config)[1])
-            fitted = count if self.config.corrector == "gaussian" else count - math.ceil(count / FOLDS)
+            fitted = count if self.config.corrector == "gaussian" else fitted_apart(count)
             check_size(fitted, self.sampler.like[0].numel())
         data = self.invert()
         if self.accelerator.is_main_process and not self.config.resume_from_checkpoint:
@@ -258,21 +256,21 @@ class NoiseCorrectionTrainer:
             if self.accelerator.is_main_process:
                 gaussian.save(self.output_dir)
         self.corrected.corrector = WhitenedCorrector(self.corrector, gaussian)
-        noise, (_, rows) = noise.to(self.accelerator.device), split(len(noise), self.config)
-        whitened = gaussian.whiten(noise)
-        whitened[rows] = whiten_apart(noise[rows])
-        return whitened.float().cpu()
+        whitened, (held_out, rows) = torch.empty_like(noise), split(len(noise), self.config)
+        noise = noise.to(self.accelerator.device)
+        whitened[held_out] = gaussian.whiten(noise[held_out]).float().cpu()
+        whitened[rows] = whiten_apart(noise[rows]).float().cpu()
+        return whitened
 
     def _training_data(self, data: InvertedData) -> CorrectorData:
-        fingerprint = fingerprint_of({"noise": data.noise})
         if isinstance(self.corrector, NetworkCorrector):  # knows no prompts, and there may be many
             rows = torch.zeros(len(data.rows), dtype=torch.int64)
-            return CorrectorData(data.noise, fingerprint, rows, self.sampler.call, Conditioning({}, None, {}))
+            return CorrectorData(data.noise, data.fingerprint, rows, self.sampler.call, Conditioning({}, None, {}))
         has_prompts = "prompt" in self.train_dataset.column_names
         prompts = list(self.train_dataset["prompt"]) if has_prompts else [""] * len(self.train_dataset)
         unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         rows = torch.tensor([unique[prompts[row]] for row in data.rows.tolist()])
-        return CorrectorData(data.noise, fingerprint, rows, self.sampler.call, self.sampler.record(list(unique)))
+        return CorrectorData(data.noise, data.fingerprint, rows, self.sampler.call, self.sampler.record(list(unique)))
 
     def log(self, metrics: dict[str, float]) -> None:
         """Append a line of metrics to `metrics.jsonl` in the output folder."""

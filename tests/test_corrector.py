@@ -32,7 +32,7 @@ from trl_pgraft.noise_correction.corrector import (
     perturb,
     transport,
 )
-from trl_pgraft.noise_correction.gaussian import GaussianCorrector, whiten_apart
+from trl_pgraft.noise_correction.gaussian import GaussianCorrector
 from trl_pgraft.probe import learn_denoiser_call
 
 
@@ -165,20 +165,6 @@ def test_a_gaussian_gains_the_divergence_of_the_noise_from_the_standard_normal()
     divergence = (covariance.trace() + mean @ mean - 6 - torch.logdet(covariance)) / 2
     gained = GaussianCorrector.fit(samples[:100_000]).nats_gained(held_out)
     assert gained == pytest.approx(divergence.item() / 6, abs=0.01)
-
-
-def test_samples_whitened_apart_are_as_new_ones():
-    """Along its own eigenvectors a Gaussian leaves less of the samples that it was fitted to."""
-    generator = torch.Generator().manual_seed(0)
-    deviations = (0.3 * torch.randn(100, generator=generator)).exp()
-    rotation = torch.linalg.qr(torch.randn(100, 100, generator=generator))[0]
-    samples, new = (deviations * torch.randn(count, 100, generator=generator) @ rotation for count in (1000, 5000))
-    gaussian = GaussianCorrector.fit(samples)
-    powers = [noise.square().mean().item() for noise in (gaussian.whiten(new), whiten_apart(samples))]
-    assert powers[1] == pytest.approx(powers[0], abs=0.01)
-    assert gaussian.whiten(samples).square().mean() < powers[0] - 0.04
-    shaped = whiten_apart(samples.reshape(1000, 4, 5, 5))
-    assert torch.equal(shaped.flatten(1), whiten_apart(samples))
 
 
 def test_a_gaussian_does_not_take_chance_for_covariance():

@@ -184,7 +184,7 @@ def test_comparison_measures_every_arm_once(comparison):
     assert (folder / "out" / "results.jsonl").read_text() == before
     results = report.read_results(folder / "out")
     assert results.groupby("arm").size().to_dict() == {
-        "uncorrected": 4, "inverted": 1, "gaussian": 2, "network": 4, "whitened": 4, "lora": 4
+        "uncorrected": 4, "inverted": 1, "gaussian": 2, "network": 4, "lora": 4
     }  # fmt: skip
     assert (results.images == 24).all() and results.frechet_domain.notna().all()
     assert (folder / "out" / "frechet_over_flops.png").stat().st_size > 10_000
@@ -211,14 +211,13 @@ def test_samples_are_drawn_with_every_corrector(comparison):
     args = samples.parse([*options, "--count", "5", "--output", str(folder / "samples.png")])
     rows = samples.rows_of(args)
     assert list(rows) == [
-        "3 steps", "gaussian, 3 steps", "network, 3 steps", "whitened, 3 steps", "lora, 3 steps", "10 steps",
-        "test images",
+        "3 steps", "gaussian, 3 steps", "network, 3 steps", "lora, 3 steps", "10 steps", "test images"
     ]  # fmt: skip
     assert not torch.equal(rows["3 steps"], rows["gaussian, 3 steps"])
     samples.main(args)
     drawn = np.array(Image.open(folder / "samples.png"))
-    assert drawn.shape == (7 * 8 * 2, 5 * 8 * 2, 3)
-    assert (drawn[6 * 16 :: 2, 16:32:2, 0] == rows["test images"][1, 0].numpy()).all()
+    assert drawn.shape == (6 * 8 * 2, 5 * 8 * 2, 3)
+    assert (drawn[5 * 16 :: 2, 16:32:2, 0] == rows["test images"][1, 0].numpy()).all()
 
 
 def test_results_with_other_settings_are_refused(comparison):

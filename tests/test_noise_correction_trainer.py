@@ -339,9 +339,7 @@ def test_a_lora_is_trained_on_prompts(tmp_path, make):
     assert not torch.equal(weights(trainer), before)
     assert all(p.dtype == torch.float32 for p in trainer.corrector.parameters)
     call = {**size, "num_inference_steps": 3, "prompt": "a cat", "output_type": "latent"}
-    images = [
-        corrected(**call, corrector_steps=n, generator=torch.Generator().manual_seed(0)).images for n in (0, 1)
-    ]
+    images = [corrected(**call, corrector_steps=n, generator=torch.Generator().manual_seed(0)).images for n in (0, 1)]
     assert not torch.equal(*images)
     loaded = NoiseCorrectedPipeline.from_pretrained(tmp_path / "out/corrector", make())
     again = loaded(**call, generator=torch.Generator().manual_seed(0)).images
@@ -457,8 +455,9 @@ def test_what_is_compared_with_standard_noise_is_a_random_part_and_not_too_much(
 
 def test_prompts_are_not_encoded_for_a_network(tmp_path):
     """It does not know them, and of a captioned data set there are as many as images."""
-    pipeline, data = tiny_sd3(), Dataset.from_dict(
-        {"latents": noise_of(6, (4, 8, 8)).numpy(), "prompt": ["a", "b", "c", "d", "e", "f"]}
+    pipeline, data = (
+        tiny_sd3(),
+        Dataset.from_dict({"latents": noise_of(6, (4, 8, 8)).numpy(), "prompt": ["a", "b", "c", "d", "e", "f"]}),
     )
     config = make_config(tmp_path, tolerance=1e-3, inversion_batch_size=2, max_steps=1)
     trainer = NoiseCorrectionTrainer(config, pipeline, data, pipeline_kwargs={"height": 16, "width": 16})
@@ -508,39 +507,11 @@ def test_a_gaussian_is_fitted(tmp_path):
     assert torch.equal(loaded.corrector.root, corrected.corrector.root)
 
 
-@pytest.mark.parametrize("corrector", ["gaussian", "whitened"])
-def test_too_few_samples_for_a_gaussian_are_refused_before_the_inversion(tmp_path, corrector):
-    trainer = trainer_of(tmp_path, flow_data(8), corrector=corrector)
-    with pytest.raises(ValueError, match="A Gaussian of [68] samples of .* more samples than elements"):
+def test_too_few_samples_for_a_gaussian_are_refused_before_the_inversion(tmp_path):
+    trainer = trainer_of(tmp_path, flow_data(8), corrector="gaussian")
+    with pytest.raises(ValueError, match="A Gaussian of 8 samples of .* more samples than elements"):
         trainer.train()
     assert not (trainer.output_dir / "inverted").exists()
-
-
-def test_a_network_is_fitted_to_what_the_gaussian_leaves(tmp_path):
-    data = flow_data(400)
-    trainer = trainer_of(tmp_path, data, corrector="whitened", corrector_steps=2)
-    corrected = trainer.train()
-    learned, noise = trainer.fit.data.noise, noise_of(5)
-    assert learned.mean().item() == pytest.approx(0, abs=0.03)
-    assert learned.std().item() == pytest.approx(1, abs=0.03)
-    assert trainer.corrector.module.conv_out.weight.abs().max() > 0
-    gaussian = trainer_of(tmp_path / "gaussian", data, corrector="gaussian").train().corrector
-    assert torch.equal(corrected.corrector.gaussian.root, gaussian.root)
-    wanted = gaussian.correct(transport(trainer.corrector, noise, None, {}, 2), None, {}, 2)
-    assert torch.equal(corrected.corrector.correct(noise, None, {}, 2), wanted)
-    assert torch.equal(corrected.corrector.correct(noise, None, {}, 0), noise)
-    loaded = NoiseCorrectedPipeline.from_pretrained(tmp_path / "out/corrector", tiny_flow())
-    assert torch.equal(loaded.corrector.correct(noise, None, {}, 2), wanted)
-
-
-def test_a_resumed_run_keeps_its_gaussian(tmp_path):
-    trainers = []
-    for options in ({"max_steps": 3}, {"resume_from_checkpoint": True}):
-        trainers.append(trainer_of(tmp_path, flow_data(200), corrector="whitened", **options))
-        trainers[-1].train()
-    first, resumed = (trainer.corrected.corrector for trainer in trainers)
-    assert torch.equal(first.gaussian.root, resumed.gaussian.root)
-    assert not torch.equal(weights(trainers[0]), weights(trainers[1]))
 
 
 def test_the_report_of_the_same_noise_is_kept(tmp_path, monkeypatch):

@@ -62,7 +62,6 @@ CORRECTOR_KINDS = {
     "lora": "a LoRA of the model itself",
     "network": "a small network",
     "gaussian": "the Gaussian of its mean and covariance",
-    "whitened": "the Gaussian of its mean and covariance, after a small network for what that leaves",
 }
 CORRECTOR_SNIPPET = """\
 from diffusers import DiffusionPipeline

@@ -45,7 +45,7 @@ from examples.noise_correction.report import write_report
 from trl_pgraft import NoiseCorrectedPipeline, NoiseCorrectionConfig, NoiseCorrectionTrainer
 
 
-ARMS = ("gaussian", "network", "whitened", "lora")
+ARMS = ("gaussian", "network", "lora")
 LORA_TARGETS = ("conv1", "conv2", "to_q", "to_k", "to_v", "to_out.0")
 UNCORRECTED = (2, 3, 4, 5, 6, 8, 10, 14, 20, 25, 30, 50, 100)
 SETTINGS = (

@@ -96,9 +96,7 @@ def comparison_jobs(flows: Sequence[str], output: Path, features: Sequence[str])
         options += [part for option, folder in folders.items() for part in (option, str(folder))]
         alone.append(Job(f"{name}-{seed}-uncorrected", "compare", [*options, "--corrected"]))
         for steps in FLOWS[name].corrected:
-            # Whitening first was no better to ten steps.
-            learned = ["network", "whitened"] if steps > 10 else ["network"]
-            command = [*options, "--steps", "--corrected", str(steps), "--correctors", "gaussian", *learned]
+            command = [*options, "--steps", "--corrected", str(steps), "--correctors", "gaussian", "network"]
             corrected.append((steps, Job(f"{name}-{seed}-{steps}", "compare", command)))
     return alone + [job for _, job in sorted(corrected, key=lambda pair: -pair[0])]
 

@@ -38,11 +38,10 @@ STYLES = {
     "uncorrected": ("from N(0, I)", "black"),
     "gaussian": ("Gaussian fit of the inverted noise", "tab:green"),
     "network": ("network", "tab:blue"),
-    "whitened": ("network, then Gaussian", "tab:purple"),
     "lora": ("LoRA", "tab:orange"),
     "inverted": ("inverted training images", "tab:gray"),
 }
-HAVE_STEPS = ("network", "whitened", "lora")
+HAVE_STEPS = ("network", "lora")
 KEY = ["arm", "steps", "corrector_steps", "seed"]
 LINES = {0: "-", 1: "-", 2: "--", 4: "-."}  # of corrector steps
 

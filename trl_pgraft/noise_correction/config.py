@@ -50,11 +50,10 @@ class NoiseCorrectionConfig:
         "network",
         "What is fitted: a small network of its own, which knows no prompts; the Gaussian of the noise's mean and "
         "covariance, which needs no training and next to no time, for latents of some thousand elements and more "
-        "samples than that; that Gaussian after a network that is fitted to what it leaves ('whitened'); or a LoRA on "
-        "the model itself, which knows the prompts and costs two denoiser evaluations a step. The network, because it "
-        "was the best for samplers of up to ten steps, can be fitted to any latents and costs little. For more steps, "
-        "measure: 'whitened' helped on one data set and did harm on another (docs/noise_correction.md).",
-        choices=["network", "gaussian", "whitened", "lora"],
+        "samples than that; or a LoRA on the model itself, which knows the prompts and costs two denoiser evaluations "
+        "a step. The network, because it was the best in most comparisons (docs/noise_correction.md), can be fitted "
+        "to any latents and costs little.",
+        choices=["network", "gaussian", "lora"],
     )
     corrector_steps: int = option(1, "Steps of the corrector when sampling, unless a call asks for others.")
     lora_rank: int = option(16, "Rank of the default LoRA, where no `peft_config` is given.")

@@ -248,40 +248,7 @@ class AdapterCorrector(FlowCorrector):
         return cls(denoiser_of(pipeline))
 
 
-@dataclass(frozen=True)
-class WhitenedCorrector:
-    """
-    A network for what the Gaussian leaves, then the Gaussian.
-
-    Args:
-        network ([`NetworkCorrector`]):
-            Fitted to inverted noise that the Gaussian whitened.
-        gaussian ([`GaussianCorrector`]):
-            The Gaussian.
-    """
-
-    kind: ClassVar[str] = "whitened"
-    network: NetworkCorrector
-    gaussian: GaussianCorrector
-
-    def correct(
-        self, noise: torch.Tensor, call: DenoiserCall, conditioning: dict[str, Any], steps: int
-    ) -> torch.Tensor:
-        """See [`Corrector`]."""
-        return self.gaussian.correct(self.network.correct(noise, call, conditioning, steps), call, conditioning, steps)
-
-    def save(self, folder: Path) -> None:
-        """See [`Corrector`]."""
-        self.network.save(folder)
-        self.gaussian.save(folder)
-
-    @classmethod
-    def load(cls, folder: Path, pipeline: Any) -> "WhitenedCorrector":
-        """See [`Corrector`]."""
-        return cls(NetworkCorrector.load(folder, pipeline), GaussianCorrector.load(folder, pipeline))
-
-
-CORRECTORS = {kind.kind: kind for kind in (AdapterCorrector, NetworkCorrector, GaussianCorrector, WhitenedCorrector)}
+CORRECTORS = {kind.kind: kind for kind in (AdapterCorrector, NetworkCorrector, GaussianCorrector)}
 
 
 def add_correction_adapter(denoiser: torch.nn.Module, peft_config: PeftConfig, seed: int | None = None) -> None:

@@ -96,9 +96,7 @@ class CorrectorFit:
         self.accelerator, self.corrector, self.data, self.config, self.log = accelerator, corrector, data, config, log
         self.path, self.step, self._losses, self._skipped_in_a_row = folder / CHECKPOINT_FILE, 0, [], 0
         self.parameters = corrector.parameters
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay
-        )
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.average = EMAModel(self.parameters, decay=config.ema_decay, foreach=True) if config.ema_decay else None
         self.held_out, self.rows = split(len(data.noise), config)
 

@@ -14,7 +14,6 @@
 
 """The Gaussian of inverted noise as a corrector: a linear map, which needs no training."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,7 +27,6 @@ from ..hub import GAUSSIAN_FILE
 
 # Of a covariance: a matrix of 8192 x 8192 float64 has 0.5 GiB.
 MOST_ELEMENTS = 8192
-FOLDS = 4
 
 
 def check_size(count: int, elements: int) -> None:
@@ -41,8 +39,7 @@ def check_size(count: int, elements: int) -> None:
     if elements > MOST_ELEMENTS or count <= elements:
         raise ValueError(
             f"A Gaussian of {count} samples of {elements} elements: it needs more samples than elements (what is held "
-            f"out does not count, nor for 'whitened' one in {FOLDS} of the rest), and no more than {MOST_ELEMENTS} "
-            "elements. Use corrector='network' or 'lora'."
+            f"out does not count), and no more than {MOST_ELEMENTS} elements. Use corrector='network' or 'lora'."
         )
 
 
@@ -107,25 +104,6 @@ class GaussianCorrector:
         squares = noise.double().square().sum() - self.whiten(noise).square().sum()
         volume = torch.linalg.slogdet(self.root.to(noise.device).double())[1]
         return (squares / (2 * len(noise)) - volume).item() / noise[0].numel()
-
-
-def fitted_apart(count: int) -> int:
-    """How many of `count` samples each Gaussian of [`whiten_apart`] is fitted to, at least."""
-    return count - math.ceil(count / FOLDS)
-
-
-def whiten_apart(noise: torch.Tensor) -> torch.Tensor:
-    """
-    Whiten inverted noise `(N, ...)` as new noise would be, a part at a time by the Gaussian of the others; float64.
-
-    The Gaussian of the samples themselves leaves less of them than of new ones. What learned from that would make too
-    little noise.
-    """
-    whitened = torch.empty_like(noise, dtype=torch.float64)
-    fold = torch.arange(len(noise), device=noise.device) % FOLDS
-    for number in range(FOLDS):
-        whitened[fold == number] = GaussianCorrector.fit(noise[fold != number]).whiten(noise[fold == number])
-    return whitened
 
 
 def cross_validated_covariance(samples: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ from ..checkpoints import put_aside
 from ..denoiser_call import Conditioning, denoiser_of
 from ..denoiser_format import DenoiserFormat, uncompiled
 from ..engine import place_pipeline
-from ..hub import GAUSSIAN_FILE
 from ..pipeline_inputs import takes_prompts
 from ..placement import check_adaptable, on_device
 from ..rollout import seed_of
@@ -45,12 +44,11 @@ from .corrector import (
     AdapterCorrector,
     FlowCorrector,
     NetworkCorrector,
-    WhitenedCorrector,
     add_correction_adapter,
     make_network,
 )
 from .fit import CHECKPOINT_FILE, CorrectorData, CorrectorFit, split
-from .gaussian import GaussianCorrector, check_size, fitted_apart, whiten_apart
+from .gaussian import GaussianCorrector, check_size
 from .gaussianity import gaussianity
 from .inversion import FlowSampler
 from .inverted_data import DatasetInverter, InvertedData, encode_images
@@ -83,8 +81,8 @@ class NoiseCorrectionTrainer:
         peft_config (`PeftConfig`, *optional*):
             Adapter for `corrector="lora"`; a LoRA on the attention projections where not given.
         network (`torch.nn.Module`, *optional*):
-            For `corrector="network"` or `"whitened"`: a diffusers model called as `network(x, timestep).sample`; a
-            small UNet where not given.
+            For `corrector="network"`: a diffusers model called as `network(x, timestep).sample`; a small UNet where
+            not given.
         pipeline_kwargs (`dict`, *optional*):
             Further arguments of the pipeline call, `height` and `width` among them.
         encode (`Callable`, *optional*):
@@ -216,22 +214,17 @@ class NoiseCorrectionTrainer:
         Raises:
             `ValueError`: the corrector has a Gaussian, and there are too few samples for it, or too many elements.
         """
-        if self.config.corrector in ("gaussian", "whitened"):
-            count = len(split(len(self.train_dataset), self.config)[1])
-            fitted = count if self.config.corrector == "gaussian" else fitted_apart(count)
-            check_size(fitted, self.sampler.like[0].numel())
+        if self.config.corrector == "gaussian":
+            check_size(len(split(len(self.train_dataset), self.config)[1]), self.sampler.like[0].numel())
         data = self.invert()
         if self.accelerator.is_main_process and not self.config.resume_from_checkpoint:
-            put_aside(self.output_dir, [CHECKPOINT_FILE, GAUSSIAN_FILE, METRICS_FILE, CORRECTOR_FOLDER])
+            put_aside(self.output_dir, [CHECKPOINT_FILE, METRICS_FILE, CORRECTOR_FOLDER])
         self.accelerator.wait_for_everyone()
         if self.config.corrector == "gaussian":
             self.corrector = self.corrected.corrector = self._fit_gaussian(data.noise)
         else:
-            training_data = self._training_data(data)
-            if self.config.corrector == "whitened":
-                training_data = replace(training_data, noise=self._whitened(data.noise))
             self.fit = CorrectorFit(
-                self.accelerator, self.corrector, training_data, self.config, self.output_dir, self.log
+                self.accelerator, self.corrector, self._training_data(data), self.config, self.output_dir, self.log
             )
             with on_device(self.pipeline, denoiser_of(self.pipeline), self.accelerator):
                 self.fit.run()
@@ -246,21 +239,6 @@ class NoiseCorrectionTrainer:
         if len(held_out):
             self.log({"held_out/nats_gained": gaussian.nats_gained(noise[held_out].to(self.accelerator.device))})
         return gaussian
-
-    def _whitened(self, noise: torch.Tensor) -> torch.Tensor:
-        """Noise for the network of a [`WhitenedCorrector`]; its Gaussian is fitted, or that of the run resumed."""
-        if self.config.resume_from_checkpoint and (self.output_dir / GAUSSIAN_FILE).is_file():
-            gaussian = GaussianCorrector.load(self.output_dir, self.pipeline)
-        else:
-            gaussian = self._fit_gaussian(noise)
-            if self.accelerator.is_main_process:
-                gaussian.save(self.output_dir)
-        self.corrected.corrector = WhitenedCorrector(self.corrector, gaussian)
-        whitened, (held_out, rows) = torch.empty_like(noise), split(len(noise), self.config)
-        noise = noise.to(self.accelerator.device)
-        whitened[held_out] = gaussian.whiten(noise[held_out]).float().cpu()
-        whitened[rows] = whiten_apart(noise[rows]).float().cpu()
-        return whitened
 
     def _training_data(self, data: InvertedData) -> CorrectorData:
         if isinstance(self.corrector, NetworkCorrector):  # knows no prompts, and there may be many
@@ -329,8 +307,8 @@ def _check_arguments(
             f"network: a {type(network).__name__} is no diffusers model, so it could not be saved. Derive it from "
             "diffusers.ModelMixin and ConfigMixin."
         )
-    if network is not None and config.corrector not in ("network", "whitened"):
-        raise ValueError(f"network: given with corrector={config.corrector!r}; set corrector='network' or 'whitened'.")
+    if network is not None and config.corrector != "network":
+        raise ValueError(f"network: given with corrector={config.corrector!r}; set corrector='network'.")
     if peft_config is not None and config.corrector != "lora":
         raise ValueError(f"peft_config: given with corrector={config.corrector!r}; set corrector='lora'.")
 

@@ -147,8 +147,9 @@ def test_levels_are_those_of_the_schedulers_sigmas_also_where_it_ends_above_zero
     sampler = FlowSampler.of(pipeline, {**SANA, "num_inference_steps": 4}, guided=False)
     expected = sampler.sampler.scheduler.sigmas
     assert (expected[-1] > 0) == (end == "sigma_min")
-    found = [sampler.level_before(count) for count in range(5)]
-    torch.testing.assert_close(torch.tensor(found), expected.flip(0), rtol=0, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(sampler.levels), expected[1:], rtol=0, atol=1e-6)
+    assert [sampler.steps_down_to(sigma.item()) for sigma in expected[1:]] == [1, 2, 3, 4]
+    assert [sampler.steps_down_to(sigma.item() + 1e-3) for sigma in expected] == [0, 0, 1, 2, 3]
 
 
 SANA = {"height": 32, "width": 32, "use_resolution_binning": False}

@@ -58,7 +58,7 @@ def flow_data(count=48):
 def make_config(tmp_path, **changes):
     values = {
         "output_dir": str(tmp_path / "out"), "corrector": "network", "network_channels": 8,
-        "num_inference_steps": STEPS, "skipped_steps": 0, "tolerance": 4e-5, "max_steps": 6, "train_batch_size": 16,
+        "num_inference_steps": STEPS, "lowest_sigma": 0.0, "tolerance": 4e-5, "max_steps": 6, "train_batch_size": 16,
         "warmup_steps": 0,
         "inversion_batch_size": 20, "save_steps": 3, "logging_steps": 2, "learning_rate": 1e-3, **changes,
     }  # fmt: skip
@@ -123,7 +123,7 @@ def test_what_is_inverted_is_not_inverted_again(tmp_path):
     assert [path for path in files if path.stat().st_mtime_ns != made[path]] == [files[1]]
 
 
-@pytest.mark.parametrize("change", [{"tolerance": 1e-4}, {"skipped_steps": 1}, {"data": True}, {"model": True}])
+@pytest.mark.parametrize("change", [{"tolerance": 1e-4}, {"lowest_sigma": 0.2}, {"data": True}, {"model": True}])
 def test_noise_of_something_else_is_not_taken(tmp_path, change):
     first = trainer_of(tmp_path).invert()
     pipeline, data = tiny_flow(seed=1 if "model" in change else 0), flow_data()
@@ -179,7 +179,7 @@ def test_noise_of_otherwise_encoded_images_is_not_taken(tmp_path):
 
 def test_skipped_steps_start_from_noised_data(tmp_path):
     """All but the first step skipped: what is inverted is one step from noised data, however they are batched."""
-    trainer = trainer_of(tmp_path, skipped_steps=STEPS - 1)
+    trainer = trainer_of(tmp_path, lowest_sigma=0.8)
     found = trainer.invert()
     pipeline, sampler = trainer.pipeline, trainer.sampler
     sigma = 1 + sampler.steps[0]
@@ -188,7 +188,7 @@ def test_skipped_steps_start_from_noised_data(tmp_path):
         reached = found.noise + sampler.steps[0] * pipeline.unet(found.noise, t).sample
     eps = (reached - (1 - sigma) * torch.tensor(flow_data()["latents"])) / sigma
     assert (eps.mean().item(), eps.std().item()) == (pytest.approx(0, abs=0.05), pytest.approx(1, abs=0.05))
-    other = trainer_of(tmp_path / "other", skipped_steps=STEPS - 1, inversion_batch_size=7).invert()
+    other = trainer_of(tmp_path / "other", lowest_sigma=0.8, inversion_batch_size=7).invert()
     torch.testing.assert_close(other.noise, found.noise, rtol=0, atol=1e-4)
 
 
@@ -542,6 +542,7 @@ def test_it_is_pushed(tmp_path, hub):
 def test_arguments_are_checked_before_anything_is_inverted(tmp_path):
     data, config, lora = flow_data(2), make_config(tmp_path), make_config(tmp_path, corrector="lora")
     prompted, size = data.add_column("prompt", ["a", "b"]), {"height": 16, "width": 16}
+    high = make_config(tmp_path, lowest_sigma=0.9)
     refused = [
         ((config, None, data), {}, "pipeline and train_dataset are required"),
         ((config, tiny_flow(), data.rename_column("latents", "x")), {}, "needs `image`"),
@@ -552,6 +553,7 @@ def test_arguments_are_checked_before_anything_is_inverted(tmp_path):
         ((lora, tiny_flow(), data), {"network": make_network((1, 8, 8), 4)}, "network: given with corrector='lora'"),
         ((config, tiny_flow(), data), {"network": torch.nn.Conv2d(1, 1, 1)}, "a Conv2d is no diffusers model"),
         ((config, tiny_flow(), data), {"peft_config": object()}, "peft_config: given with corrector='network'"),
+        ((high, tiny_flow(), data), {}, "lowest_sigma=0.9: none of the 4 steps ends at .*, the first at 0.857"),
     ]
     for arguments, further, message in refused:
         with pytest.raises(ValueError, match=message):
@@ -565,7 +567,7 @@ def test_arguments_are_checked_before_anything_is_inverted(tmp_path):
     ("field", "value"),
     [
         ("corrector", "unet"), ("tolerance", 0.0), ("tolerance", math.nan), ("max_unconverged", 1.0), ("max_steps", 0),
-        ("ema_decay", 1.0), ("corrector_steps", -1), ("skipped_steps", STEPS), ("mixed_precision", None),
+        ("ema_decay", 1.0), ("corrector_steps", -1), ("lowest_sigma", 1.0), ("mixed_precision", None),
     ],
 )  # fmt: skip
 def test_fields_out_of_range_are_named(tmp_path, field, value):

@@ -49,7 +49,7 @@ ARMS = ("gaussian", "network", "lora")
 LORA_TARGETS = ("conv1", "conv2", "to_q", "to_k", "to_v", "to_out.0")
 UNCORRECTED = (2, 3, 4, 5, 6, 8, 10, 14, 20, 25, 30, 50, 100)
 SETTINGS = (
-    *("domain", "images", "real_split", "real_images", "inverted_images", "tolerance", "skipped_steps"),
+    *("domain", "images", "real_split", "real_images", "inverted_images", "tolerance", "lowest_sigma"),
     *("network_channels", "lora_rank", "training_steps", "training_batch", "learning_rate"),
 )
 Sampler = Callable[[torch.Tensor], torch.Tensor]
@@ -175,7 +175,7 @@ def new_trainer(comparison: Comparison, dataset: Dataset, arm: str, steps: int, 
         network_channels=args.network_channels,
         lora_rank=args.lora_rank,
         tolerance=args.tolerance,
-        skipped_steps=args.skipped_steps,
+        lowest_sigma=args.lowest_sigma,
         max_unconverged=args.max_unconverged,
         inversion_batch_size=args.batch,
         max_steps=args.training_steps,
@@ -268,7 +268,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--real-images", type=int, help="of that split: all; of training images the last 10,000")
     parser.add_argument("--inverted-images", type=int, default=30_000, help="training images that are inverted")
     parser.add_argument("--tolerance", type=float, default=1e-2, help="of an inversion, all its steps together")
-    parser.add_argument("--skipped-steps", type=int, default=1, help="last steps that are not inverted")
+    parser.add_argument("--lowest-sigma", type=float, default=0.2, help="noise level that is inverted from")
     parser.add_argument("--max-unconverged", type=float, default=0.01)
     parser.add_argument("--network-channels", type=int, default=24)
     parser.add_argument("--lora-rank", type=int, default=16)

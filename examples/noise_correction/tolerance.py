@@ -17,8 +17,8 @@ What the tolerance of the inversion does to the inverted noise.
 
     python -m examples.noise_correction.tolerance --flow outputs/fm/flow
 
-The last step is skipped, as in `compare.py`, with the same noise for all; "off" is the root mean square of the
-difference to the noise of the smallest tolerance.
+The data are noised to the level of `lowest_sigma`, as in `compare.py`, with the same noise for all; "off" is the root
+mean square of the difference to the noise of the smallest tolerance.
 """
 
 import argparse
@@ -43,8 +43,10 @@ def inverted(pipeline: FlowPipeline, dataset: Dataset, steps: int, tolerance: fl
     """Noise of the data, and denoiser evaluations for each inverted step."""
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):  # the trainer's own report
         config = NoiseCorrectionConfig(output_dir=folder, num_inference_steps=steps, tolerance=tolerance)
-        data = NoiseCorrectionTrainer(config, pipeline, dataset).invert()
-    return data.noise, data.iterations.double().mean().item() / (steps - config.skipped_steps)
+        trainer = NoiseCorrectionTrainer(config, pipeline, dataset)
+        data = trainer.invert()
+    inverted_steps = trainer.sampler.steps_down_to(config.lowest_sigma)
+    return data.noise, data.iterations.double().mean().item() / inverted_steps
 
 
 def table(pipeline: FlowPipeline, dataset: Dataset, all_steps: list[int], tolerances: list[float]) -> str:

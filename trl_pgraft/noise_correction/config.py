@@ -61,11 +61,13 @@ class NoiseCorrectionConfig:
     num_inference_steps: int = option(
         20, "Steps of the sampler that is inverted. Fewer steps leave more to correct, and are harder to invert."
     )
-    skipped_steps: int = option(
-        1,
-        "Last steps of the sampler that are not inverted. The data are noised to the level before them instead, by "
-        "the flow's own forward kernel. The last step ends in the mean of the data given its state, and is nearly "
-        "singular where few steps are made: at 5 steps on Fashion-MNIST, most images have no inverse through it.",
+    lowest_sigma: float = option(
+        0.2,
+        "Noise level from which the inversion starts: only steps that end there or above are inverted. The data are "
+        "noised to where the last of these ends, by the flow's own forward kernel; 0 inverts all steps. The last step "
+        "ends in the mean of the data given its state, and is nearly singular where few steps are made: at 5 steps on "
+        "Fashion-MNIST, most images have no inverse through it. Small last steps have one, but it is mostly what they "
+        "do to the noise that is left, which hides what they do to the image (docs/noise_correction.md).",
     )
     guided: bool = option(
         False, "Invert the sampler with the guidance that `pipeline_kwargs` ask for, not that of the prompts alone."
@@ -128,12 +130,7 @@ class NoiseCorrectionConfig:
         for name in ("corrector_steps", "weight_decay", "warmup_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0.")
-        if not 0 <= self.skipped_steps < self.num_inference_steps:
-            raise ValueError(
-                f"skipped_steps={self.skipped_steps} must leave some of the {self.num_inference_steps} "
-                "num_inference_steps."
-            )
-        for name in ("max_unconverged", "held_out_fraction"):
+        for name in ("lowest_sigma", "max_unconverged", "held_out_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is outside [0, 1).")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:

@@ -34,6 +34,7 @@ from ..samplers import Sampler, sampler_of
 
 ANDERSON_DEPTH = 8
 ANDERSON_RIDGE = 1e-6
+ROUNDING = 1e-5  # of noise levels, which are sums of float32 step sizes
 Velocity = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
 
 
@@ -284,9 +285,15 @@ class FlowSampler:
         like = call.format.latents(calls_of_first_step(pipeline, 1, [""], kwargs)[0])[:1]
         return cls(pipeline, kwargs, call, sampler, steps, like, guided)
 
-    def level_before(self, count: int) -> float:
-        """Sigma of the states that enter the last `count` steps; for 0, of what the sampler ends in."""
-        return float(self.sampler.scheduler.sigmas[-1]) - sum(self.steps[len(self.steps) - count :])
+    @property
+    def levels(self) -> list[float]:
+        """The sigma that each step ends at."""
+        last = float(self.sampler.scheduler.sigmas[-1])
+        return [last - sum(self.steps[step + 1 :]) for step in range(len(self.steps))]
+
+    def steps_down_to(self, sigma: float) -> int:
+        """How many of the steps end at the noise level `sigma` or above."""
+        return sum(level >= sigma - ROUNDING for level in self.levels)
 
     def check_shape(self, latents: torch.Tensor) -> None:
         """Refuse latents that the denoiser would not be given."""

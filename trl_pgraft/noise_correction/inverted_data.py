@@ -95,6 +95,7 @@ class DatasetInverter:
     ):
         self.sampler, self.dataset, self.encode, self.config, self.folder = sampler, dataset, encode, config, folder
         self._starts = range(0, len(dataset), config.inversion_batch_size)
+        self._steps = sampler.steps_down_to(config.lowest_sigma)
         self._made_by = json.dumps([_made_by(sampler, config), self._encoding()])
         self._left_out = 0
 
@@ -169,7 +170,7 @@ class DatasetInverter:
         self.sampler.check_shape(latents)
         latents = self._noised(latents, start)
         field = self.sampler.field(self.sampler.record(list(batch["prompt"]) if "prompt" in batch else [""] * count))
-        inverted = EulerField(field.steps[: len(field.steps) - self.config.skipped_steps], field.velocity)
+        inverted = EulerField(field.steps[: self._steps], field.velocity)
         bounds = (self.config.tolerance, self.config.max_iterations)
         found, rows = invert(inverted, latents, *bounds, partial(self._leave_out, start))
         return {
@@ -180,10 +181,10 @@ class DatasetInverter:
         }
 
     def _noised(self, latents: torch.Tensor, start: int) -> torch.Tensor:
-        """The data as they are before the steps that are skipped."""
-        if not self.config.skipped_steps:
+        """The data as they are before the steps that are not inverted."""
+        if self._steps == len(self.sampler.steps):
             return latents
-        sigma = self.sampler.level_before(self.config.skipped_steps)
+        sigma = self.sampler.levels[self._steps - 1]
         noise = torch.empty_like(latents, device="cpu")
         for i in range(len(latents)):
             generator = torch.Generator().manual_seed(seed_of(self.config.seed, "skipped steps", start + i))
@@ -226,6 +227,7 @@ def _made_by(sampler: FlowSampler, config: NoiseCorrectionConfig) -> list[Any]:
     """Tells the models bit for bit, the sampler, and how that is inverted."""
     modules = {n: uncompiled(m) for n, m in sampler.pipeline.components.items() if isinstance(m, torch.nn.Module)}
     parameters = {f"{name}.{n}": p for name, module in modules.items() for n, p in module.named_parameters()}
+    steps = sampler.steps_down_to(config.lowest_sigma)
     # A corrector's adapter takes no part in the inversion, and PEFT renames the layers that it wraps.
     own = {n.replace(".base_layer", ""): p for n, p in parameters.items() if f".{CORRECTION_ADAPTER}." not in n}
     return [
@@ -233,7 +235,7 @@ def _made_by(sampler: FlowSampler, config: NoiseCorrectionConfig) -> list[Any]:
         _adapters_at_work(denoiser_of(sampler.pipeline)),
         {name: stable(value) for name, value in sorted(sampler.kwargs.items())},
         [sampler.sampler.timesteps, list(sampler.steps), sampler.guided],
-        [config.tolerance, config.max_iterations, config.skipped_steps, config.seed if config.skipped_steps else None],
+        [config.tolerance, config.max_iterations, steps, config.seed if steps < len(sampler.steps) else None],
     ]
 
 

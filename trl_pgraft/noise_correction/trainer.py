@@ -133,6 +133,12 @@ class NoiseCorrectionTrainer:
         place_pipeline(pipeline, self.accelerator.device)
         self.kwargs = {**(pipeline_kwargs or {}), "num_inference_steps": config.num_inference_steps}
         self.sampler = FlowSampler.of(pipeline, self.kwargs, config.guided, denoiser_format)
+        if not self.sampler.steps_down_to(config.lowest_sigma):
+            raise ValueError(
+                f"lowest_sigma={config.lowest_sigma:g}: none of the {config.num_inference_steps} steps ends at that "
+                f"noise level or above, the first at {self.sampler.levels[0]:.3g}. Lower it, or raise "
+                "num_inference_steps."
+            )
         self.encode = encode or partial(encode_images, pipeline, self.kwargs)
         # A Gaussian is there once it is fitted.
         self.corrector = None if config.corrector == "gaussian" else self._make_corrector(peft_config, network)
@@ -187,7 +193,7 @@ class NoiseCorrectionTrainer:
         path = self.output_dir / "inversion.json"
         if path.is_file() and json.loads(path.read_text()).get("noise") == data.fingerprint:
             return
-        inverted_steps = len(self.sampler.steps) - self.config.skipped_steps
+        inverted_steps = self.sampler.steps_down_to(self.config.lowest_sigma)
         report = {
             "noise": data.fingerprint,
             "samples": len(data.rows),

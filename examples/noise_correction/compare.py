@@ -201,13 +201,18 @@ def corrected_pipeline(
     return NoiseCorrectedPipeline.from_pretrained(folder, load_flow(comparison.args.flow))
 
 
+def inversion_facts(args: argparse.Namespace, dataset: Dataset) -> dict[str, Any]:
+    """What a result tells of the inverted noise that it rests on."""
+    return {"inverted_images": len(dataset), "tolerance": args.tolerance, "lowest_sigma": args.lowest_sigma}
+
+
 def from_inverted_noise(comparison: Comparison, dataset: Dataset, steps: int) -> None:
     """What a perfect corrector would give, at one number of steps."""
     args = comparison.args
     key = _with("inverted", steps, 0, args.seeds[0])
     if not comparison.is_done(**key):
         inverted = new_trainer(comparison, dataset, "gaussian", steps, args.seeds[0]).invert().noise
-        facts = {"inverted_images": len(dataset), "tolerance": args.tolerance}
+        facts = inversion_facts(args, dataset)
         comparison.measure(sampler_of(comparison.pipeline, steps), inverted[: args.images], facts, **key)
 
 
@@ -220,8 +225,8 @@ def corrected(comparison: Comparison, dataset: Dataset, steps: int) -> None:
         missing = [n for n in counts if not comparison.is_done(**_with(arm, steps, n, seed))]
         if missing:
             pipeline = corrected_pipeline(comparison, dataset, arm, steps, seed)
-        facts = {"inverted_images": len(dataset), "tolerance": args.tolerance}
-        facts["training_steps"] = args.training_steps if arm != "gaussian" else 0
+        training = {"training_steps": args.training_steps if arm != "gaussian" else 0}
+        facts = {**inversion_facts(args, dataset), **training}
         for n in missing:
             sampler = sampler_of(pipeline, steps, corrector_steps=n)
             comparison.measure(sampler, comparison.noise(seed), facts, **_with(arm, steps, n, seed))

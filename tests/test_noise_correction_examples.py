@@ -303,7 +303,7 @@ def test_remaking_has_a_job_for_every_point(tmp_path):
     points = {(name, steps, args.seeds[0]) for name, args in parsed for steps in args.corrected}
     assert points == {(n, steps, s) for n, flow in remake.FLOWS.items() for steps in flow.corrected for s in (0, 1, 2)}
     assert {(steps, args.lowest_sigma) for _, args in parsed for steps in args.corrected} == {
-        (2, 0.1), (3, 0.1), (5, 0.1), (10, 0.1), (25, 0.2), (50, 0.2)
+        (2, 0.2), (3, 0.2), (5, 0.2), (10, 0.1), (25, 0.2), (50, 0.2)
     }  # fmt: skip
     alone = [args for _, args in parsed if not args.corrected]
     assert len(alone) == 9 and all(args.steps == compare.UNCORRECTED for args in alone)
@@ -316,7 +316,7 @@ def test_remaking_has_a_job_for_every_point(tmp_path):
 @pytest.mark.slow
 def test_remaking_trains_compares_and_goes_on(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(remake, "SEEDS", (0,))
-    monkeypatch.setitem(remake.FLOWS, "weaker", remake.Flow("fashion_mnist", remake.WEAKER, corrected=(12, 4)))
+    monkeypatch.setitem(remake.FLOWS, "weaker", remake.Flow("fashion_mnist", remake.WEAKER, corrected=(10, 4)))
     rng = np.random.default_rng(0)
     for prefix in ("train", "t10k"):
         write_idx(tmp_path, prefix, rng.integers(0, 256, (300, 8, 8)), rng.integers(0, 10, 300))
@@ -325,11 +325,11 @@ def test_remaking_trains_compares_and_goes_on(tmp_path, capsys, monkeypatch):
     options += ["--compare-options", f"{small} --training-batch 8", "--flow-options", "--steps 2 --batch 8"]
     args = remake.parse([*options, "--jobs", "2"])
     remake.main(args)
-    assert "| network | 2 | 12 |" in capsys.readouterr().out
-    folders = [tmp_path / "out" / "weaker" / name for name in ("compare", "compare_many_steps")]
+    assert "| network | 2 | 10 |" in capsys.readouterr().out
+    folders = [tmp_path / "out" / "weaker" / name for name in ("compare_from_0.2", "compare_from_0.1")]
     results = [report.read_results(folder) for folder in folders]
-    assert [set(found.steps[found.arm == "network"]) for found in results] == [{4}, {12}]
-    assert [set(found.lowest_sigma.dropna()) for found in results] == [{0.1}, {0.2}]
+    assert [set(found.steps[found.arm == "network"]) for found in results] == [{4}, {10}]
+    assert [set(found.lowest_sigma.dropna()) for found in results] == [{0.2}, {0.1}]
     logs = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "log").iterdir()}
     assert len(logs) == 5
     (tmp_path / "out" / "log" / "weaker-0-4.txt").unlink()

@@ -19,7 +19,7 @@ Compare a flow model with and without noise correction: Frechet distance over FL
         --output outputs/fm/compare
 
 For each number of sampling steps: the model from N(0, I); with correctors fitted to inverted training images; and from
-that inverted noise itself, which is what a perfect corrector would give. Every result is appended to `results.jsonl`
+that inverted noise itself, which makes the training images again. Every result is appended to `results.jsonl`
 in the output folder, and what is there already is not computed again. `report.py` makes the table and the figure.
 Several processes may share an output folder if they correct different numbers of steps.
 """
@@ -207,7 +207,7 @@ def inversion_facts(args: argparse.Namespace, dataset: Dataset) -> dict[str, Any
 
 
 def from_inverted_noise(comparison: Comparison, dataset: Dataset, steps: int) -> None:
-    """What a perfect corrector would give, at one number of steps."""
+    """The model from the inverted noise itself, at one number of steps."""
     args = comparison.args
     key = _with("inverted", steps, 0, args.seeds[0])
     if not comparison.is_done(**key):

@@ -72,8 +72,7 @@ FLOWS = {
     "weaker": Flow("fashion_mnist", WEAKER, corrected=(10,)),
 }
 SEEDS = (0, 1, 2)
-# A folder of `compare` has one `lowest_sigma`; 0.1 leaves out the last step to ten steps, 0.2 the last fifth of more.
-FEW, MANY, MOST_OF_FEW = ("compare", "0.1"), ("compare_many_steps", "0.2"), 10
+LOWEST_SIGMA, OTHER_SIGMAS = 0.2, {10: 0.1}  # by the number of steps; each has a folder
 
 
 def training_jobs(flows: Sequence[str], output: Path) -> list[Job]:
@@ -90,13 +89,13 @@ def training_jobs(flows: Sequence[str], output: Path) -> list[Job]:
 
 def comparison_command(name: str, seed: int, steps: int | None, output: Path, features: Sequence[str]) -> list[str]:
     """Command line of one comparison: of one number of corrected steps, or of the model alone."""
-    folder, lowest_sigma = FEW if (steps or 0) <= MOST_OF_FEW else MANY
+    lowest_sigma = OTHER_SIGMAS.get(steps, LOWEST_SIGMA)
     domain = FLOWS[name].domain
     options = {
         "--domain": domain,
         "--flow": output / name / "flow",
         "--classifier": output / f"{domain}-classifier",
-        "--output": output / name / folder,
+        "--output": output / name / f"compare_from_{lowest_sigma}",
         "--lowest-sigma": lowest_sigma,
         "--seeds": seed,
     }
@@ -157,8 +156,8 @@ def main(args: argparse.Namespace) -> None:
     run_all(training_jobs(args.flows, args.output), args)
     run_all(comparison_jobs(args.flows, args.output, args.features), args)
     for name in args.flows:
-        folders = [args.output / name / folder for folder, _ in (FEW, MANY)]
-        print(f"{name}\n\n{write_report(*[folder for folder in folders if folder.exists()])}\n")
+        folders = sorted((args.output / name).glob("compare_from_*"))
+        print(f"{name}\n\n{write_report(*folders)}\n")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

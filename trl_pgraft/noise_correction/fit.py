@@ -47,7 +47,7 @@ class CorrectorData:
 
     Args:
         noise (`torch.Tensor` of shape `(N, ...)`):
-            Inverted noise, or what a Gaussian leaves of it.
+            Inverted noise.
         fingerprint (`str`):
             Of the inverted noise: a resumed fit must have the same.
         prompts (`torch.Tensor` of shape `(N,)`, int64):

@@ -218,7 +218,7 @@ class NoiseCorrectionTrainer:
             [`NoiseCorrectedPipeline`]: the pipeline with its corrector.
 
         Raises:
-            `ValueError`: the corrector has a Gaussian, and there are too few samples for it, or too many elements.
+            `ValueError`: the corrector is a Gaussian, and there are too few samples for it, or too many elements.
         """
         if self.config.corrector == "gaussian":
             check_size(len(split(len(self.train_dataset), self.config)[1]), self.sampler.like[0].numel())

@@ -507,6 +507,12 @@ def test_a_gaussian_is_fitted(tmp_path):
     assert torch.equal(loaded.corrector.root, corrected.corrector.root)
 
 
+def test_a_corrector_of_an_unknown_kind_is_refused(tmp_path):
+    (tmp_path / "noise_correction.json").write_text('{"corrector": "diffeomorphism"}')
+    with pytest.raises(ValueError, match="kind 'diffeomorphism'; this version of trl_pgraft knows lora, network, gau"):
+        NoiseCorrectedPipeline.from_pretrained(tmp_path, tiny_flow())
+
+
 def test_too_few_samples_for_a_gaussian_are_refused_before_the_inversion(tmp_path):
     trainer = trainer_of(tmp_path, flow_data(8), corrector="gaussian")
     with pytest.raises(ValueError, match="A Gaussian of 8 samples of .* more samples than elements"):

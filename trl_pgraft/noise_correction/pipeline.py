@@ -174,7 +174,7 @@ class NoiseCorrectedPipeline:
                 Token for a private repository; the one of `HF_TOKEN` or `hf auth login` where not given.
 
         Raises:
-            `ValueError`: there is no corrector, or its weights do not fit the denoiser.
+            `ValueError`: there is no corrector, or it is of an unknown kind, or its weights do not fit the denoiser.
         """
         folder = Path(source)
         if not folder.is_dir():
@@ -183,6 +183,11 @@ class NoiseCorrectedPipeline:
         if not (folder / CORRECTOR_FILE).is_file():
             raise ValueError(f"{source} has no {CORRECTOR_FILE}: it is no corrector of NoiseCorrectionTrainer.")
         facts = json.loads((folder / CORRECTOR_FILE).read_text())
+        if facts["corrector"] not in CORRECTORS:
+            raise ValueError(
+                f"{source} has a corrector of the kind {facts['corrector']!r}; this version of trl_pgraft knows "
+                f"{', '.join(CORRECTORS)}. Fit one of these to the same data."
+            )
         corrector = CORRECTORS[facts["corrector"]].load(folder, pipeline)
         return cls(pipeline, corrector, facts["corrector_steps"], facts["trained_for"], denoiser_format)
 

@@ -187,6 +187,7 @@ assert sample(pipeline).isfinite().all()
 """
 
 
+@pytest.mark.slow
 def test_without_lora_half_precision_trains_float32_weights(model, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(IN_HALF_PRECISION)

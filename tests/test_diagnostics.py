@@ -136,6 +136,7 @@ def test_what_is_proposed_leaves_steps_to_the_reference():
     assert _proposed(rows[3:]) == 1.0
 
 
+@pytest.mark.slow
 def test_reward_variance_of_a_stochastic_sampler_falls_to_zero(make):
     result = choose_intermediate_step(make(sample_eta=1.0), PROMPTS * 2, completions=4)
     assert result.stochastic
@@ -304,6 +305,7 @@ def test_the_figure_is_drawn(make, tmp_path):
     assert (tmp_path / "choice.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_script_on_the_embedded_model(tmp_path, monkeypatch, capsys):
     options = ["--prompts", "3", "--fractions", "0.1", "1", "--guidance", "1", "--output", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["intermediate_step", *options])

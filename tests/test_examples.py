@@ -34,7 +34,7 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("control_adapter", [False, True])
+@pytest.mark.parametrize("control_adapter", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_on_the_embedded_model(control_adapter):
     fields = {"name": "small", "eval_repeats": 1, "categories": ["single"], **SMALL}
     fields["control_adapter"] = control_adapter
@@ -47,6 +47,7 @@ def test_a_run_on_the_embedded_model(control_adapter):
     assert round_["reward_accepted"] >= round_["reward"]
 
 
+@pytest.mark.slow
 def test_quickstart_writes_what_it_says(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quickstart, "RECIPE", {**quickstart.RECIPE, **SMALL})
     monkeypatch.setattr(quickstart, "CATEGORIES", ("single",))

@@ -151,6 +151,7 @@ def test_the_yardstick_is_zero_without_training():
     assert abs(value) < 0.02 and abs(kl) < 0.02
 
 
+@pytest.mark.slow
 def test_short_training_without_signal_drifts_except_with_the_control_adapter(short):
     drift = {method: short[method, False][1] for method in METHODS}
     assert drift["conditional"] > 4
@@ -158,6 +159,7 @@ def test_short_training_without_signal_drifts_except_with_the_control_adapter(sh
     assert drift["control adapter"] < min(0.2, drift["corrected"] / 10)
 
 
+@pytest.mark.slow
 def test_short_training_buys_the_same_reward_at_half_the_kl_or_less(short):
     (plain, plain_kl), (controlled, controlled_kl) = short["corrected", True], short["control adapter", True]
     assert controlled > 0.4 and controlled > plain - 0.05

@@ -285,7 +285,7 @@ def test_the_gate_switches_an_adapter_of_a_compiled_denoiser(tmp_path, graphs, h
         gate = TimestepGate(pipeline.transformer, "pgraft", 600.0, clock)
 
 
-@pytest.mark.parametrize("how", ["whole", "regional"])
+@pytest.mark.parametrize("how", [pytest.param("whole", marks=pytest.mark.slow), "regional"])
 def test_a_compiled_denoiser_is_trained_alike(make_trainer, tmp_path, graphs, how):
     """And its adapter goes by the same names on disk, so that a pipeline that is not compiled loads it."""
     options = {"sample_num_steps": 2, "gradient_checkpointing": how == "regional"}
@@ -381,7 +381,7 @@ with torch.compiler.set_stance("force_eager"):  # what accelerate wraps and unwr
 """
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_half_precision_trains_float32_adapters(tmp_path, precision):
     script = tmp_path / "script.py"
     script.write_text(IN_HALF_PRECISION)

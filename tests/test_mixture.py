@@ -110,16 +110,19 @@ def test_the_toy_denoiser_is_exact():
         torch.testing.assert_close(alpha.float() * x_0 + sigma.float() * noise, x_t.detach())
 
 
+@pytest.mark.slow
 def test_tuning_approaches_the_accepted_samples(rewards):
     print({name: round(value, 3) for name, value in rewards.items()})
     for name in ("graft", "pgraft", "x_0 re-noised"):
         assert rewards["base"] + 0.4 < rewards[name] < rewards["accepted"]
 
 
+@pytest.mark.slow
 def test_pgraft_beats_graft(rewards):
     assert rewards["pgraft"] > rewards["graft"] + 0.04
 
 
+@pytest.mark.slow
 def test_intermediate_states_beat_re_noised_final_samples(rewards):
     assert rewards["pgraft"] > rewards["x_0 re-noised"] + 0.04
 

@@ -346,6 +346,7 @@ def test_a_lora_is_trained_on_prompts(tmp_path, make):
     torch.testing.assert_close(again, images[1], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_compiled_denoiser_is_corrected_alike(tmp_path):
     data = Dataset.from_dict({"latents": noise_of(8, (4, 8, 8)).numpy(), "prompt": ["a cat", "two"] * 4})
     size, found = {"height": 16, "width": 16, "guidance_scale": 1.0}, []

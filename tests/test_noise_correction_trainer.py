@@ -456,10 +456,8 @@ def test_what_is_compared_with_standard_noise_is_a_random_part_and_not_too_much(
 
 def test_prompts_are_not_encoded_for_a_network(tmp_path):
     """It does not know them, and of a captioned data set there are as many as images."""
-    pipeline, data = (
-        tiny_sd3(),
-        Dataset.from_dict({"latents": noise_of(6, (4, 8, 8)).numpy(), "prompt": ["a", "b", "c", "d", "e", "f"]}),
-    )
+    pipeline, prompts = tiny_sd3(), ["a", "b", "c", "d", "e", "f"]
+    data = Dataset.from_dict({"latents": noise_of(6, (4, 8, 8)).numpy(), "prompt": prompts})
     config = make_config(tmp_path, tolerance=1e-3, inversion_batch_size=2, max_steps=1)
     trainer = NoiseCorrectionTrainer(config, pipeline, data, pipeline_kwargs={"height": 16, "width": 16})
     encode, asked = pipeline.encode_prompt, []

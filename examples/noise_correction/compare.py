@@ -225,8 +225,8 @@ def corrected(comparison: Comparison, dataset: Dataset, steps: int) -> None:
         missing = [n for n in counts if not comparison.is_done(**_with(arm, steps, n, seed))]
         if missing:
             pipeline = corrected_pipeline(comparison, dataset, arm, steps, seed)
-        training = {"training_steps": args.training_steps if arm != "gaussian" else 0}
-        facts = {**inversion_facts(args, dataset), **training}
+        training_steps = args.training_steps if arm != "gaussian" else 0
+        facts = {**inversion_facts(args, dataset), "training_steps": training_steps}
         for n in missing:
             sampler = sampler_of(pipeline, steps, corrector_steps=n)
             comparison.measure(sampler, comparison.noise(seed), facts, **_with(arm, steps, n, seed))

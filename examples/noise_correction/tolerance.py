@@ -22,6 +22,7 @@ mean square of the difference to the noise of the smallest tolerance.
 """
 
 import argparse
+import json
 import sys
 import tempfile
 from contextlib import redirect_stdout
@@ -43,10 +44,9 @@ def inverted(pipeline: FlowPipeline, dataset: Dataset, steps: int, tolerance: fl
     """Noise of the data, and denoiser evaluations for each inverted step."""
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):  # the trainer's own report
         config = NoiseCorrectionConfig(output_dir=folder, num_inference_steps=steps, tolerance=tolerance)
-        trainer = NoiseCorrectionTrainer(config, pipeline, dataset)
-        data = trainer.invert()
-    inverted_steps = trainer.sampler.steps_down_to(config.lowest_sigma)
-    return data.noise, data.iterations.double().mean().item() / inverted_steps
+        noise = NoiseCorrectionTrainer(config, pipeline, dataset).invert().noise
+        report = json.loads((Path(folder) / "inversion.json").read_text())
+    return noise, report["evaluations_per_step"]
 
 
 def table(pipeline: FlowPipeline, dataset: Dataset, all_steps: list[int], tolerances: list[float]) -> str:

@@ -34,6 +34,7 @@ from ..fine_tuning import learning_rates, prepared, stop_if_skipped, take_step
 from ..rollout import seed_of
 from .config import NoiseCorrectionConfig
 from .corrector import FlowCorrector, perturb
+from .inverted_data import InvertedData
 
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
@@ -46,10 +47,8 @@ class CorrectorData:
     What a corrector is fitted to.
 
     Args:
-        noise (`torch.Tensor` of shape `(N, ...)`):
-            Inverted noise.
-        fingerprint (`str`):
-            Of the inverted noise: a resumed fit must have the same.
+        inverted ([`InvertedData`]):
+            Inverted noise, of `N` samples; a resumed fit must have the same.
         prompts (`torch.Tensor` of shape `(N,)`, int64):
             Row of the conditioning that each belongs to.
         call ([`DenoiserCall`]):
@@ -58,8 +57,7 @@ class CorrectorData:
             Recorded conditioning of the prompts.
     """
 
-    noise: torch.Tensor
-    fingerprint: str
+    inverted: InvertedData
     prompts: torch.Tensor
     call: DenoiserCall
     conditioning: Conditioning
@@ -98,7 +96,7 @@ class CorrectorFit:
         self.parameters = corrector.parameters
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.average = EMAModel(self.parameters, decay=config.ema_decay, foreach=True) if config.ema_decay else None
-        self.held_out, self.rows = split(len(data.noise), config)
+        self.held_out, self.rows = split(len(data.inverted.noise), config)
 
     def run(self) -> None:
         """
@@ -146,9 +144,9 @@ class CorrectorFit:
     ) -> torch.Tensor:
         """Squared error of the samples `own` of a batch of `rows`; without a model, that of correcting nothing."""
         signal = (torch.arange(len(rows)) + torch.rand(len(rows), generator=generator)) / len(rows)
-        noise = torch.randn(len(rows), *self.data.noise.shape[1:], generator=generator)
+        noise = torch.randn(len(rows), *self.data.inverted.noise.shape[1:], generator=generator)
         device, rows = self.accelerator.device, rows[own]
-        y, noise, signal = self.data.noise[rows].to(device), noise[own].to(device), signal[own].double()
+        y, noise, signal = self.data.inverted.noise[rows].to(device), noise[own].to(device), signal[own].double()
         x, target = perturb(y, noise, signal)
         if model is None:
             return target.square().flatten(1).mean(1)
@@ -209,7 +207,7 @@ class CorrectorFit:
     def _run(self) -> dict[str, Any]:
         """What the result depends on, and so must not change when the fit is resumed."""
         made_with = {f"corrector's {name}": value for name, value in self.corrector.settings.items()}
-        return {**self.config.shaping(), **made_with, "inverted noise": self.data.fingerprint}
+        return {**self.config.shaping(), **made_with, "inverted noise": self.data.inverted.fingerprint}
 
     def _load(self) -> None:
         with safe_open(self.path, framework="pt") as file:

@@ -96,7 +96,7 @@ class DatasetInverter:
         self.sampler, self.dataset, self.encode, self.config, self.folder = sampler, dataset, encode, config, folder
         self._starts = range(0, len(dataset), config.inversion_batch_size)
         self._steps = sampler.steps_down_to(config.lowest_sigma)
-        self._made_by = json.dumps([_made_by(sampler, config), self._encoding()])
+        self._made_by = json.dumps([_made_by(sampler, config, self._steps), self._encoding()])
         self._left_out = 0
 
     def run(self, accelerator: Accelerator) -> InvertedData:
@@ -223,11 +223,10 @@ class DatasetInverter:
         return None
 
 
-def _made_by(sampler: FlowSampler, config: NoiseCorrectionConfig) -> list[Any]:
-    """Tells the models bit for bit, the sampler, and how that is inverted."""
+def _made_by(sampler: FlowSampler, config: NoiseCorrectionConfig, steps: int) -> list[Any]:
+    """Tells the models bit for bit, the sampler, and how its first `steps` are inverted."""
     modules = {n: uncompiled(m) for n, m in sampler.pipeline.components.items() if isinstance(m, torch.nn.Module)}
     parameters = {f"{name}.{n}": p for name, module in modules.items() for n, p in module.named_parameters()}
-    steps = sampler.steps_down_to(config.lowest_sigma)
     # A corrector's adapter takes no part in the inversion, and PEFT renames the layers that it wraps.
     own = {n.replace(".base_layer", ""): p for n, p in parameters.items() if f".{CORRECTION_ADAPTER}." not in n}
     return [

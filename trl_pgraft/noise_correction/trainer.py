@@ -133,7 +133,8 @@ class NoiseCorrectionTrainer:
         place_pipeline(pipeline, self.accelerator.device)
         self.kwargs = {**(pipeline_kwargs or {}), "num_inference_steps": config.num_inference_steps}
         self.sampler = FlowSampler.of(pipeline, self.kwargs, config.guided, denoiser_format)
-        if not self.sampler.steps_down_to(config.lowest_sigma):
+        self.inverted_steps = self.sampler.steps_down_to(config.lowest_sigma)
+        if not self.inverted_steps:
             raise ValueError(
                 f"lowest_sigma={config.lowest_sigma:g}: none of the {config.num_inference_steps} steps ends at that "
                 f"noise level or above, the first at {self.sampler.levels[0]:.3g}. Lower it, or raise "
@@ -193,13 +194,12 @@ class NoiseCorrectionTrainer:
         path = self.output_dir / "inversion.json"
         if path.is_file() and json.loads(path.read_text()).get("noise") == data.fingerprint:
             return
-        inverted_steps = self.sampler.steps_down_to(self.config.lowest_sigma)
         report = {
             "noise": data.fingerprint,
             "samples": len(data.rows),
             "left_out": len(self.train_dataset) - len(data.rows),
             "largest_residual": data.residuals.max().item(),
-            "evaluations_per_step": data.iterations.double().mean().item() / inverted_steps,
+            "evaluations_per_step": data.iterations.double().mean().item() / self.inverted_steps,
             "seconds": seconds,
         }
         if len(data.rows) >= 20:
@@ -249,12 +249,12 @@ class NoiseCorrectionTrainer:
     def _training_data(self, data: InvertedData) -> CorrectorData:
         if isinstance(self.corrector, NetworkCorrector):  # knows no prompts, and there may be many
             rows = torch.zeros(len(data.rows), dtype=torch.int64)
-            return CorrectorData(data.noise, data.fingerprint, rows, self.sampler.call, Conditioning({}, None, {}))
+            return CorrectorData(data, rows, self.sampler.call, Conditioning({}, None, {}))
         has_prompts = "prompt" in self.train_dataset.column_names
         prompts = list(self.train_dataset["prompt"]) if has_prompts else [""] * len(self.train_dataset)
         unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         rows = torch.tensor([unique[prompts[row]] for row in data.rows.tolist()])
-        return CorrectorData(data.noise, data.fingerprint, rows, self.sampler.call, self.sampler.record(list(unique)))
+        return CorrectorData(data, rows, self.sampler.call, self.sampler.record(list(unique)))
 
     def log(self, metrics: dict[str, float]) -> None:
         """Append a line of metrics to `metrics.jsonl` in the output folder."""

@@ -1,18 +1,4 @@
-# Copyright 2026 The trl_pgraft authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
-
-
+# SPDX-License-Identifier: Apache-2.0
 
 """Whatever is configured and whatever a reward answers: a result that makes sense, or an error that says why."""
 
@@ -25,11 +11,12 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from trl_pgraft import GraftConfig
-from trl_pgraft.acceptance import ACCEPTANCE_RULES, get_acceptance
 from trl_pgraft.config import GUIDANCE_LOSSES
+from trl_pgraft.core.acceptance import ACCEPTANCE_RULES, get_acceptance
 from trl_pgraft.rewards import Patience, Reward, RewardError, score
-from trl_pgraft.rollout import form_groups, samples_of
-from trl_pgraft.selection import Round, SelectedRows, accept, combined_rewards
+from trl_pgraft.rollouts.prompts import form_groups, samples_of
+from trl_pgraft.rollouts.selection import Rollout, accept, combined_rewards
+from trl_pgraft.training.rows import SelectedRows
 
 
 pytestmark = pytest.mark.slow
@@ -131,13 +118,13 @@ def test_a_round_of_any_rewards_is_decided_and_can_be_trained_on(case, deduplica
             left = own[~rows & ~own.isnan()]
             if not deduplicated and rows.any():
                 assert len(left) and own[rows].min() >= left.max(), "the best are accepted, and not all"
-    round_ = Round(groups, samples, torch.zeros(images, 1), values, reward, decision)
+    round_ = Rollout(groups, samples, torch.zeros(images, 1), values, reward, decision)
     metrics = round_.metrics([f"r{i}" for i in range(len(weights))])
     assert all(isinstance(value, int | float) for value in metrics.values())
     check_rows(round_)
 
 
-def check_rows(round_: Round) -> None:
+def check_rows(round_: Rollout) -> None:
     selected = SelectedRows(round_, 2, (0, 0))
     if len(selected) == 0:
         return

@@ -1,18 +1,4 @@
-# Copyright 2026 The trl_pgraft authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
-
-
+# SPDX-License-Identifier: Apache-2.0
 
 """Runs that are killed, starved and confused, in processes of their own."""
 
@@ -29,7 +15,7 @@ import pytest
 import torch
 
 
-RUN = Path(__file__).parent / "run_in_process.py"
+RUN = Path(__file__).parent / "helpers" / "run_in_process.py"
 ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
 ENVIRONMENT["PYTHONPATH"] = os.pathsep.join([*sys.path, str(RUN.parent)])
 BATCHES = 3 * 4  # of the whole run

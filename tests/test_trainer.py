@@ -1,16 +1,4 @@
-# Copyright 2026 The trl_pgraft authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 import asyncio
 import itertools
@@ -28,18 +16,12 @@ from peft import LoHaConfig, LoraConfig
 from tiny_pipelines import ATTENTION, adapter_use, tiny_flux, tiny_sd, tiny_sdxl
 from transformers import TrainerCallback
 
-from trl_pgraft import (
-    PGraftTrainer,
-    TimestepGate,
-    accept_best_of_n,
-    load_pgraft_adapter,
-    policy as policy_module,
-    register_reward,
-)
-from trl_pgraft.adapters import adapter_parameters, tuner_layers
-from trl_pgraft.denoiser_call import denoiser_of
-from trl_pgraft.hub import read_switch
-from trl_pgraft.rewards import RewardError, functions
+from trl_pgraft import PGraftTrainer, TimestepGate, accept_best_of_n, load_pgraft_adapter, register_reward
+from trl_pgraft.adapters.files import read_switch
+from trl_pgraft.adapters.lora import adapter_parameters, tuner_layers
+from trl_pgraft.pipelines.denoiser_call import denoiser_of
+from trl_pgraft.rewards import RewardError, registry as functions
+from trl_pgraft.training import finetuner as finetuner_module
 
 
 ANIMALS = ["a cat", "a dog", "an ant"]
@@ -118,7 +100,7 @@ def test_every_trainable_parameter_moves_and_no_other(config, options):
     trainable = {id(p) for p in trainer.denoiser.parameters() if p.requires_grad}
     assert trainable == {id(p) for p in adapter_parameters(trainer.denoiser, "pgraft")}
     (metrics,) = trainer.train()
-    assert metrics["skipped_steps"] == 0 and trainer.progress.global_step == 2
+    assert metrics["skipped_steps"] == 0 and trainer.state.global_step == 2
     for old, new in zip(before, adapter_of(trainer), strict=True):
         assert not torch.equal(old, new)
     assert_base_is_untouched(trainer, base)
@@ -159,14 +141,14 @@ def test_with_a_control_the_difference_becomes_the_adapter(config, make, options
 
 def spied_fits(monkeypatch):
     """What each call of `fit` was given: the trained adapter's parameters and all rows."""
-    fits, original = [], policy_module.fit
+    fits, original = [], finetuner_module.fit
 
     def spy(accelerator, loss, states, passes, *args, **kwargs):
         passes = list(passes)
         fits.append((loss, states, passes))
         return original(accelerator, loss, states, iter(passes), *args, **kwargs)
 
-    monkeypatch.setattr(policy_module, "fit", spy)
+    monkeypatch.setattr(finetuner_module, "fit", spy)
     return fits
 
 
@@ -205,13 +187,13 @@ def test_a_control_sees_as_many_rows_of_the_same_groups(config, monkeypatch):
 )
 def test_guidance_is_that_of_the_tuned_steps(config, monkeypatch, options, scale, guidance):
     """The guided field moves by `control_scale` of the fits' difference: the conditional branch by the w-th of it."""
-    fits, scales, original = spied_fits(monkeypatch), [], policy_module.merge_difference
+    fits, scales, original = spied_fits(monkeypatch), [], finetuner_module.merge_difference
 
     def spy(denoiser, policy, accepted, control, scale, max_rank):
         scales.append(scale)
         original(denoiser, policy, accepted, control, scale, max_rank)
 
-    monkeypatch.setattr(policy_module, "merge_difference", spy)
+    monkeypatch.setattr(finetuner_module, "merge_difference", spy)
     make_trainer(config(control_adapter=True, num_epochs=2, **options)).train()
     assert scales == [scale] * 2
     assert {loss.guidance_scale for loss, _, _ in fits} == {guidance}
@@ -245,13 +227,13 @@ def test_a_moving_average_lags_behind(config, tmp_path):
 
 
 def test_the_learning_rate_follows_its_schedule_over_the_rounds(config, monkeypatch):
-    rates, original = [], policy_module.fit
+    rates, original = [], finetuner_module.fit
 
     def spy(*args, **kwargs):
         *rest, lr_schedule = args
         return original(*rest, lambda step: rates.append(lr_schedule(step)) or rates[-1], **kwargs)
 
-    monkeypatch.setattr(policy_module, "fit", spy)
+    monkeypatch.setattr(finetuner_module, "fit", spy)
     make_trainer(config(num_epochs=3, lr_scheduler_type="linear", warmup_steps=2, train_learning_rate=0.4)).train()
     assert rates == pytest.approx([0.0, 0.2, 0.4, 0.3, 0.2, 0.1]), "two of warm-up, then down to the end of six"
 
@@ -378,7 +360,7 @@ def test_a_prompt_is_asked_for_once_a_group_and_its_columns_reach_the_reward(con
 
 def test_prompts_drawn_at_random_are_new_in_each_round_and_the_same_when_it_is_repeated(config):
     trainer = make_trainer(config(), prompts=lambda: (str(random.random()), {}))
-    prompts = [trainer.rounds.groups(epoch)[0].prompt for epoch in (0, 1, 2, 3, 2)]
+    prompts = [trainer.collector.groups(epoch)[0].prompt for epoch in (0, 1, 2, 3, 2)]
     assert len(set(prompts)) == 4 and prompts[4] == prompts[2]
 
 
@@ -447,7 +429,7 @@ def test_a_round_without_signal_trains_nothing_and_goes_on(config):
     before = adapter_of(trainer)
     history = trainer.train()
     assert [m["accepted"] for m in history] == [0, 0] and history[0]["frac_reward_zero_std"] == 1
-    assert equal(before, adapter_of(trainer)) and trainer.progress.global_step == 0
+    assert equal(before, adapter_of(trainer)) and trainer.state.global_step == 0
 
 
 def test_the_hook_gets_what_ddpo_gives(config):
@@ -624,9 +606,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(config, tmp_path, control_adapte
         interrupted.train()
     assert_nothing_is_left_behind(interrupted)
     resumed = make_trainer(config(**options("parts"), resume_from_checkpoint=True))
-    assert resumed.progress.epoch == 1 and resumed.progress.global_step == 2
+    assert resumed.state.epoch == 1 and resumed.state.global_step == 2
     if not control_adapter:
-        held = {id(p) for group in resumed.policy.optimizer.param_groups for p in group["params"]}
+        held = {id(p) for group in resumed.finetuner.optimizer.param_groups for p in group["params"]}
         assert held == {id(p) for p in adapter_parameters(resumed.denoiser, "pgraft")}
     resumed.train()
     assert equal(adapter_of(resumed), adapter_of(whole))
@@ -636,7 +618,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(config, tmp_path, control_adapte
     ]
     assert untimed[0] == untimed[1] and [m["epoch"] for m in untimed[0]] == [0, 1, 2]
     assert [m["images"] for m in untimed[0]] == [4, 8, 12]
-    assert resumed.progress.global_step == whole.progress.global_step == 6
+    assert resumed.state.global_step == whole.state.global_step == 6
 
 
 def test_train_resumes_where_it_is_asked_to(config, tmp_path):
@@ -657,9 +639,9 @@ def test_the_newest_checkpoint_is_taken_and_old_ones_are_removed(config):
     folder = trainer.output_dir / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint_2", "checkpoint_3"]
     resumed = make_trainer(config(num_epochs=4, resume_from=str(folder)))
-    assert resumed.progress.epoch == 4 and equal(adapter_of(resumed), adapter_of(trainer))
+    assert resumed.state.epoch == 4 and equal(adapter_of(resumed), adapter_of(trainer))
     older = make_trainer(config(num_epochs=4, resume_from=str(folder / "checkpoint_2")))
-    assert older.progress.epoch == 3 and not equal(adapter_of(older), adapter_of(trainer))
+    assert older.state.epoch == 3 and not equal(adapter_of(older), adapter_of(trainer))
 
 
 def test_checkpoints_follow_save_freq_and_the_last_round_is_saved(config):
@@ -681,20 +663,20 @@ def test_a_new_run_in_a_used_folder_puts_the_old_one_aside(config):
     assert len(list((old / "checkpoints").iterdir())) == len(list((old / "samples").iterdir())) == 3
     assert len((old / "metrics.jsonl").read_text().splitlines()) == 3
     resumed = make_trainer(config(num_epochs=2, seed=1, resume_from_checkpoint=True))
-    assert resumed.progress.epoch == 2 and equal(adapter_of(resumed), adapter_of(trainer))
+    assert resumed.state.epoch == 2 and equal(adapter_of(resumed), adapter_of(trainer))
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
 def test_a_run_resumed_for_more_rounds_goes_on_with_the_longer_schedule(config, monkeypatch, kind):
     options = {"lr_scheduler_type": kind, "train_learning_rate": 0.4}
     make_trainer(config(num_epochs=1, **options)).train()
-    rates, original = [], policy_module.fit
+    rates, original = [], finetuner_module.fit
 
     def spy(*args, **kwargs):
         *rest, lr_schedule = args
         return original(*rest, lambda step: rates.append(lr_schedule(step)) or rates[-1], **kwargs)
 
-    monkeypatch.setattr(policy_module, "fit", spy)
+    monkeypatch.setattr(finetuner_module, "fit", spy)
     make_trainer(config(num_epochs=2, resume_from_checkpoint=True, **options)).train()
     halfway = {"linear": [0.2, 0.1], "cosine": [0.2, 0.2 * (1 - 0.5**0.5)]}[kind]
     assert rates == pytest.approx(halfway), "steps two and three of four"
@@ -707,7 +689,7 @@ def test_a_run_is_not_resumed_with_another_adapter(config):
     make_trainer(config(), peft_config=lora(2)).train()
     with pytest.raises(ValueError, match="adapter was .*'r': 2.* and is .*'r': 4"):
         make_trainer(config(resume_from_checkpoint=True), peft_config=lora(4))
-    assert make_trainer(config(resume_from_checkpoint=True), peft_config=lora(2)).progress.epoch == 1
+    assert make_trainer(config(resume_from_checkpoint=True), peft_config=lora(2)).state.epoch == 1
 
 
 @pytest.mark.parametrize("limit", [None, 0])
@@ -726,7 +708,7 @@ def test_a_run_is_not_resumed_with_another_switch(config):
 
 
 def test_where_there_is_nothing_to_resume(config, tmp_path):
-    assert make_trainer(config(resume_from_checkpoint=True)).progress.epoch == 0
+    assert make_trainer(config(resume_from_checkpoint=True)).state.epoch == 0
     with pytest.raises(ValueError, match="resume_from"):
         make_trainer(config(resume_from=str(tmp_path / "nowhere")))
 
@@ -840,7 +822,7 @@ def test_a_reward_that_answers_wrongly_stops_the_round(config, reward, message):
     with pytest.raises(RewardError, match=f"Reward '<lambda>' on prompts .*{message}"):
         trainer.train()
     assert_nothing_is_left_behind(trainer)
-    assert trainer.progress.epoch == 0
+    assert trainer.state.epoch == 0
 
 
 def test_a_reward_that_raises_is_retried_as_often_as_configured(config):

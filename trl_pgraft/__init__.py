@@ -1,21 +1,13 @@
-# Copyright 2026 The trl_pgraft authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
-
+# SPDX-License-Identifier: Apache-2.0
 
 """GRAFT and P-GRAFT: fine-tune diffusion models on rewards by rejection sampling, in TRL's ecosystem."""
 
-from .acceptance import (
+from .adapters.files import load_pgraft_adapter, save_pgraft_adapter
+from .adapters.gate import TimestepGate
+from .analysis.intermediate_step import choose_intermediate_step
+from .compat.ddpo import DefaultDDPOStableDiffusionPipeline
+from .config import GraftConfig
+from .core.acceptance import (
     accept_all,
     accept_best_of_n,
     accept_exponential,
@@ -23,29 +15,20 @@ from .acceptance import (
     accept_threshold,
     accept_top_k,
     deduplicate,
-    implied_kl,
 )
-from .config import GraftConfig
-from .ddpo import DefaultDDPOStableDiffusionPipeline
-from .denoiser_format import DenoiserFormat
-from .diagnostics import choose_intermediate_step
-from .hub import load_pgraft_adapter, save_pgraft_adapter
-from .memory import MemoryEstimate, estimate_memory
-from .noise_correction import (
-    Gaussianity,
-    Inversion,
-    InversionError,
-    NoiseCorrectedPipeline,
-    NoiseCorrectionConfig,
-    NoiseCorrectionTrainer,
-    gaussianity,
-    invert_flow,
-)
-from .parameterizations import renoise
-from .publishing import push_adapter_to_hub, push_samples_to_hub
-from .rewards import get_reward, list_rewards, register_reward
-from .timestep_gate import SwitchLevel, TimestepGate
+from .core.divergence import implied_kl
+from .core.parameterizations import renoise
+from .core.switch_level import SwitchLevel
+from .hub.push import push_adapter_to_hub, push_samples_to_hub
+from .noise_correction.config import NoiseCorrectionConfig
+from .noise_correction.gaussianity import Gaussianity, gaussianity
+from .noise_correction.inversion import Inversion, InversionError, invert_flow
+from .noise_correction.pipeline import NoiseCorrectedPipeline
+from .noise_correction.trainer import NoiseCorrectionTrainer
+from .pipelines.denoiser_format import DenoiserFormat
+from .rewards.registry import get_reward, list_rewards, register_reward
 from .trainer import PGraftTrainer
+from .training.memory import MemoryEstimate, estimate_memory
 
 
 __all__ = [

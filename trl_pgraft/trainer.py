@@ -1,17 +1,4 @@
-# Copyright 2026 The trl_pgraft authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
-
+# SPDX-License-Identifier: Apache-2.0
 
 """The training loop: rounds of drawing, scoring, accepting and fine-tuning, in the interface of TRL's DDPOTrainer."""
 
@@ -28,39 +15,39 @@ import datasets
 import torch
 from peft import PeftConfig
 
-from .adapters import ADAPTER_NAME
-from .callbacks import Callbacks
-from .cards import GRID_FILE, facts_of, label_of, some_prompts, write_adapter_card
-from .checkpoints import (
-    Progress,
+from .adapters.files import save_pgraft_adapter
+from .adapters.lora import ADAPTER_NAME
+from .adapters.policy import Policy
+from .compat.ddpo import as_ddpo, hook_data
+from .config import GraftConfig
+from .hub.cards import GRID_FILE, facts_of, label_of, some_prompts, write_adapter_card
+from .hub.publisher import Publisher
+from .pipelines.denoiser_format import DenoiserFormat
+from .pipelines.inputs import check_held_out, takes_prompts
+from .report.grids import before_after_grid, image_grid
+from .rewards.registry import choose_rewards
+from .rollouts.batch import Batch
+from .rollouts.collect import RolloutCollector
+from .rollouts.dataset import check_samples, example_columns
+from .rollouts.prompts import choose_prompt_source, held_out_prompts
+from .rollouts.selection import Rollout, accumulated_kl
+from .training.callbacks import Callbacks
+from .training.checkpoints import (
+    TrainerState,
     adapter_values,
+    archive_previous_run,
     check_same_run,
     checkpoints_in,
     find_checkpoint,
     load_optimizer,
-    load_progress,
+    load_trainer_state,
     prune_checkpoints,
-    put_aside,
     reading,
     save_checkpoint,
 )
-from .config import GraftConfig
-from .ddpo import as_ddpo, hook_data
-from .denoiser_format import DenoiserFormat
-from .drawing import Batch
-from .engine import make_accelerator
-from .fine_tuning import FitReport, learning_rates
-from .hub import save_pgraft_adapter
-from .pictures import before_after_grid, image_grid
-from .pipeline_inputs import check_held_out, takes_prompts
-from .policy import Policy
-from .prompts import choose_prompt_source, held_out_prompts
-from .publisher import Publisher
-from .rewards import choose_rewards
-from .rounds import Rounds
-from .samples import check_samples, example_columns
-from .selection import Round, accumulated_kl
-from .trackers import NoTracker, log_image, tracker_arguments, tracker_values
+from .training.finetuner import Finetuner, FineTuningReport
+from .training.optimizer import learning_rates, make_accelerator
+from .training.tracking import NoTracker, log_image, tracker_arguments, tracker_values
 
 
 @dataclass(frozen=True)
@@ -171,35 +158,38 @@ class PGraftTrainer:
         self.policy = Policy(
             sd_pipeline, config, self.accelerator, peft_config, pipeline_kwargs, denoiser_format, example
         )
+        self.finetuner = Finetuner(self.policy, config, self.accelerator)
         self.pipeline, self.denoiser = self.policy.pipeline, self.policy.denoiser
         for _, columns in self.held_out:
             check_held_out(self.pipeline, self.policy.inputs_of(example), self.policy.inputs_of(columns))
-        self.rounds = Rounds(self.policy, self.rewards, prompt_source, config, self.accelerator, self.output_dir)
+        self.collector = RolloutCollector(
+            self.policy, self.rewards, prompt_source, config, self.accelerator, self.output_dir
+        )
         self.samples_dataset = samples_dataset
         if samples_dataset is not None:
             names = [reward.name for reward in self.rewards]
             self.samples_dataset = check_samples(samples_dataset, self.policy.fingerprint, names)
         self.publisher = Publisher(config, self.output_dir, self.accelerator, draws=samples_dataset is None)
-        self.progress = Progress()
+        self.state = TrainerState()
         self.epochs = config.num_epochs
         self.has_begun = False
         self._resume(config.resume_from or config.resume_from_checkpoint)
         start = self.policy.start
         values = tracker_values({**config.to_dict(), "starting_adapter": start.source if start else None})
         self.accelerator.init_trackers(config.tracker_project_name, values, tracker_arguments(config))
-        self.callbacks.begin(self.accelerator, model=self.denoiser, optimizer=self.policy.optimizer)
+        self.callbacks.begin(self.accelerator, model=self.denoiser, optimizer=self.finetuner.optimizer)
 
     # The run.
 
     @property
     def history(self) -> list[dict[str, float]]:
         """Metrics logged so far, those before a resume included."""
-        return self.progress.history
+        return self.state.history
 
     @property
     def images_per_round(self) -> int:
         """Images of a round, over all processes."""
-        return self.rounds.images
+        return self.collector.images
 
     def sampler(self, reference: bool = False) -> AbstractContextManager[Any]:
         """
@@ -230,19 +220,19 @@ class PGraftTrainer:
             epochs = 1 if self.samples_dataset is not None else self.config.num_epochs
         if resume_from_checkpoint:
             self._resume(resume_from_checkpoint)
-            self.callbacks.values["optimizer"] = self.policy.optimizer
+            self.callbacks.values["optimizer"] = self.finetuner.optimizer
         self.epochs = epochs
         self._begin()
-        self.publisher.check(first_round=self.progress.epoch)
+        self.publisher.check(first_round=self.state.epoch)
         state = self.callbacks.state
-        state.epoch, state.global_step = self.progress.epoch, self.progress.global_step
-        state.max_steps = (self.progress.steps_per_round or self._expected_steps()) * epochs
+        state.epoch, state.global_step = self.state.epoch, self.state.global_step
+        state.max_steps = (self.state.steps_per_round or self._expected_steps()) * epochs
         self.callbacks.notify("on_train_begin")
-        if self.held_out and self.progress.epoch == 0:
+        if self.held_out and self.state.epoch == 0:
             self._log_evaluation(epoch=0)
-        for epoch in range(self.progress.epoch, epochs):
+        for epoch in range(self.state.epoch, epochs):
             self.callbacks.notify("on_epoch_begin")
-            self.step(epoch, self.progress.global_step)
+            self.step(epoch, self.state.global_step)
             self.callbacks.notify("on_epoch_end")
             last = epoch + 1 == epochs or self.callbacks.should_stop
             asked_to_evaluate, asked_to_save = self.callbacks.asked("evaluate"), self.callbacks.asked("save")
@@ -279,7 +269,7 @@ class PGraftTrainer:
         round_ = self._draw_round(epoch) if self.samples_dataset is None else self._stored_round()
         drawn = time.perf_counter()
         report = self._fine_tune(round_, epoch)
-        progress, state = self.progress, self.callbacks.state
+        progress, state = self.state, self.callbacks.state
         progress.epoch, progress.global_step = epoch + 1, global_step + (report.steps if report else 0)
         state.epoch, state.global_step = progress.epoch, progress.global_step
         metrics = round_.metrics([reward.name for reward in self.rewards])
@@ -290,19 +280,19 @@ class PGraftTrainer:
         self.log(metrics)
         return progress.global_step
 
-    def _draw_round(self, epoch: int) -> Round:
-        round_, batches = self.rounds.draw(epoch)
+    def _draw_round(self, epoch: int) -> Rollout:
+        round_, batches = self.collector.draw(epoch)
         self._show(round_, batches)
-        self.progress.images += len(round_.samples)
-        self.progress.denoiser_calls += round_.denoiser_calls
+        self.state.images += len(round_.samples)
+        self.state.denoiser_calls += round_.denoiser_calls
         return round_
 
-    def _stored_round(self) -> Round:
-        return Round.from_dataset(self.samples_dataset, [reward.name for reward in self.rewards])
+    def _stored_round(self) -> Rollout:
+        return Rollout.from_dataset(self.samples_dataset, [reward.name for reward in self.rewards])
 
-    def _show(self, round_: Round, batches: Sequence[Batch]) -> None:
+    def _show(self, round_: Rollout, batches: Sequence[Batch]) -> None:
         """Hand this process's samples to DDPO's hook, and the main process's to the trackers as a picture."""
-        trackers, step = self.accelerator.trackers, self.progress.global_step
+        trackers, step = self.accelerator.trackers, self.state.global_step
         if trackers and self.accelerator.is_main_process:
             images = torch.cat([batch.drawn.images for batch in batches])
             grid = image_grid(images, round_.captions()[: len(images)], round_.groups[0].size)
@@ -311,12 +301,12 @@ class PGraftTrainer:
             tracker = trackers[0] if trackers else NoTracker()
             self.image_samples_hook([hook_data(batch, self.rewards) for batch in batches], step, tracker)
 
-    def _fine_tune(self, round_: Round, epoch: int) -> FitReport | None:
-        data = self.policy.training_set(round_, epoch)
+    def _fine_tune(self, round_: Rollout, epoch: int) -> FineTuningReport | None:
+        data = self.finetuner.training_set(round_, epoch)
         if not data.rows:
             self.accelerator.print(f"Round {epoch}: nothing was accepted, so nothing is trained.")
             return None
-        state, progress, steps = self.callbacks.state, self.progress, self.policy.steps_for(len(data.rows))
+        state, progress, steps = self.callbacks.state, self.state, self.finetuner.steps_for(len(data.rows))
         progress.steps_per_round = progress.steps_per_round or steps
         state.max_steps = progress.steps_per_round * self.epochs
 
@@ -324,23 +314,23 @@ class PGraftTrainer:
             state.global_step += event == "on_step_end"
             self.callbacks.notify(event)
 
-        return self.policy.fine_tune(data, epoch, self._learning_rate(), on_event)
+        return self.finetuner.fine_tune(data, epoch, self._learning_rate(), on_event)
 
     def _learning_rate(self) -> Callable[[int], float]:
         """
         Learning rate of a round's n-th optimizer step, on diffusers' schedule over the whole run, of which the first
         round tells the length. A run that is resumed for more rounds goes on with the schedule of that many.
         """
-        config, start = self.config, self.progress.global_step
-        length = self.progress.steps_per_round * self.epochs
+        config, start = self.config, self.state.global_step
+        length = self.state.steps_per_round * self.epochs
         rate = learning_rates(config.lr_scheduler_type, config.train_learning_rate, config.warmup_steps, length)
         return lambda step: rate(start + step)
 
     def _expected_steps(self) -> int:
         """Optimizer steps of a round in which `k` of each group is accepted, a quarter where nothing says more."""
-        size = self.rounds.group_size
+        size = self.collector.group_size
         k = self.config.acceptance_kwargs.get("k", max(1, round(size / 4)))
-        return self.policy.steps_for(self.rounds.images // size * k)
+        return self.finetuner.steps_for(self.collector.images // size * k)
 
     def compute_rewards(self, prompt_image_pairs: Sequence[Sequence[Any]], is_async: bool = False) -> Iterator[tuple]:
         """
@@ -355,7 +345,7 @@ class PGraftTrainer:
         Returns:
             `Iterator[tuple]`: the batches' rewards, each of shape `(B,)` with NaN where left out, then their infos.
         """
-        scorer = self.rounds.make_scorer(is_async)
+        scorer = self.collector.make_scorer(is_async)
         for images, prompts, metadata in prompt_image_pairs:
             images = images if images.dtype == torch.uint8 else (images * 255).round().to(torch.uint8)
             scorer.add(images, list(prompts), {"metadata": list(metadata)})
@@ -382,7 +372,7 @@ class PGraftTrainer:
             rows = [(p, {name: values[i] for name, values in (columns or {}).items()}) for i, p in enumerate(prompts)]
         if not rows:
             raise ValueError("evaluate: no prompts given, and neither eval_dataset nor config.eval_prompts has any.")
-        return Evaluation(*self.rounds.draw_evaluation(rows, reference))
+        return Evaluation(*self.collector.draw_evaluation(rows, reference))
 
     def _log_evaluation(self, epoch: int) -> None:
         result = self.evaluate()
@@ -395,8 +385,8 @@ class PGraftTrainer:
     def log(self, metrics: dict[str, float]) -> None:
         """Send metrics to the trackers and callbacks, and append them to `history` and to `metrics.jsonl`."""
         self.history.append(metrics)
-        self.callbacks.state.log_history.append({**metrics, "step": self.progress.global_step})
-        self.accelerator.log(metrics, step=self.progress.global_step)
+        self.callbacks.state.log_history.append({**metrics, "step": self.state.global_step})
+        self.accelerator.log(metrics, step=self.state.global_step)
         self.callbacks.notify("on_log", logs=metrics)
         if self.accelerator.is_main_process:
             with open(self.output_dir / "metrics.jsonl", "a") as file:
@@ -449,7 +439,7 @@ class PGraftTrainer:
         facts = facts_of(self, shown, dataset_name or self.publisher.dataset_id, tags)
         self.adapter_dir.mkdir(parents=True, exist_ok=True)
         if shown:
-            before, after = (self.rounds.draw_pictures(shown, reference) for reference in (True, False))
+            before, after = (self.collector.draw_pictures(shown, reference) for reference in (True, False))
             before_after_grid(before, after, [*map(label_of, shown)]).save(self.adapter_dir / GRID_FILE)
         write_adapter_card(self.adapter_dir, self.publisher.model_id, facts, model_name)
 
@@ -498,13 +488,13 @@ class PGraftTrainer:
             folder, policy = self.output_dir / "checkpoints", self.policy
             adapter = ADAPTER_NAME if policy.has_adapter else None
             save_checkpoint(
-                folder, self.pipeline, policy.switch, adapter, policy.optimizer, self.progress, self._run()
+                folder, self.pipeline, policy.switch, adapter, self.finetuner.optimizer, self.state, self._run()
             )
             # `total_limit` is accelerate's name, with which DDPO's scripts set it.
             limit = self.config.project_kwargs.get("total_limit") or self.config.num_checkpoint_limit
             prune_checkpoints(folder, limit)
         self.accelerator.wait_for_everyone()
-        self.rounds.forget_unfinished()
+        self.collector.forget_unfinished()
         self.callbacks.notify("on_save")
 
     def _run(self) -> dict[str, Any]:
@@ -522,10 +512,10 @@ class PGraftTrainer:
             return
         self.has_begun = True
         if not self.is_resumed:
-            self.rounds.forget_unfinished()
+            self.collector.forget_unfinished()
         if not self.is_resumed and self.accelerator.is_main_process:
             names = ["checkpoints", "metrics.jsonl"] + (["samples"] if self.samples_dataset is None else [])
-            put_aside(self.output_dir, names)
+            archive_previous_run(self.output_dir, names)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             (self.output_dir / "metrics.jsonl").write_text("".join(map(_as_json, self.history)))
@@ -540,11 +530,11 @@ class PGraftTrainer:
         checkpoint = find_checkpoint(source)
         with reading(checkpoint):
             check_same_run(checkpoint, self._run())
-            self.progress = load_progress(checkpoint)
+            self.state = load_trainer_state(checkpoint)
             if (checkpoint / "adapter_config.json").is_file():
-                self.policy.load_adapter(checkpoint)
-            if self.policy.optimizer is not None:
-                load_optimizer(checkpoint, self.policy.optimizer)
+                self.finetuner.load_adapter(checkpoint)
+            if self.finetuner.optimizer is not None:
+                load_optimizer(checkpoint, self.finetuner.optimizer)
 
 
 def _check_round(config: GraftConfig, processes: int, samples_dataset: Any) -> None:

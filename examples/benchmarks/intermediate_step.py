@@ -1,16 +1,4 @@
-# Copyright 2026 The trl_pgraft authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 Which part of the trajectory to tune on the embedded emoji model: the curves over t_I and the proposal.
@@ -34,7 +22,7 @@ import torch
 from examples.emoji.scenes import CATEGORIES as ALL_CATEGORIES
 from examples.quickstart import CATEGORIES, RECIPE, load_prompts, make_trainer
 from trl_pgraft import GraftConfig, choose_intermediate_step
-from trl_pgraft.pictures import draw_choice
+from trl_pgraft.report.plots import draw_choice
 
 
 def main() -> None:

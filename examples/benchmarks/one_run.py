@@ -1,17 +1,4 @@
-# Copyright 2026 The trl_pgraft authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
-
+# SPDX-License-Identifier: Apache-2.0
 
 """
 One run of a comparison: train by one method with one seed, measure along the way, and write one Parquet file.
@@ -179,7 +166,7 @@ def train_pgraft(fields: dict[str, Any], recorder: Recorder) -> None:
     kl = 0.0
     for epoch in range(config.num_epochs):
         with recorder.counted(trainer.images_per_round):
-            trainer.step(epoch, trainer.progress.global_step)
+            trainer.step(epoch, trainer.state.global_step)
         kl = trainer.history[-1]["implied_kl_sum"]
         if recorder.is_due() or epoch + 1 == config.num_epochs:
             with trainer.sampler() as pipeline:

@@ -1,17 +1,4 @@
-# Copyright 2026 The trl_pgraft authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
-
+# SPDX-License-Identifier: Apache-2.0
 
 """
 What the library costs on top of what it is built from, as ratios within one process.
@@ -35,10 +22,14 @@ from tqdm.auto import tqdm
 
 from examples.quickstart import RECIPE, load_prompts, make_trainer
 from trl_pgraft import GraftConfig
-from trl_pgraft.adapters import ADAPTER_NAME, adapter_parameters
-from trl_pgraft.denoiser_call import record_conditioning
-from trl_pgraft.fine_tuning import Rows, fit
-from trl_pgraft.rollout import Group, call_pipeline, draw, samples_of
+from trl_pgraft.adapters.lora import ADAPTER_NAME, adapter_parameters
+from trl_pgraft.pipelines.conditioning import record_conditioning
+from trl_pgraft.pipelines.inputs import call_pipeline
+from trl_pgraft.rollouts.collect import draw
+from trl_pgraft.rollouts.prompts import PromptGroup, samples_of
+from trl_pgraft.training.finetuner import fit
+from trl_pgraft.training.graft_loss import graft_loss
+from trl_pgraft.training.rows import Rows
 
 
 BATCH = 32
@@ -62,7 +53,7 @@ def alternate(ours: Callable[[], None], bare: Callable[[], None], repeats: int) 
 def rollout(trainer, repeats: int) -> tuple[float, float]:
     """`draw` against the pipeline call."""
     prompts = load_prompts("train")[:BATCH]
-    samples = samples_of([Group(i, prompt, 1, {}) for i, prompt in enumerate(prompts)], 0)
+    samples = samples_of([PromptGroup(i, prompt, 1, {}) for i, prompt in enumerate(prompts)], 0)
     seeds = [sample.seed for sample in samples]
     arguments = {**trainer.policy.arguments, "output_type": "pt"}
 
@@ -80,11 +71,11 @@ def training(trainer, repeats: int) -> tuple[float, float]:
     states = torch.randn(BATCH, *_latent_shape(trainer))
     conditioning = record_conditioning(trainer.pipeline, trainer.policy.call, prompts, trainer.policy.arguments)
     rows = Rows(torch.arange(BATCH), torch.arange(BATCH), list(range(BATCH)))
-    loss = trainer.policy.loss(ADAPTER_NAME, conditioning)
+    loss = graft_loss(trainer.policy, ADAPTER_NAME, conditioning)
 
     def ours() -> None:
         passes = iter([rows] * STEPS)
-        fit(trainer.accelerator, loss, states, passes, trainer.policy.optimizer, trainer.config, lambda _: 1e-4)
+        fit(trainer.accelerator, loss, states, passes, trainer.finetuner.optimizer, trainer.config, lambda _: 1e-4)
 
     return alternate(ours, _hand_written(trainer, states, conditioning), repeats)
 

@@ -1,17 +1,4 @@
-# Copyright 2026 The trl_pgraft authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
-
+# SPDX-License-Identifier: Apache-2.0
 
 """
 Compare configurations on the embedded emoji model: one line of JSON a run, appended to a file.
@@ -51,7 +38,7 @@ def run(fields: dict[str, Any], split: str) -> dict[str, Any]:
         base = trainer.evaluate(prompts, reference=True)
         history = []
         for epoch in range(trainer.config.num_epochs):
-            trainer.step(epoch, trainer.progress.global_step)
+            trainer.step(epoch, trainer.state.global_step)
             if every_round or epoch + 1 == trainer.config.num_epochs:
                 history.append(summarize(prompts, base, trainer.evaluate(prompts)))
     seconds = time.perf_counter() - started

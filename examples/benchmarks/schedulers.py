@@ -1,16 +1,4 @@
-# Copyright 2026 The trl_pgraft authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 The schedulers that are tested, and what is measured of each with exact denoisers: the tables of docs/schedulers.md.
@@ -45,10 +33,10 @@ from diffusers import (
 )
 
 from trl_pgraft import GraftConfig
-from trl_pgraft.levels import levels_of_sampler
-from trl_pgraft.noise_schedules import NoiseSchedule
-from trl_pgraft.parameterizations import combine, prediction_type_of
-from trl_pgraft.samplers import Sampler, run_on_known_data
+from trl_pgraft.core.noise_schedules import NoiseSchedule
+from trl_pgraft.core.parameterizations import combine
+from trl_pgraft.pipelines.schedulers import Sampler, prediction_type_of, run_on_known_data
+from trl_pgraft.pipelines.timesteps import levels_of_sampler
 
 
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}

@@ -1,16 +1,5 @@
-# Copyright 2026 The trl_pgraft authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
+
 """
 Train the emoji model and its verifier from nothing, on one GPU in about ten minutes.
 
@@ -134,7 +123,7 @@ class Scenes:
         scenes = self.fields[torch.randint(len(self.fields), (size,), generator=self.generator, device=self.device)]
         return self.renderer(scenes, self.generator), scenes
 
-    def in_order(self, size: int) -> Iterable[torch.Tensor]:
+    def collate(self, size: int) -> Iterable[torch.Tensor]:
         """All images, in batches."""
         for start in range(0, len(self.fields), size):
             yield self.renderer(self.fields[start : start + size], self.generator)
@@ -335,7 +324,7 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
 def encode_scenes(scenes: Scenes, vae: AutoencoderKL, args: argparse.Namespace) -> torch.Tensor:
     """Scaled latents of the whole pool, in half precision."""
     latents = []
-    for images in scenes.in_order(1000):
+    for images in scenes.collate(1000):
         with torch.autocast(args.device, torch.bfloat16):
             mean = vae.encode(images * 2 - 1).latent_dist.mean
         latents.append((mean * vae.config.scaling_factor).half())

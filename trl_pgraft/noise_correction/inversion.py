@@ -1,16 +1,4 @@
-# Copyright 2026 The trl_pgraft authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Map data back to noise by the exact inverse of the Euler sampler that a flow pipeline uses."""
 
@@ -22,14 +10,16 @@ from typing import Any
 
 import torch
 
-from ..batch_axes import put_on
-from ..denoiser_call import Conditioning, DenoiserCall, calls_of_first_step, denoiser_of, record_conditioning, replay
-from ..denoiser_format import DenoiserFormat
-from ..losses import guided as combine_branches
-from ..noise_schedules import NoiseSchedule
-from ..placement import device_of
-from ..probe import learn_denoiser_call
-from ..samplers import Sampler, sampler_of
+from ..core.losses import guided as combine_branches
+from ..core.noise_schedules import NoiseSchedule
+from ..pipelines.conditioning import Conditioning, record_conditioning
+from ..pipelines.denoiser_call import DenoiserCall, denoiser_of, replay
+from ..pipelines.denoiser_format import DenoiserFormat
+from ..pipelines.introspection import introspect_denoiser_call
+from ..pipelines.observe import calls_of_first_step
+from ..pipelines.placement import device_of
+from ..pipelines.schedulers import Sampler, sampler_of
+from ..pipelines.tree import put_on
 
 
 ANDERSON_DEPTH = 8
@@ -276,7 +266,7 @@ class FlowSampler:
         """Ask a pipeline; arguments and errors as those of [`invert_flow`]."""
         sampler = sampler_of(pipeline, kwargs)
         steps = euler_steps(sampler)
-        call = learn_denoiser_call(pipeline, kwargs, denoiser_format)
+        call = introspect_denoiser_call(pipeline, kwargs, denoiser_format)
         if guided and not (call.is_guided and call.guidance_scale is not None):
             raise ValueError(
                 f"guided=True: {type(pipeline).__name__} with these pipeline_kwargs does not guide by u + w (c - u). "

@@ -1,16 +1,4 @@
-# Copyright 2026 The trl_pgraft authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """A flow pipeline that starts from corrected noise: run, saved, loaded and pushed."""
 
@@ -23,19 +11,31 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 
-from ..batch_axes import put_on
-from ..denoiser_call import DenoiserCall, branches_of, first_calls
-from ..denoiser_format import DenoiserFormat
-from ..hub import CORRECTOR_FILE, CORRECTOR_FILES
-from ..pipeline_inputs import input_names, parameters_of
-from ..probe import learn_denoiser_call
-from ..publishing import push_corrector_to_hub
-from .corrector import CORRECTORS, Corrector
+from ..adapters.files import CORRECTOR_FILE, CORRECTOR_FILES
+from ..hub.push import push_corrector_to_hub
+from ..pipelines.denoiser_call import DenoiserCall, branches_of
+from ..pipelines.denoiser_format import DenoiserFormat
+from ..pipelines.inputs import input_names, parameters_of
+from ..pipelines.introspection import introspect_denoiser_call
+from ..pipelines.observe import first_calls
+from ..pipelines.tree import put_on
+from .correctors.flow import CORRECTORS, Corrector
 
 
 # What changes nothing in how the pipeline calls its denoiser.
-NO_SETTINGS = {"prompt", "generator", "latents", "output_type", "return_dict", "batch_size", "num_images_per_prompt"}
-NO_SETTINGS |= {"callback_on_step_end", "callback_on_step_end_tensor_inputs", "callback", "callback_steps"}
+NO_SETTINGS = {
+    "prompt",
+    "generator",
+    "latents",
+    "output_type",
+    "return_dict",
+    "batch_size",
+    "num_images_per_prompt",
+    "callback_on_step_end",
+    "callback_on_step_end_tensor_inputs",
+    "callback",
+    "callback_steps",
+}
 
 
 class NoiseCorrectedPipeline:
@@ -133,7 +133,7 @@ class NoiseCorrectedPipeline:
         settings = {name: value for name, value in arguments.items() if name not in ignored}
         key = repr(sorted(settings.items()))
         if key not in self._calls:
-            self._calls[key] = learn_denoiser_call(self.pipeline, settings, self._format)
+            self._calls[key] = introspect_denoiser_call(self.pipeline, settings, self._format)
         return self._calls[key]
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -1,16 +1,4 @@
-# Copyright 2026 The trl_pgraft authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Inverse noise correction: a flow model's noise is learned from real data, without a reward."""
 
@@ -28,18 +16,18 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 from PIL import Image
 
-from ..adapters import default_lora_config, tuner_layers
-from ..cards import repository_of
-from ..checkpoints import put_aside
-from ..denoiser_call import Conditioning, denoiser_of
-from ..denoiser_format import DenoiserFormat, uncompiled
-from ..engine import place_pipeline
-from ..pipeline_inputs import takes_prompts
-from ..placement import check_adaptable, on_device
-from ..rollout import seed_of
-from ..timestep_gate import gate_on
+from ..adapters.gate import gate_on
+from ..adapters.lora import default_lora_config, tuner_layers
+from ..core.seeding import seed_of
+from ..hub.cards import repository_of
+from ..pipelines.conditioning import Conditioning
+from ..pipelines.denoiser_call import denoiser_of
+from ..pipelines.denoiser_format import DenoiserFormat, uncompiled
+from ..pipelines.inputs import takes_prompts
+from ..pipelines.placement import check_adaptable, on_device, place_pipeline
+from ..training.checkpoints import archive_previous_run
 from .config import NoiseCorrectionConfig
-from .corrector import (
+from .correctors.flow import (
     CORRECTION_ADAPTER,
     AdapterCorrector,
     FlowCorrector,
@@ -47,11 +35,11 @@ from .corrector import (
     add_correction_adapter,
     make_network,
 )
-from .fit import CHECKPOINT_FILE, CorrectorData, CorrectorFit, split
-from .gaussian import GaussianCorrector, check_size
+from .correctors.gaussian import GaussianCorrector, check_size
+from .dataset import DatasetInverter, InvertedData, encode_images
+from .fine_tuning import CHECKPOINT_FILE, CorrectorData, CorrectorFit, split
 from .gaussianity import gaussianity
 from .inversion import FlowSampler
-from .inverted_data import DatasetInverter, InvertedData, encode_images
 from .pipeline import NoiseCorrectedPipeline
 
 
@@ -224,7 +212,7 @@ class NoiseCorrectionTrainer:
             check_size(len(split(len(self.train_dataset), self.config)[1]), self.sampler.like[0].numel())
         data = self.invert()
         if self.accelerator.is_main_process and not self.config.resume_from_checkpoint:
-            put_aside(self.output_dir, [CHECKPOINT_FILE, METRICS_FILE, CORRECTOR_FOLDER])
+            archive_previous_run(self.output_dir, [CHECKPOINT_FILE, METRICS_FILE, CORRECTOR_FOLDER])
         self.accelerator.wait_for_everyone()
         if self.config.corrector == "gaussian":
             self.corrector = self.corrected.corrector = self._fit_gaussian(data.noise)

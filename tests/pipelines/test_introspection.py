@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+
+import pytest
+import torch
+from tiny_pipelines import ToyPipeline, tiny_flux
+from torch import nn
+
+from trl_pgraft.pipelines.conditioning import record_conditioning
+from trl_pgraft.pipelines.introspection import introspect_denoiser_call
+from trl_pgraft.pipelines.schedulers import sampler_of
+
+
+GUIDED = {"num_inference_steps": 5, "guidance_scale": 3.0}
+UNGUIDED = {"num_inference_steps": 5, "guidance_scale": 1.0}
+
+
+@pytest.mark.parametrize("arguments", [GUIDED, UNGUIDED, {**GUIDED, "negative_prompt": "ugly"}])
+def test_stable_diffusion_is_understood(sd, arguments):
+    call = introspect_denoiser_call(sd, arguments)
+    assert (call.latents_name, call.timestep_name) == ("sample", "timestep")
+    assert call.clock == (1.0, 0.0) and call.sign == 1 and call.calls_per_step == 1
+    assert call.is_guided == (arguments is not UNGUIDED)
+    assert call.conditional_branch == (1 if call.is_guided else 0)
+    assert call.batch_axes["encoder_hidden_states"] == 0
+
+
+@pytest.mark.parametrize("guidance_embeds", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flux_is_understood(guidance_embeds, dtype):
+    flux = tiny_flux(guidance_embeds=guidance_embeds).to(dtype=dtype)
+    call = introspect_denoiser_call(flux, GUIDED)
+    assert (call.latents_name, call.timestep_name) == ("hidden_states", "timestep")
+    assert call.clock == (0.001, 0.0) and call.training_timestep(0.5) == pytest.approx(500)
+    assert not call.is_guided and call.timestep_dtype == dtype
+    axes = call.batch_axes
+    assert axes["encoder_hidden_states"] == 0 and axes["img_ids"] is None and axes["txt_ids"] is None
+    assert axes["guidance"] == (0 if guidance_embeds else None)
+
+
+@pytest.mark.parametrize("conditional_first", [True, False])
+@pytest.mark.parametrize("calls", [1, 2])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_other_conventions_are_found_out(conditional_first, calls, sign):
+    pipeline = ToyPipeline(conditional_first, calls, clock=lambda t: 1 - t / 1000, sign=sign)
+    call = introspect_denoiser_call(pipeline, {"guidance_scale": 2.0})
+    assert (call.latents_name, call.timestep_name) == ("x", "t")
+    assert call.clock == (-0.001, 1.0) and call.training_timestep(0.25) == 750
+    assert call.sign == sign and call.calls_per_step == calls and call.is_guided
+    assert call.conditional_branch == (0 if conditional_first else 1)
+    assert call.batch_axes == {"condition": 0}
+    conditioning = record_conditioning(pipeline, call, ["a", "abc"], {"guidance_scale": 2.0})
+    assert conditioning.conditional["condition"].tolist() == [1.0, 3.0]
+    assert conditioning.unconditional["condition"].tolist() == [0.0, 0.0]
+
+
+def test_an_uncommon_clock_is_fitted():
+    pipeline = ToyPipeline(clock=lambda t: 0.3 * t + 7, sign=1)
+    scale, offset = introspect_denoiser_call(pipeline).clock
+    assert scale == pytest.approx(0.3, rel=1e-5) and offset == pytest.approx(7, abs=1e-3)
+
+
+@pytest.mark.parametrize("scale, expected", [(1.0, 3.0), (0.7, None)])
+def test_guidance_of_any_scale_is_measured(scale, expected):
+    """Neither the argument's value nor one more: known from the prediction alone; rescaled, it is no such guidance."""
+    pipeline = ToyPipeline(sign=1)
+    guided = pipeline._guided
+    pipeline._guided = lambda x, t, c, w: guided(x, t, c, w if w == 1.0 else 1 + w) * (1.0 if w == 1.0 else scale)
+    found = introspect_denoiser_call(pipeline, {"guidance_scale": 2.0}).guidance_scale
+    assert found == expected
+    pipeline._guided = lambda x, t, c, w: guided(x, t, c, w if w == 1.0 else 2.5 * w) * (1.0 if w == 1.0 else scale)
+    found = introspect_denoiser_call(pipeline, {"guidance_scale": 2.0}).guidance_scale
+    assert found == (pytest.approx(5.0, rel=1e-4) if expected else None)
+
+
+def test_asking_leaves_no_trace(sd):
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    call = introspect_denoiser_call(sd, GUIDED)
+    record_conditioning(sd, call, ["a"], GUIDED)
+    sampler_of(sd, GUIDED)
+    assert torch.equal(torch.rand(3), expected)
+    assert len(sd.unet._forward_pre_hooks) == len(sd.unet._forward_hooks) == 0
+    assert "step" not in vars(sd.scheduler)
+
+
+def test_sampler_timesteps_are_those_of_a_run(sd, flux):
+    for pipeline in (sd, flux):
+        asked = sampler_of(pipeline, GUIDED).timesteps
+        pipeline(prompt="a", output_type="latent", **GUIDED)
+        assert asked == pipeline.scheduler.timesteps.tolist()
+
+
+def test_a_denoiser_without_a_timestep_is_refused(sd):
+    sd.unet = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="Linear.forward has no argument `timestep`"):
+        introspect_denoiser_call(sd, GUIDED)
+
+
+def test_a_pipeline_that_changes_the_prediction_is_refused():
+    pipeline = ToyPipeline(sign=2)
+    with pytest.raises(ValueError, match="something other than plus or minus"):
+        introspect_denoiser_call(pipeline)
+
+
+@pytest.mark.parametrize(
+    "unguided, message",
+    [
+        (lambda guided, x, t, condition: guided(x, t, condition, 2.0), "setting guidance_scale to 1.0 leaves both"),
+        (lambda guided, x, t, condition: guided(x, t, condition + 5, 1.0), "no branch .*sample_guidance_scale=1.0"),
+    ],
+    ids=["still guided", "conditioned otherwise"],
+)
+def test_guidance_that_cannot_be_turned_off_is_refused(unguided, message):
+    pipeline = ToyPipeline()
+    guided = pipeline._guided
+    pipeline._guided = lambda x, t, c, scale: unguided(guided, x, t, c) if scale == 1.0 else guided(x, t, c, scale)
+    with pytest.raises(ValueError, match=message):
+        introspect_denoiser_call(pipeline, {"guidance_scale": 2.0})
+
+
+def test_a_pipeline_that_skips_its_denoiser_is_refused():
+    pipeline = ToyPipeline()
+    pipeline._guided = lambda x, *_: x
+    with pytest.raises(ValueError, match="without calling its `transformer`"):
+        introspect_denoiser_call(pipeline)

@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+
+import asyncio
+import http.server
+import io
+import json
+import math
+import threading
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from trl_pgraft.rewards import (
+    Patience,
+    RewardError,
+    Scorer,
+    ddpo_reward,
+    get_reward,
+    jpeg_compressibility,
+    list_rewards,
+    register_reward,
+    registry as functions,
+    score,
+    trl_reward,
+)
+
+
+PROMPTS = ["a cat", "a dog", "a car"]
+
+
+def batch(count=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 3, 8, 8), generator=generator, dtype=torch.uint8)
+
+
+def redness(*, prompts, images, **columns):
+    return [float(np.asarray(image)[..., 0].mean()) for image in images]
+
+
+async def redness_later(*, prompts, images, **columns):
+    await asyncio.sleep(0)
+    return redness(prompts=prompts, images=images)
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    monkeypatch.setattr(functions, "_REGISTRY", dict(functions._REGISTRY))
+
+
+def test_a_reward_in_ddpos_convention_gets_what_ddpo_gives():
+    seen = {}
+
+    def brightness(images, prompts, metadata):
+        seen.update(images=images, prompts=prompts, metadata=metadata)
+        return images.mean((1, 2, 3)), {"note": 1}
+
+    images, metadata = batch(), [{"a": 1}, {"a": 2}, {"a": 3}]
+    values, info = score(ddpo_reward(brightness), images, PROMPTS, {"metadata": metadata})
+    assert seen["prompts"] == tuple(PROMPTS) and seen["metadata"] == tuple(metadata)
+    torch.testing.assert_close(seen["images"], images / 255)
+    assert values == pytest.approx((images / 255).mean((1, 2, 3)).tolist()) and info == {"note": 1}
+    assert ddpo_reward(brightness).name == "brightness"
+
+
+@pytest.mark.parametrize(
+    "answer", [[0.5, 1, 2], (0.5, 1, 2), np.array([0.5, 1, 2]), torch.tensor([[0.5], [1.0], [2.0]])]
+)
+def test_ddpo_rewards_may_be_of_any_array_type(answer):
+    assert score(ddpo_reward(lambda *_: (answer, {})), batch(), PROMPTS, {})[0] == [0.5, 1.0, 2.0]
+
+
+def test_rewards_keep_their_precision():
+    """A threshold of 0.7 must not refuse a reward of 0.7."""
+    assert score(ddpo_reward(lambda *_: ([0.7, 0.1, 0.3], {})), batch(), PROMPTS, {})[0] == [0.7, 0.1, 0.3]
+
+
+def test_a_ddpo_reward_may_leave_samples_out():
+    assert score(ddpo_reward(lambda *_: ([0.5, None, 2.0], {})), batch(), PROMPTS, {})[0] == [0.5, None, 2.0]
+
+
+def test_a_ddpo_reward_without_its_info_is_told_what_is_expected():
+    reward = ddpo_reward(lambda images, prompts, metadata: images.mean((1, 2, 3))[:2])
+    with pytest.raises(RewardError, match=r"a tuple \(rewards, info\) is expected"):
+        score(reward, batch(), PROMPTS, {}, Patience(0))
+
+
+def test_a_ddpo_reward_without_metadata_gets_empty_ones():
+    reward = ddpo_reward(lambda images, prompts, metadata: ([len(m) for m in metadata], {}))
+    assert score(reward, batch(), PROMPTS, {})[0] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("function", [redness, redness_later])
+def test_a_reward_in_trls_convention_gets_pil_images_and_columns(function):
+    images, seen = batch(), {}
+
+    def spy(*, prompts, images, **columns):
+        seen.update(prompts=prompts, images=images, columns=columns)
+        return function(prompts=prompts, images=images)
+
+    values, _ = score(trl_reward(spy), images, PROMPTS, {"number": [1, 2, 3]})
+    assert values == pytest.approx(images[:, 0].float().mean((1, 2)).tolist())
+    assert seen["prompts"] == PROMPTS and seen["columns"] == {"number": [1, 2, 3]}
+    assert all(isinstance(image, Image.Image) for image in seen["images"])
+    assert np.array_equal(np.asarray(seen["images"][1]), images[1].permute(1, 2, 0).numpy())
+
+
+def test_async_rewards_work_in_a_notebook():
+    """There the calling thread runs an event loop already."""
+
+    async def cell():
+        return score(trl_reward(redness_later), batch(), PROMPTS, {}, Patience(0))[0]
+
+    assert asyncio.run(cell()) == pytest.approx(batch()[:, 0].float().mean((1, 2)).tolist())
+
+
+def test_async_rewards_work_in_threads():
+    scorer = Scorer([trl_reward(redness_later)], Patience(0), workers=2)
+    for seed in range(4):
+        scorer.add(batch(seed=seed), PROMPTS, {})
+    for seed, (values, _) in enumerate(scorer.results()):
+        assert values[:, 0].tolist() == pytest.approx(batch(seed=seed)[:, 0].float().mean((1, 2)).tolist())
+
+
+def test_none_leaves_a_sample_out():
+    values, _ = score(trl_reward(lambda *, prompts, images: [1.0, None, 0.0]), batch(), PROMPTS, {})
+    assert values == [1.0, None, 0.0]
+    scorer = Scorer([trl_reward(lambda *, prompts, images: [1.0, None, 0.0])], Patience(0))
+    scorer.add(batch(), PROMPTS, {})
+    table = scorer.results()[0][0]
+    assert table[[0, 2], 0].tolist() == [1.0, 0.0] and table[1, 0].isnan()
+
+
+def test_a_registered_reward_is_known_by_its_name(registry):
+    register_reward("red")(redness)
+    assert get_reward("red") is redness and "red" in list_rewards()
+    assert trl_reward("red", 2.0).name == "red" and trl_reward("red", 2.0).weight == 2.0
+    assert trl_reward(redness).name == "redness"
+
+
+def test_a_reward_can_be_imported():
+    assert get_reward("trl_pgraft.rewards.jpeg:jpeg_compressibility") is jpeg_compressibility
+    assert trl_reward("trl_pgraft.rewards.jpeg:jpeg_compressibility").name == "jpeg_compressibility"
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("no_such_reward", "reward_funcs: no reward is registered as 'no_such_reward'.*jpeg_compressibility"),
+        ("no_such_module:f", "reward_funcs: 'no_such_module:f' cannot be imported"),
+        ("trl_pgraft.rewards:no_such_function", "reward_funcs.*cannot be imported.*no_such_function"),
+    ],
+)
+def test_an_unknown_reward_is_named(name, message):
+    with pytest.raises(ValueError, match=message):
+        trl_reward(name)
+
+
+def test_jpeg_compressibility_is_minus_the_kilobytes():
+    plain, noisy = (Image.fromarray(array) for array in (np.zeros((64, 64, 3), np.uint8), _noise(64)))
+    values = jpeg_compressibility(images=[plain, noisy], prompts=["", ""], anything=[1, 2])
+    buffer = io.BytesIO()
+    noisy.save(buffer, format="JPEG", quality=95)
+    assert values[1] == -len(buffer.getvalue()) / 1000
+    assert values[0] > values[1]
+    assert jpeg_compressibility(images=[plain.convert("RGBA")]) == [values[0]]
+
+
+def _noise(size):
+    return np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("answer", [[1.0], [1.0] * 4, torch.ones(1), []])
+@pytest.mark.parametrize("make", [ddpo_reward, trl_reward])
+def test_a_wrong_number_of_values_is_an_error(make, answer):
+    def short(*args, **kwargs):
+        return (answer, {}) if make is ddpo_reward else answer
+
+    with pytest.raises(RewardError, match=r"Reward 'short' on prompts \['a cat'.*returned \d values for 3 images"):
+        score(make(short), batch(), PROMPTS, {})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_is_an_error(value):
+    def broken(*, prompts, images):
+        return [1.0, value, 2.0]
+
+    with pytest.raises(RewardError, match="Reward 'broken'.*returned .*(nan|inf) for 'a dog'.*None"):
+        score(trl_reward(broken), batch(), PROMPTS, {})
+
+
+@pytest.mark.parametrize("answer", [None, 3.0, ["high", "low", "low"]])
+def test_an_answer_that_is_no_list_of_numbers_is_an_error(answer):
+    def odd(*, prompts, images):
+        return answer
+
+    with pytest.raises(RewardError, match="Reward 'odd' on prompts.*'a cat'"):
+        score(trl_reward(odd), batch(), PROMPTS, {}, Patience(0))
+
+
+@pytest.mark.parametrize("retries", [0, 1, 3])
+def test_a_reward_that_keeps_raising_is_retried_and_named(retries):
+    calls = []
+
+    def flaky(*, prompts, images):
+        calls.append(1)
+        raise ConnectionError("no answer")
+
+    with pytest.raises(RewardError, match=rf"Reward 'flaky' .*'a car'.*no answer.*in {retries + 1} attempts"):
+        score(trl_reward(flaky), batch(), PROMPTS, {}, Patience(retries))
+    assert len(calls) == retries + 1
+
+
+def test_a_reward_that_recovers_is_used():
+    calls = []
+
+    def flaky(*, prompts, images):
+        calls.append(1)
+        if len(calls) < 3:
+            raise ConnectionError("no answer")
+        return [1.0, 2.0, 3.0]
+
+    assert score(trl_reward(flaky), batch(), PROMPTS, {}, Patience(2))[0] == [1.0, 2.0, 3.0]
+
+
+def test_waits_between_attempts_grow(monkeypatch):
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+
+    def flaky(*, prompts, images):
+        raise ConnectionError("no answer")
+
+    with pytest.raises(RewardError):
+        score(trl_reward(flaky), batch(), PROMPTS, {}, Patience(retries=3, wait=0.5))
+    assert waits == [0.5, 1.0, 2.0]
+
+
+def test_a_reward_that_hangs_is_left_behind():
+    release = threading.Event()
+
+    def hangs(*, prompts, images):
+        release.wait(30)
+        return [0.0] * len(prompts)
+
+    started = time.monotonic()
+    with pytest.raises(RewardError, match=r"'hangs' .*'a cat'.*no answer within 0.05 s.*in 2 attempts"):
+        score(trl_reward(hangs), batch(), PROMPTS, {}, Patience(retries=1, timeout=0.05))
+    release.set()
+    assert time.monotonic() - started < 10
+
+
+def test_within_the_time_the_answer_counts_and_an_exception_is_the_functions_own():
+    images = batch()
+    expected = score(trl_reward(redness), images, PROMPTS, {})[0]
+    assert score(trl_reward(redness), images, PROMPTS, {}, Patience(timeout=30))[0] == expected
+
+    def late(*, prompts, images):
+        raise TimeoutError("the model's own")
+
+    with pytest.raises(RewardError, match="the model's own"):
+        score(trl_reward(late), batch(), PROMPTS, {}, Patience(retries=0, timeout=30))
+
+
+def test_a_reward_server_that_is_gone_is_named():
+    """A real server on loopback answers, is shut down, and is asked again."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            count = int(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps([0.5] * count).encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def remote(*, prompts, images):
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        with urllib.request.urlopen(address, data=str(len(prompts)).encode(), timeout=5) as answer:
+            return json.loads(answer.read())
+
+    assert score(trl_reward(remote), batch(), PROMPTS, {})[0] == [0.5, 0.5, 0.5]
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(RewardError, match=r"'remote' .*'a cat'.*refused.*in 3 attempts"):
+        score(trl_reward(remote), batch(), PROMPTS, {}, Patience(retries=2, wait=0.01))
+
+
+def test_what_was_scored_is_handed_on_at_once():
+    scorer, seen = Scorer([trl_reward(redness)], Patience(0)), []
+    scorer.add(batch(), PROMPTS, {}, seen.append)
+    assert seen[0].shape == (3, 1) and torch.equal(seen[0], scorer.results()[0][0])
+
+
+def test_long_lists_of_prompts_are_shortened_in_errors():
+    with pytest.raises(RewardError) as error:
+        score(trl_reward(lambda *, prompts, images: []), batch(9), ["x" * 500] * 9, {})
+    assert "and 5 more" in str(error.value) and len(str(error.value)) < 700
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_results_come_in_the_order_of_the_batches(workers):
+    def slow_first(*, prompts, images):
+        time.sleep(0.05 if prompts[0] == "0" else 0)
+        return [float(prompt) for prompt in prompts]
+
+    scorer = Scorer([trl_reward(slow_first), trl_reward(redness)], Patience(0), workers=workers)
+    for number in range(5):
+        scorer.add(batch(2), [str(number), str(number + 0.5)], {})
+    results = scorer.results()
+    assert [values[:, 0].tolist() for values, _ in results] == [[n, n + 0.5] for n in range(5)]
+    assert all(values.shape == (2, 2) and values.dtype == torch.float64 for values, _ in results)
+    assert [len(infos) for _, infos in results] == [2] * 5
+
+
+def test_scoring_overlaps_where_asked():
+    both_at_work = threading.Barrier(2, timeout=5)
+
+    def meets(*, prompts, images):
+        both_at_work.wait()
+        return [0.0] * len(prompts)
+
+    scorer = Scorer([trl_reward(meets)], Patience(0), workers=2)
+    scorer.add(batch(), PROMPTS, {})
+    scorer.add(batch(), PROMPTS, {})
+    assert len(scorer.results()) == 2
+
+
+def test_an_error_in_a_thread_is_raised():
+    scorer = Scorer([trl_reward(lambda *, prompts, images: [])], Patience(0), workers=2)
+    scorer.add(batch(), PROMPTS, {})
+    with pytest.raises(RewardError):
+        scorer.results()
+
+
+def test_no_rewards_are_no_columns():
+    scorer = Scorer([], Patience(0))
+    scorer.add(batch(), PROMPTS, {})
+    assert scorer.results()[0][0].shape == (3, 0)

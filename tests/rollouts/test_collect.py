@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+
+from itertools import repeat
+
+import pytest
+import torch
+from tiny_pipelines import add_random_adapter, tiny_flux, tiny_sd
+
+from trl_pgraft import GraftConfig, TimestepGate
+from trl_pgraft.core.seeding import seed_of
+from trl_pgraft.pipelines.denoiser_call import denoiser_of
+from trl_pgraft.pipelines.inputs import call_pipeline, sampling_arguments
+from trl_pgraft.pipelines.introspection import introspect_denoiser_call
+from trl_pgraft.rollouts.batch import Drawn
+from trl_pgraft.rollouts.collect import draw
+from trl_pgraft.rollouts.prompts import form_groups, samples_of
+
+
+STEPS = 4
+ARGUMENTS = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "eta": 0.0}
+FLUX_ARGUMENTS = {"num_inference_steps": STEPS, "guidance_scale": 3.0}
+
+
+def prompts(*texts):
+    return iter([(text, {"number": i}) for i, text in enumerate(texts)])
+
+
+def samples(count=24, *seed_parts):
+    return samples_of(form_groups(prompts("a cat", "a dog"), count, count // 2), *seed_parts or (0, 0))
+
+
+def draw_with(pipeline, batch_size, wanted, arguments=ARGUMENTS, position=2, **options):
+    call = introspect_denoiser_call(pipeline, arguments)
+    batches = [drawn for _, drawn in draw(pipeline, call, wanted, position, batch_size, arguments, **options)]
+    images, states = (torch.cat([getattr(drawn, name) for drawn in batches]) for name in ("images", "x_i"))
+    return Drawn(images, states, sum(drawn.denoiser_calls for drawn in batches))
+
+
+def test_seeds_depend_on_every_part_and_on_nothing_else():
+    assert seed_of(0, 1, "a") == seed_of(0, 1, "a")
+    seeds = {seed_of(*parts) for parts in [(0, 1, 2), (0, 2, 1), (0, 12), (1, 1, 2), ("0", 1, 2), (0, 1, 2, 0)]}
+    assert len(seeds) == 6
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_groups_of_a_round_and_its_smaller_last_group():
+    groups = form_groups(prompts("a", "b", "c"), images=20, group_size=8)
+    assert [(g.index, g.prompt, g.size, g.columns) for g in groups] == [
+        (0, "a", 8, {"number": 0}),
+        (1, "b", 8, {"number": 1}),
+        (2, "c", 4, {"number": 2}),
+    ]
+
+
+def test_a_prompt_is_asked_for_once_a_group():
+    source = prompts("a", "b", "c")
+    form_groups(source, images=16, group_size=8)
+    assert next(source)[0] == "c"
+
+
+def test_samples_have_seeds_of_their_own():
+    wanted = samples(24, 0, 3)
+    assert len({s.seed for s in wanted}) == 24
+    assert [s.seed for s in wanted] == [s.seed for s in samples(24, 0, 3)]
+    assert not {s.seed for s in wanted} & {s.seed for s in samples(24, 0, 4)}
+
+
+def test_only_arguments_that_the_pipeline_takes_are_given(sd, flux):
+    config = GraftConfig(sample_num_steps=7, sample_guidance_scale=2.0, negative_prompts="ugly")
+    expected = {"num_inference_steps": 7, "guidance_scale": 2.0, "eta": 0.0, "negative_prompt": "ugly"}
+    assert sampling_arguments(config, sd, None) == expected
+    assert "eta" not in sampling_arguments(config, flux, None)
+    assert sampling_arguments(config, sd, {"guidance_scale": 9.0, "height": 8})["guidance_scale"] == 9.0
+    assert "negative_prompt" not in sampling_arguments(GraftConfig(), sd, None)
+
+
+@pytest.mark.parametrize("make, arguments", [(tiny_sd, ARGUMENTS), (tiny_flux, FLUX_ARGUMENTS)])
+def test_a_group_of_24_in_batches_of_5_is_the_same_as_one_by_one(make, arguments):
+    """The group size is independent of the batch size, and so are the samples."""
+    pipeline, wanted = make(), samples_of(form_groups(prompts("a cat"), 24, 24), 0, 0)
+    drawn = draw_with(pipeline, 5, wanted, arguments)
+    assert drawn.images.shape == (24, 3, 16, 16) and drawn.images.dtype == torch.uint8
+    few = [0, 4, 5, 23]
+    alone = draw_with(pipeline, 1, [wanted[i] for i in few], arguments)
+    torch.testing.assert_close(alone.x_i, drawn.x_i[few], rtol=0, atol=1e-5)
+    assert (alone.images.int() - drawn.images[few].int()).abs().max() <= 1
+    assert drawn.images.float().std(0).mean() > 1, "the samples differ from each other"
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_draws_are_what_the_pipeline_returns(sd, eta):
+    wanted, arguments = samples(4), {**ARGUMENTS, "eta": eta}
+    drawn = draw_with(sd, 2, wanted, arguments)
+    for i, sample in enumerate(wanted):
+        image = sd(
+            prompt=sample.group.prompt,
+            generator=torch.Generator().manual_seed(sample.seed),
+            output_type="np",
+            **arguments,
+        ).images[0]
+        assert abs(drawn.images[i].permute(1, 2, 0).numpy() / 255 - image).max() <= 0.6 / 255
+    assert drawn.denoiser_calls == 4 * STEPS * 2
+
+
+def test_the_state_before_the_first_step_is_the_noise_of_the_seed(sd):
+    wanted = samples(4)
+    noise = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(s.seed)) for s in wanted])
+    torch.testing.assert_close(draw_with(sd, 3, wanted, position=0).x_i, noise, rtol=0, atol=1e-6)
+
+
+def test_gates_and_adapters_take_part(sd):
+    wanted, base = samples(4), draw_with(sd, 4, samples(4), position=STEPS)
+    add_random_adapter(sd.unet)
+    with TimestepGate(sd.unet, "pgraft", 500.0):
+        gated = draw_with(sd, 4, wanted, position=STEPS)
+    assert not torch.allclose(gated.x_i, base.x_i, atol=0.1)
+
+
+def test_finished_batches_are_handed_over_in_order(sd):
+    wanted = samples(7 * 2)
+    seen = list(draw(sd, introspect_denoiser_call(sd, ARGUMENTS), wanted, 2, 5, ARGUMENTS))
+    assert [s for batch, _ in seen for s in batch] == wanted
+    assert [len(drawn.images) for _, drawn in seen] == [5, 5, 4]
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_nothing_is_left_behind_between_batches_or_after_the_last(sd, batches):
+    drawing = draw(sd, introspect_denoiser_call(sd, ARGUMENTS), samples(4), 2, 2, ARGUMENTS)
+    for _ in range(batches):
+        next(drawing)
+    assert len(sd.unet._forward_pre_hooks) == len(sd.unet._forward_hooks) == 0
+    assert "step" not in vars(sd.scheduler)
+
+
+def test_an_exception_in_the_denoiser_leaves_nothing_behind(sd):
+    call = introspect_denoiser_call(sd, ARGUMENTS)
+
+    def fail(*_):
+        raise FloatingPointError("broken on purpose")
+
+    handle = sd.unet.conv_out.register_forward_pre_hook(fail)
+    with pytest.raises(FloatingPointError):
+        list(draw(sd, call, samples(4), 2, 2, ARGUMENTS))
+    handle.remove()
+    assert len(sd.unet._forward_pre_hooks) == len(sd.unet._forward_hooks) == 0
+    assert "step" not in vars(sd.scheduler)
+
+
+def test_one_negative_prompt_serves_every_prompt(sd):
+    arguments = {**ARGUMENTS, "negative_prompt": "ugly", "output_type": "latent"}
+    found = call_pipeline(sd, ["a cat", "a dog"], [1, 2], arguments).images
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    own = {**arguments, "negative_prompt": ["ugly", "ugly"]}
+    assert torch.equal(found, sd(prompt=["a cat", "a dog"], generator=generators, **own).images)
+    without = call_pipeline(sd, ["a cat", "a dog"], [1, 2], {**arguments, "negative_prompt": ""}).images
+    assert not torch.allclose(found, without)
+
+
+def test_a_position_that_is_never_reached_is_an_error(sd):
+    with pytest.raises(ValueError, match=f"made {STEPS} steps and none at position 9"):
+        draw_with(sd, 2, samples(2), position=9)
+
+
+def test_images_that_are_not_finite_stop_the_round(sd):
+    sd.vae.decoder.conv_out.bias.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="non-finite.*precision"):
+        draw_with(sd, 2, samples(2))
+
+
+def test_weights_stay_without_gradient(sd):
+    denoiser_of(sd).requires_grad_(True)
+    assert not draw_with(sd, 2, samples(2)).x_i.requires_grad
+
+
+def test_prompt_sources_may_be_endless():
+    assert len(form_groups(repeat(("a", {})), 6, 2)) == 3

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Adapters on disk: in PEFT's and in diffusers' format, with the noise level at which they switch off."""
+
+import json
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import get_token, snapshot_download
+from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from ..core.switch_level import SwitchLevel
+from ..pipelines.denoiser_call import denoiser_name_of, denoiser_of
+from ..pipelines.denoiser_format import uncompiled
+from ..pipelines.placement import check_adaptable
+from .gate import TimestepGate
+from .lora import ADAPTER_NAME, adapter_parameters, add_adapter, remove_adapter
+
+
+SWITCH_FILE = "pgraft.json"
+PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
+LORA_FILE = "pytorch_lora_weights.safetensors"
+ADAPTER_FILES = (SWITCH_FILE, *PEFT_FILES, LORA_FILE)
+# Of a noise corrector, instead of a switch level and beside or instead of an adapter.
+CORRECTOR_FILE = "noise_correction.json"
+NETWORK_FOLDER = "network"
+GAUSSIAN_FILE = "gaussian.safetensors"
+CORRECTOR_FILES = (CORRECTOR_FILE, *PEFT_FILES, f"{NETWORK_FOLDER}/*", GAUSSIAN_FILE)
+PEFT_PREFIX = "base_model.model."
+
+
+def save_pgraft_adapter(pipeline: Any, folder: str | Path, switch: SwitchLevel, name: str = ADAPTER_NAME) -> None:
+    """
+    Save an adapter and the noise level at which it switches off.
+
+    The folder loads with `pipeline.load_lora_weights` and with PEFT, which both leave out the switch, and with
+    [`load_pgraft_adapter`], which does not.
+
+    Args:
+        pipeline (`DiffusionPipeline`):
+            Pipeline that has the adapter.
+        folder (`str` or `Path`):
+            Where to write; made if missing.
+        switch ([`SwitchLevel`]):
+            Where the adapter hands over.
+        name (`str`, *optional*, defaults to `"pgraft"`):
+            Name of the adapter in the pipeline.
+    """
+    folder, denoiser = Path(folder), uncompiled(denoiser_of(pipeline))
+    metadata = {"format": "pt", "pgraft": json.dumps(asdict(switch))}
+    state = save_adapter_weights(denoiser, folder, name, metadata)
+    config = denoiser.peft_config[name]
+    if isinstance(config, LoraConfig) and hasattr(pipeline, "save_lora_weights"):
+        _save_for_diffusers(pipeline, folder, state, config, metadata)
+    (folder / SWITCH_FILE).write_text(json.dumps(asdict(switch), indent=2) + "\n")
+
+
+def save_adapter_weights(
+    denoiser: torch.nn.Module, folder: Path, name: str, metadata: dict[str, str]
+) -> dict[str, torch.Tensor]:
+    """Write adapter `name` in PEFT's format to `folder`, which is made if missing; the weights written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {k: v.contiguous().cpu() for k, v in get_peft_model_state_dict(denoiser, adapter_name=name).items()}
+    save_file({PEFT_PREFIX + k: v for k, v in state.items()}, folder / "adapter_model.safetensors", metadata=metadata)
+    denoiser.peft_config[name].save_pretrained(str(folder))
+    return state
+
+
+def _save_for_diffusers(pipeline: Any, folder: Path, state: dict, config: LoraConfig, metadata: dict) -> None:
+    name = denoiser_name_of(pipeline)
+    # Without the adapter's own metadata diffusers forgets alpha, and a LoRA of alpha != r comes back wrong.
+    arguments = {f"{name}_lora_layers": state, f"{name}_lora_adapter_metadata": config.to_dict()}
+    pipeline.save_lora_weights(folder, **arguments)
+    path = folder / LORA_FILE
+    with safe_open(path, "pt") as file:
+        written = file.metadata() or {}
+    save_file(load_file(path), path, metadata={**written, **metadata})
+
+
+def read_switch(folder: str | Path) -> SwitchLevel:
+    """The switch level stored in an adapter folder."""
+    path = Path(folder) / SWITCH_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} has no {SWITCH_FILE}, so the noise level at which its adapter switches off is not known. Load "
+            "it with `pipeline.load_lora_weights` if it is an ordinary LoRA."
+        )
+    values = json.loads(path.read_text())
+    return SwitchLevel(**{**values, "clock": tuple(values["clock"])})
+
+
+def load_pgraft_adapter(
+    pipeline: Any,
+    source: str | Path,
+    name: str = ADAPTER_NAME,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+) -> TimestepGate:
+    """
+    Load an adapter of [`save_pgraft_adapter`] and put the gate on the denoiser that switches it at its noise level.
+
+    Args:
+        pipeline (`DiffusionPipeline`):
+            The pipeline that the adapter was trained for.
+        source (`str` or `Path`):
+            Folder, or repository on the Hub.
+        name (`str`, *optional*, defaults to `"pgraft"`):
+            Name that the adapter gets.
+        revision (`str`, *optional*):
+            Branch, tag or commit of the repository.
+        token (`str`, *optional*):
+            Token for a private repository; the one of `HF_TOKEN` or `hf auth login` where not given.
+
+    Returns:
+        [`TimestepGate`]: at work until its `remove()`.
+
+    Raises:
+        `ValueError`: the folder has no switch level, its weights do not fit, or the denoiser takes no adapter as it is
+            offloaded or compiled.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        files = [SWITCH_FILE, *PEFT_FILES]
+        folder = Path(snapshot_download(str(source), allow_patterns=files, revision=revision, token=token))
+    check_adaptable(denoiser_of(pipeline))
+    switch, denoiser = read_switch(folder), uncompiled(denoiser_of(pipeline))
+    if switch.tuned_guidance_scale is not None:
+        warnings.warn(
+            f"{source} was trained for guidance {switch.tuned_guidance_scale} above its switch level, which the gate "
+            "does not set: sample inside `TunedGuidance` as well.",
+            stacklevel=2,
+        )
+    load_frozen_adapter(denoiser, folder, name)
+    return TimestepGate(denoiser_of(pipeline), name, switch.switch_timestep, switch.clock, pipeline)
+
+
+def load_adapter_weights(denoiser: torch.nn.Module, folder: str | Path, name: str) -> None:
+    """Add the PEFT adapter stored in `folder` to the denoiser as `name`, trainable and in float32."""
+    put_adapter(denoiser, *read_adapter(folder), name, folder)
+
+
+def load_frozen_adapter(denoiser: torch.nn.Module, folder: str | Path, name: str) -> None:
+    """Add the PEFT adapter stored in `folder` as `name`, to sample with: frozen, in the denoiser's precision."""
+    load_adapter_weights(denoiser, folder, name)
+    for parameter in adapter_parameters(denoiser, name):
+        parameter.data = parameter.data.to(denoiser.dtype)
+        parameter.requires_grad_(False)
+
+
+def read_adapter(folder: str | Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
+    """Configuration and weights of the PEFT adapter stored in `folder`."""
+    state = load_file(Path(folder) / PEFT_FILES[0])
+    state = {key.removeprefix(PEFT_PREFIX): value for key, value in state.items()}
+    return PeftConfig.from_pretrained(str(folder)), state
+
+
+def put_adapter(
+    denoiser: torch.nn.Module, peft_config: PeftConfig, state: dict[str, torch.Tensor], name: str, source: str | Path
+) -> None:
+    """Add an adapter with these weights, which were read from `source`, as `name`, trainable and in float32."""
+    add_adapter(denoiser, peft_config, name)
+    own = get_peft_model_state_dict(denoiser, adapter_name=name)
+    amiss = [key for key in own.keys() | state.keys() if _shape(own, key) != _shape(state, key)]
+    if amiss:
+        remove_adapter(denoiser, name)
+        raise ValueError(
+            f"{source}: {len(amiss)} weights do not fit {type(denoiser).__name__}, e.g. {min(amiss)}. Was the adapter "
+            "trained for another model?"
+        )
+    set_peft_model_state_dict(denoiser, state, adapter_name=name)
+
+
+def _shape(state: dict[str, torch.Tensor], key: str) -> torch.Size | None:
+    return state[key].shape if key in state else None
+
+
+def clean(token: str | None) -> str | None:
+    """
+    A token without the white space around it that comes with copying; `None` for the client's own.
+
+    Raises:
+        `ValueError`: it has characters that an HTTP client would refuse, and quote in its error.
+    """
+    token = (token or "").strip() or None
+    if token is not None and not (token.isascii() and token.isprintable()):
+        raise ValueError("hub_token has line breaks or other characters that no token has; copy it again.")
+    return token
+
+
+def redacted(error: Exception, token: str | None) -> str:
+    """An error's message without the tokens in use, whatever the client or the Hub says."""
+    message = str(error)
+    for secret in (token, (token or "").strip(), get_token()):
+        message = message.replace(secret, "<token>") if secret else message
+    return message

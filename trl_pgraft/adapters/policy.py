@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The policy: the denoiser with the adapter that is trained, how it samples, and how it samples."""
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import LNTuningConfig, PeftConfig
+
+from ..config import GraftConfig
+from ..core.seeding import seed_of
+from ..core.switch_level import SwitchLevel
+from ..pipelines.checks import check_call, check_peft_config, warn_if_distilled
+from ..pipelines.denoiser_call import denoiser_of
+from ..pipelines.denoiser_format import DenoiserFormat, uncompiled
+from ..pipelines.fingerprint import fingerprint_of, sampling_fingerprint
+from ..pipelines.inputs import as_batch, inputs_of, sampling_arguments
+from ..pipelines.introspection import introspect_denoiser_call
+from ..pipelines.placement import check_adaptable, place_pipeline, weights_dtype
+from ..pipelines.schedulers import prediction_type_of, sampler_of
+from ..pipelines.timesteps import tuned_levels
+from .files import load_adapter_weights, put_adapter
+from .gate import TimestepGate, gate_on
+from .guidance import TunedGuidance
+from .lora import (
+    ADAPTER_NAME,
+    add_adapter,
+    default_lora_config,
+    full_copy_config,
+    is_plain_lora,
+    lora_extras,
+    make_trainable,
+    remove_adapter,
+    without_adapters,
+)
+from .warm_start import StartingAdapter, read_starting_adapter
+
+
+class Policy:
+    """
+    A pipeline with the adapter that is trained.
+
+    Args:
+        sd_pipeline (`DiffusionPipeline`, or a wrapper with one as its `sd_pipeline`):
+            What to tune. Its `use_lora=False` asks for a trained copy of all weights of the denoiser.
+        config ([`GraftConfig`]):
+            How to sample and fit.
+        accelerator (`Accelerator`):
+            Where to.
+        peft_config (`PeftConfig`, `str` or `Path`, *optional*):
+            The adapter, or the folder or repository of one to go on from; a LoRA on the attention projections where
+            it is not given.
+        pipeline_kwargs (`dict`, *optional*):
+            Further arguments of the pipeline call.
+        denoiser_format (`type`, *optional*):
+            Subclass of [`DenoiserFormat`], for a denoiser that the default does not serve.
+        example (`dict`, *optional*):
+            Further columns of one prompt, with which the pipeline is asked how it calls its denoiser.
+
+    Raises:
+        `ValueError`: the pipeline and the adapter do not fit together.
+    """
+
+    def __init__(
+        self,
+        sd_pipeline: Any,
+        config: GraftConfig,
+        accelerator: Accelerator,
+        peft_config: PeftConfig | str | Path | None = None,
+        pipeline_kwargs: dict[str, Any] | None = None,
+        denoiser_format: type[DenoiserFormat] | None = None,
+        example: dict[str, Any] | None = None,
+    ):
+        self.config, self.accelerator = config, accelerator
+        self.pipeline = _checked_pipeline(sd_pipeline)
+        check_adaptable(denoiser_of(self.pipeline))
+        _check_no_gate(denoiser_of(self.pipeline))
+        self.denoiser = uncompiled(denoiser_of(self.pipeline))
+        self.is_full = getattr(sd_pipeline, "use_lora", True) is False
+        self.start: StartingAdapter | None = None
+        self.peft_config = self._choose_adapter(peft_config)
+        place_pipeline(self.pipeline, accelerator.device, weights_dtype(accelerator))
+        self.arguments = sampling_arguments(config, self.pipeline, pipeline_kwargs)
+        own = {name: as_batch([value]) for name, value in self.inputs_of(example or {}).items()}
+        self.example_arguments = {**own, **self.arguments}
+        self.call = introspect_denoiser_call(self.pipeline, self.example_arguments, denoiser_format)
+        check_call(self.call, config, self.pipeline)
+        warn_if_distilled(self.pipeline, self.call, self.arguments)
+        self.prediction_type = prediction_type_of(self.pipeline.scheduler)
+        self.levels, self.switch = tuned_levels(config, self.pipeline, self.call, self.example_arguments)
+        _hand_over(self.switch, sd_pipeline)
+        if self.start is not None:
+            self.start.check_level(self.switch, config, lambda: sampler_of(self.pipeline, self.example_arguments))
+        self.fingerprint = sampling_fingerprint(self.pipeline, self.arguments, self.levels.position)
+
+    def inputs_of(self, columns: dict[str, Any]) -> dict[str, Any]:
+        """What the pipeline is handed of a prompt's further columns."""
+        return inputs_of(self.pipeline, columns, self.arguments)
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether there is a policy apart from the reference: with a control adapter, after the first round."""
+        return ADAPTER_NAME in getattr(self.denoiser, "peft_config", {})
+
+    def _choose_adapter(self, peft_config: PeftConfig | str | Path | None) -> PeftConfig:
+        """What is trained: the adapter that is given, the one that the pipeline has, all weights, or a LoRA."""
+        if peft_config is not None and self.is_full:
+            raise ValueError("peft_config: the pipeline says use_lora=False, which trains all weights. Choose one.")
+        if peft_config is not None and self.has_adapter:
+            raise ValueError(f"peft_config: the pipeline has an adapter {ADAPTER_NAME!r} already, which is trained.")
+        if isinstance(peft_config, str | Path):
+            self.start = read_starting_adapter(self.pipeline, peft_config, self.config.hub_token)
+            peft_config = self.start.peft_config
+        if self.has_adapter:
+            peft_config = self.denoiser.peft_config[ADAPTER_NAME]
+        elif peft_config is None and self.is_full:
+            peft_config = full_copy_config(self.denoiser)
+        peft_config = peft_config or default_lora_config(self.denoiser, self.config.lora_rank)
+        if self.config.control_adapter and not is_plain_lora(peft_config):
+            raise ValueError(
+                "peft_config: control_adapter=True subtracts one LoRA from another; this is a "
+                f"{' with '.join([type(peft_config).__name__, *lora_extras(peft_config)])}. Give a plain LoraConfig, "
+                "or set control_adapter=False."
+            )
+        check_peft_config(self.pipeline, peft_config)
+        self.is_full = self.is_full or isinstance(peft_config, LNTuningConfig)  # see `full_copy_config`
+        return peft_config
+
+    def make_adapter(self) -> None:
+        """Add the adapter, or go on with the one that is given or that the pipeline has."""
+        if self.start is not None:
+            peft_config = copy.deepcopy(self.peft_config)
+            put_adapter(self.denoiser, peft_config, self.start.state, ADAPTER_NAME, self.start.source)
+            self.accelerator.print(f"Training {self.start}.")
+            self.start = replace(self.start, state={})  # the denoiser has it now
+        elif not self.has_adapter:
+            seed = seed_of(self.config.seed, "adapter")
+            add_adapter(self.denoiser, copy.deepcopy(self.peft_config), ADAPTER_NAME, seed)
+        make_trainable(self.denoiser, ADAPTER_NAME)
+
+    def load_adapter(self, folder: Any) -> None:
+        """Put the adapter of a folder in the place of the one that is there, for further training."""
+        if self.has_adapter:
+            remove_adapter(self.denoiser, ADAPTER_NAME)
+        load_adapter_weights(self.denoiser, folder, ADAPTER_NAME)
+
+    def drawn_by(self) -> str:
+        """Tells what samples are drawn by: model, scheduler and arguments, and the adapter bit for bit."""
+        weights = {}
+        if self.has_adapter and self.config.sample_from == "policy":
+            weights = {name: p for name, p in self.denoiser.named_parameters() if f".{ADAPTER_NAME}." in name}
+        return f"{self.fingerprint} {fingerprint_of(weights)}"
+
+    # Sampling.
+
+    @property
+    def tuned_guidance_scale(self) -> float:
+        """Guidance scale of the tuned steps; 1.0 where the pipeline does not combine two branches."""
+        if not self.call.is_guided:
+            return 1.0
+        scale = self.config.tuned_guidance_scale
+        return (self.call.guidance_scale or math.nan) if scale is None else scale
+
+    @contextmanager
+    def sampler(self, reference: bool = False) -> Iterator[Any]:
+        """The pipeline as the policy samples with it, gate and guidance included, or as the reference does."""
+        called = denoiser_of(self.pipeline)
+        with ExitStack() as stack:
+            if self.is_full:
+                # The trained copy is in float32 also where the frozen weights are not.
+                stack.enter_context(self.accelerator.autocast())
+            if self.has_adapter:
+                where = (ADAPTER_NAME, self.switch.switch_timestep, self.call.clock, self.pipeline)
+                off = without_adapters(self.denoiser, [ADAPTER_NAME])
+                stack.enter_context(off if reference else TimestepGate(called, *where))
+            if self.config.tuned_guidance_scale is not None and not reference:
+                scales = (self.call.guidance_scale, self.tuned_guidance_scale)
+                stack.enter_context(TunedGuidance(called, self.call, *scales, self.switch.switch_timestep))
+            yield self.pipeline
+
+
+def _checked_pipeline(sd_pipeline: Any) -> Any:
+    if sd_pipeline is None:
+        raise ValueError("sd_pipeline is required: the diffusers pipeline to fine-tune.")
+    return getattr(sd_pipeline, "sd_pipeline", sd_pipeline)
+
+
+def _check_no_gate(denoiser: torch.nn.Module) -> None:
+    """Another gate would switch its adapter also where the reference is asked, and refuses batches of training."""
+    gate = gate_on(denoiser)
+    if gate is not None:
+        raise ValueError(
+            f"sd_pipeline: a gate is on its denoiser and switches the adapter {gate.adapter_name!r}, as "
+            "load_pgraft_adapter leaves it. Training puts a gate of its own there: to go on from an adapter, hand in "
+            "the pipeline without it and give its folder as peft_config; otherwise call the gate's `remove()` first."
+        )
+
+
+def _hand_over(switch: SwitchLevel, sd_pipeline: Any) -> None:
+    """Tell a pipeline that samples with its adapter where that switches, unless it was trained for another level."""
+    known = getattr(sd_pipeline, "switch", None)
+    if known is not None and known.switch_timestep != switch.switch_timestep:
+        raise ValueError(
+            f"sd_pipeline: its adapter switches at timestep {known.switch_timestep}, this configuration at "
+            f"{switch.switch_timestep}. Keep the tuned_fraction and sample_num_steps that it was trained with."
+        )
+    if hasattr(sd_pipeline, "switch"):
+        sd_pipeline.switch = switch

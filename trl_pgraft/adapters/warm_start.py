@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""An adapter that training goes on from: of a folder or of a repository, in PEFT's or in diffusers' format."""
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import PeftConfig, get_peft_model_state_dict
+from safetensors import safe_open
+
+from ..config import GraftConfig
+from ..core.switch_level import ALWAYS_ON, SwitchLevel, level_in_words, same_level
+from ..pipelines.denoiser_call import denoiser_of
+from ..pipelines.denoiser_format import uncompiled
+from ..pipelines.fingerprint import fingerprint_of
+from ..pipelines.schedulers import Sampler
+from ..pipelines.timesteps import levels_of_sampler
+from .files import CORRECTOR_FILE, LORA_FILE, PEFT_FILES, SWITCH_FILE, clean, read_adapter, read_switch, redacted
+from .lora import ADAPTER_NAME, AdapterSwitch, active_adapters, remove_adapter, tuner_layers
+
+
+TEXT_ENCODER_KEYS = ("text_encoder", "lora_te")
+
+
+@dataclass(frozen=True)
+class StartingAdapter:
+    """
+    An adapter that training goes on from.
+
+    Args:
+        source (`str`):
+            Folder or repository that it was read from.
+        peft_config (`PeftConfig`):
+            What it is.
+        state (`dict[str, torch.Tensor]`):
+            Its weights.
+        switch ([`SwitchLevel`] or `None`):
+            Where it hands over; `None` for one of another library, which has worked at all noise levels.
+        repository (`str` or `None`):
+            Its repository; `None` where it was on disk, whose paths are nobody's business.
+        fingerprint (`str`):
+            Short hash of its weights: where they were read from does not matter.
+    """
+
+    source: str
+    peft_config: PeftConfig
+    state: dict[str, torch.Tensor]
+    switch: SwitchLevel | None
+    repository: str | None
+    fingerprint: str
+
+    def __str__(self) -> str:
+        return f"continues {self.source}; its reference is the pipeline without it"
+
+    def check_level(self, switch: SwitchLevel, config: GraftConfig, sampler: Callable[[], Sampler]) -> None:
+        """
+        Check that it was trained for the noise levels at which it will be sampled with and trained.
+
+        Args:
+            switch ([`SwitchLevel`]):
+                Where the configuration switches.
+            config ([`GraftConfig`]):
+                The configuration.
+            sampler (`Callable[[], Sampler]`):
+                Gives the sampler, where it is needed to say which configuration would fit.
+
+        Raises:
+            `ValueError`: it was trained for others; the message says for which, and what to set.
+        """
+        own = self.switch or ALWAYS_ON
+        if not same_level(own, switch):
+            raise ValueError(
+                f"peft_config: {self.source} {self._level_in_words()}, and tuned_fraction={config.tuned_fraction:g} "
+                f"{level_in_words(switch)}. {_remedy(own, config, sampler)}"
+            )
+        if own.switch_timestep is not None and own.tuned_guidance_scale != switch.tuned_guidance_scale:
+            raise ValueError(
+                f"peft_config: {self.source} was trained with tuned_guidance_scale={own.tuned_guidance_scale}, and it "
+                f"is {switch.tuned_guidance_scale} now. Set it to that."
+            )
+
+    def _level_in_words(self) -> str:
+        if self.switch is None:
+            return f"has no {SWITCH_FILE}, so it is an ordinary adapter, made to run at all noise levels"
+        return f"was trained by a run that {level_in_words(self.switch)}"
+
+
+def read_starting_adapter(pipeline: Any, source: str | Path, token: str | None = None) -> StartingAdapter:
+    """
+    Read an adapter to go on from; the pipeline is left as it was.
+
+    Args:
+        pipeline (`DiffusionPipeline`):
+            What it is for. diffusers' own format is read by it.
+        source (`str` or `Path`):
+            Folder or repository with an adapter of PEFT (`adapter_config.json`, `adapter_model.safetensors`) or of
+            diffusers (`pytorch_lora_weights.safetensors`).
+        token (`str`, *optional*):
+            Token for a private repository.
+
+    Raises:
+        `ValueError`: there is no such adapter, or it is one that cannot be gone on from.
+    """
+    local = Path(source).expanduser()
+    folder = local if local.is_dir() else _downloaded(str(source), token)
+    if (folder / CORRECTOR_FILE).is_file():
+        raise ValueError(f"peft_config: {source} holds a noise corrector, which is no adapter to sample with.")
+    if all((folder / name).is_file() for name in PEFT_FILES):
+        weights, (peft_config, state) = PEFT_FILES[0], read_adapter(folder)
+    elif (folder / LORA_FILE).is_file():
+        weights, (peft_config, state) = LORA_FILE, _read_with_diffusers(pipeline, folder, source)
+    else:
+        raise ValueError(
+            f"peft_config: {source} has no adapter: neither {' and '.join(PEFT_FILES)} (PEFT) nor {LORA_FILE} "
+            f"(diffusers). Of a LoRA under another name, load it with `pipeline.load_lora_weights(..., "
+            f"adapter_name={ADAPTER_NAME!r})` and hand in that pipeline without peft_config."
+        )
+    switch, repository = _switch_of(folder, weights), None if local.is_dir() else str(source)
+    return StartingAdapter(str(source), peft_config, state, switch, repository, fingerprint_of(state))
+
+
+def _downloaded(source: str, token: str | None) -> Path:
+    try:
+        files = [SWITCH_FILE, CORRECTOR_FILE, *PEFT_FILES]
+        folder = Path(snapshot_download(source, allow_patterns=files, token=clean(token)))
+        if not all((folder / name).is_file() for name in PEFT_FILES):
+            snapshot_download(source, allow_patterns=[SWITCH_FILE, LORA_FILE], token=clean(token))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"peft_config: {source!r} is no folder, and cannot be loaded from the Hub: {redacted(error, token)}"
+        ) from error
+    return folder
+
+
+def _read_with_diffusers(pipeline: Any, folder: Path, source: str | Path) -> tuple[PeftConfig, dict]:
+    """Configuration and weights of a LoRA in diffusers' format, which its loader puts into the pipeline and we out."""
+    with safe_open(folder / LORA_FILE, "pt") as file:
+        of_encoders = [key for key in file.keys() if key.startswith(TEXT_ENCODER_KEYS)]
+    if of_encoders:
+        raise ValueError(
+            f"peft_config: {source} has weights for a text encoder, e.g. {min(of_encoders)}, which cannot be switched "
+            "at a noise level. Fuse it into the pipeline (`load_lora_weights`, `fuse_lora`, `unload_lora_weights`), "
+            "which makes it part of the reference, or give an adapter of the denoiser alone."
+        )
+    denoiser = uncompiled(denoiser_of(pipeline))
+    if not hasattr(pipeline, "load_lora_weights"):
+        raise ValueError(f"peft_config: {type(pipeline).__name__} reads no {LORA_FILE}; give the adapter as PEFT's.")
+    active = active_adapters(denoiser)
+    try:
+        pipeline.load_lora_weights(folder, weight_name=LORA_FILE, adapter_name=ADAPTER_NAME)
+        if ADAPTER_NAME not in getattr(denoiser, "peft_config", {}):
+            raise ValueError(
+                f"peft_config: {source} has no weights that diffusers knows for {type(denoiser).__name__}. Was the "
+                "adapter trained for another model?"
+            )
+        state = get_peft_model_state_dict(denoiser, adapter_name=ADAPTER_NAME)
+        return copy.deepcopy(denoiser.peft_config[ADAPTER_NAME]), {k: v.detach().clone() for k, v in state.items()}
+    finally:
+        if tuner_layers(denoiser, ADAPTER_NAME):
+            AdapterSwitch(denoiser, ADAPTER_NAME).turn(False)
+            remove_adapter(denoiser, ADAPTER_NAME)
+        for layer in tuner_layers(denoiser):
+            layer.set_adapter(active)
+
+
+def _switch_of(folder: Path, weights: str) -> SwitchLevel | None:
+    """The switch level of an adapter, which the weights carry as well; `None` for one of another library."""
+    if (folder / SWITCH_FILE).is_file():
+        return read_switch(folder)
+    with safe_open(folder / weights, "pt") as file:
+        stored = (file.metadata() or {}).get("pgraft")
+    return SwitchLevel(**json.loads(stored)) if stored else None
+
+
+def _remedy(switch: SwitchLevel, config: GraftConfig, sampler: Callable[[], Sampler]) -> str:
+    """Which `tuned_fraction` has this switch level."""
+    if switch.switch_timestep is None:
+        return "Set tuned_fraction=1.0."
+    sampler, tried = sampler(), copy.copy(config)
+    steps = len(sampler.step_starts())
+    for tuned in range(1, steps):
+        tried.tuned_fraction = tuned / steps
+        if same_level(levels_of_sampler(tried, sampler)[1], switch):
+            return f"Set tuned_fraction={tried.tuned_fraction:.4g}."
+    return (
+        f"None of this sampler's {steps} steps has that level: keep the scheduler, the sample_num_steps and the "
+        "tuned_fraction that it was trained with."
+    )

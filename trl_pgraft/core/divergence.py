@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""How far a selection moves the law of the samples: implied, estimated and accumulated KL divergence."""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+
+def _log_binomials(n: int) -> torch.Tensor:
+    j = torch.arange(n + 1, dtype=torch.float64)
+    return math.lgamma(n + 1) - torch.lgamma(j + 1) - torch.lgamma(n - j + 1)
+
+
+def _times_log(count: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
+    """`count log p`, where 0 log 0 = 0."""
+    return torch.where(count == 0, 0.0, count * log_p)
+
+
+def _log_binomial_terms(n: int, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """`log C(n, j) p^j q^(n - j)` for j = 0..n, shape (n + 1, *log_p.shape)."""
+    j = torch.arange(n + 1, dtype=torch.float64).reshape(-1, *[1] * log_p.ndim)
+    return _log_binomials(n).reshape(j.shape) + _times_log(j, log_p) + _times_log(n - j, log_q)
+
+
+def implied_kl(
+    group_size: int, k: int = 1, rounds: int = 1, atoms: Sequence[float] | torch.Tensor | None = None
+) -> float:
+    r"""
+    KL divergence, in nats, from the law of top-k accepted samples to the law of the first round's samples, per prompt.
+
+    For a continuous reward with CDF u, top-k of M has the density `g(u) = (M/k) sum_{j<k} C(M-1, j) (1-u)^j u^(M-1-j)`
+    relative to the sampling law. One round gives `int g log g du` (best-of-M: `log M - (M-1)/M`). Rounds that sample
+    from the model tuned in the round before compose, `d <- d g(G(u)), u <- G(u)` with G the CDF of g, and the result
+    is `int d log d du`: what an ideal fit would reach. Rounds that sample from the reference do not accumulate: use
+    `rounds=1`.
+
+    With ties g is averaged over each atom of the reward, for samples of equal reward are exchangeable, and groups
+    whose rewards are all equal accept nothing (see [`accept_top_k`]).
+
+    Args:
+        group_size (`int`):
+            M, samples per prompt.
+        k (`int`, *optional*, defaults to `1`):
+            How many of them are accepted, 1 <= k < M.
+        rounds (`int`, *optional*, defaults to `1`):
+            Rounds in which the samples came from the tuned model.
+        atoms (`Sequence[float]`, *optional*):
+            Probabilities of the values of a discrete reward in increasing order of reward, summing to one. A binary
+            reward of mean p has `[1 - p, p]`. `None` is a continuous reward.
+
+    Returns:
+        `float`: KL in nats.
+
+    Raises:
+        `ValueError`: an argument is out of range.
+    """
+    if not 1 <= k < group_size or rounds < 1:
+        raise ValueError(f"Need 1 <= k < group_size and rounds >= 1; got {k=}, {group_size=}, {rounds=}.")
+    if atoms is None:
+        return _continuous_kl(group_size, k, rounds)
+    return _atomic_kl(group_size, k, rounds, torch.as_tensor(atoms, dtype=torch.float64))
+
+
+def _log_density(log_u: torch.Tensor, log_tail: torch.Tensor, group_size: int, k: int) -> torch.Tensor:
+    """log g at the reward's CDF u, tail = 1 - u."""
+    terms = _log_binomial_terms(group_size - 1, log_tail, log_u)[:k]
+    return math.log(group_size / k) + terms.logsumexp(0)
+
+
+def _log_cdf(
+    log_u: torch.Tensor, log_tail: torch.Tensor, group_size: int, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log G and log(1 - G): of k accepted, min(k, N) lie in the tail when N ~ Bin(M, tail) samples do."""
+    terms = _log_binomial_terms(group_size, log_tail, log_u)
+    share = (torch.arange(group_size + 1, dtype=torch.float64) / k).clamp(max=1).reshape(-1, *[1] * log_u.ndim)
+    log_below, log_above = (terms + (1 - share).log()).logsumexp(0), (terms + share.log()).logsumexp(0)
+    # Each sum is precise where it is small; its complement is then precise too, and rounds cannot blow up an error.
+    complement = (-torch.minimum(log_below, log_above).exp()).log1p()
+    below_is_small = log_below < log_above
+    return torch.where(below_is_small, log_below, complement), torch.where(below_is_small, complement, log_above)
+
+
+@functools.lru_cache(maxsize=256)
+def _continuous_kl(group_size: int, k: int, rounds: int) -> float:
+    # u = sigmoid(x): the integrand in x is smooth and decays exponentially at both ends, so the trapezoidal rule
+    # converges faster than any power of the step.
+    upper = 40 + rounds * math.log(group_size / k)
+    x = torch.arange(-40, upper, 0.05, dtype=torch.float64)
+    log_u, log_tail = F.logsigmoid(x), F.logsigmoid(-x)
+    log_jacobian = log_u + log_tail
+    log_d = torch.zeros_like(x)
+    for _ in range(rounds):
+        log_d += _log_density(log_u, log_tail, group_size, k)
+        log_u, log_tail = _log_cdf(log_u, log_tail, group_size, k)
+    return (0.05 * ((log_d + log_jacobian).exp() * log_d).sum()).item()
+
+
+def _atomic_kl(group_size: int, k: int, rounds: int, atoms: torch.Tensor) -> float:
+    if (atoms < 0).any() or abs(atoms.sum().item() - 1) > 1e-6:
+        raise ValueError(f"`atoms` must be non-negative and sum to one; got {atoms.tolist()}.")
+    accepted = atoms = atoms / atoms.sum()
+    for _ in range(rounds):
+        u = accepted.cumsum(0).clamp(max=1)
+        cdf = _log_cdf(u.log(), (-u).log1p(), group_size, k)[0].exp()
+        # The groups in which every reward is the same atom accept nothing.
+        selected = (torch.diff(cdf, prepend=cdf.new_zeros(1)) - accepted**group_size).clamp(min=0)
+        if selected.sum() < 1e-12:
+            break
+        accepted = selected / selected.sum()
+    return (torch.xlogy(accepted, accepted) - torch.xlogy(accepted, atoms)).sum().item()
+
+
+def estimated_kl(probabilities: torch.Tensor) -> float:
+    r"""
+    Plug-in estimate of the KL from the accepted law to the sampling law: `log M + sum p log p`, p normalised.
+
+    For rules that look at each reward alone (exponential, fixed threshold, all), where the group is an importance
+    sample of the accepted law. At small M it is biased: it cannot exceed log M, so it is too low where fewer than one
+    sample in M is accepted, and slightly too high (of order 1/M) where many are.
+
+    Args:
+        probabilities (`torch.Tensor`):
+            (M,), acceptance probabilities of samples of one prompt.
+
+    Returns:
+        `float`: KL in nats; 0 where nothing is accepted, because then nothing changes.
+    """
+    p = probabilities.double()
+    if p.sum() == 0:
+        return 0.0
+    p = p / p.sum()
+    return math.log(len(p)) + torch.xlogy(p, p).sum().item()

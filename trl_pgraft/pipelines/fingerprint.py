@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Short hashes that identify the model, the scheduler and the arguments that samples come from."""
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from PIL import Image
+
+from .denoiser_call import denoiser_of
+
+
+def sampling_fingerprint(pipeline: Any, arguments: dict[str, Any], position: int, own: str = "pgraft") -> str:
+    """
+    Short hash of what the law of recorded states depends on: model, scheduler, sampling arguments and position.
+
+    The model enters by its configuration and a sum over its base weights, so that a fine-tuned copy is told apart.
+    Adapters whose names begin with `own` are this package's and do not count.
+    """
+    denoiser = denoiser_of(pipeline)
+    # Whatever adapters the pipeline came with are the model's; those of this package are not.
+    base = [p for name, p in denoiser.named_parameters() if f".{own}" not in name]
+    weights = sum(float(p.detach().float().abs().sum()) for p in base)
+    parts = [
+        type(pipeline).__name__,
+        {k: str(v) for k, v in sorted(pipeline.scheduler.config.items()) if not k.startswith("_")},
+        {k: stable(v) for k, v in sorted(arguments.items())},
+        f"{weights:.3e}",
+        position,
+    ]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
+
+
+def fingerprint_of(tensors: dict[str, torch.Tensor]) -> str:
+    """Short hash of tensors, bit for bit, and of their names."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def stable(value: Any) -> str:
+    """Text of an argument that is the same in another process: of images and tensors, their content."""
+    if isinstance(value, Image.Image):
+        value = value.tobytes()
+    elif isinstance(value, torch.Tensor):
+        value = value.detach().cpu().float().numpy().tobytes()
+    elif isinstance(value, list | tuple):
+        return str([stable(v) for v in value])
+    return hashlib.blake2b(value, digest_size=8).hexdigest() if isinstance(value, bytes) else str(value)

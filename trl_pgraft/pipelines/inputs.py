@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What one pipeline call is handed for each of its prompts: the prompt, and inputs such as images or class labels."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .placement import device_of
+
+
+def parameters_of(pipeline: Any) -> dict[str, inspect.Parameter]:
+    """Parameters of the pipeline's call by name."""
+    return dict(inspect.signature(pipeline.__call__).parameters)
+
+
+def takes_prompts(pipeline: Any) -> bool:
+    """Whether the pipeline's call has a prompt; unconditional and class-conditional ones have none."""
+    parameters = parameters_of(pipeline)
+    return "prompt" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def input_names(pipeline: Any) -> set[str]:
+    """
+    Parameters of the pipeline's call that may differ from prompt to prompt, by the names that diffusers gives them.
+
+    These are prompts and their embeddings (`prompt_2`, `negative_prompt`, `prompt_embeds`, `prompt_attention_mask`,
+    ...), images (`image`, `mask_image`, `control_image`, ...) and `class_labels`.
+    """
+
+    def is_input(name: str) -> bool:
+        if name.startswith(("num_", "max_", "callback")) or name.endswith(("_scale", "_kwargs")):
+            return False
+        if "ip_adapter" in name:  # one image per adapter, not per prompt
+            return False
+        return "prompt" in name or "image" in name or name == "class_labels"
+
+    return {name for name in parameters_of(pipeline) if is_input(name) and name not in ("prompt", "system_prompt")}
+
+
+def inputs_of(pipeline: Any, columns: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """
+    Those of a prompt's further columns that the pipeline is handed.
+
+    Args:
+        pipeline (`DiffusionPipeline`):
+            Its call's parameters count.
+        columns (`dict`):
+            Further columns of the prompt's row.
+        arguments (`dict`):
+            Arguments of the sampling call; what they set, no column sets.
+    """
+    names = input_names(pipeline) - (arguments.keys() - {"negative_prompt"})
+    return {name: value for name, value in columns.items() if name in names and value is not None}
+
+
+def prompt_arguments(
+    pipeline: Any,
+    prompts: Sequence[str],
+    arguments: dict[str, Any],
+    inputs: Sequence[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """
+    Arguments of a pipeline call for `prompts`.
+
+    Args:
+        pipeline (`DiffusionPipeline`):
+            A pipeline without prompts gets a number of images.
+        prompts (`Sequence[str]`):
+            `P` prompts.
+        arguments (`dict`):
+            Arguments of the sampling call. Inputs among them, such as a negative prompt, are repeated for each prompt.
+        inputs (`Sequence[dict]`, *optional*):
+            `P` dicts of each prompt's own inputs, see [`inputs_of`].
+
+    Raises:
+        `ValueError`: some prompts have an input that others lack, or one that the pipeline needs is missing.
+    """
+    own = _collated(inputs or [{}] * len(prompts))
+    repeatable = input_names(pipeline)
+    shared = {n: _repeated(v, len(prompts)) if n in repeatable else v for n, v in arguments.items()}
+    call = {
+        name: _placed(value, pipeline) if name in repeatable else value for name, value in {**shared, **own}.items()
+    }
+    if takes_prompts(pipeline) and call.get("prompt_embeds") is None:
+        call["prompt"] = list(prompts)
+    elif "batch_size" in parameters_of(pipeline):
+        call["batch_size"] = len(prompts)
+    _check_required(pipeline, call)
+    return call
+
+
+def _check_required(pipeline: Any, call: dict[str, Any]) -> None:
+    needed = {n for n in input_names(pipeline) if parameters_of(pipeline)[n].default is inspect.Parameter.empty}
+    missing = sorted(needed - call.keys())
+    if missing:
+        raise ValueError(
+            f"{type(pipeline).__name__} needs {', '.join(missing)} for each image: give it as a column of "
+            "train_dataset (in `evaluate`, of `columns`), or one for all in pipeline_kwargs."
+        )
+
+
+def check_held_out(pipeline: Any, example: dict[str, Any], held_out: dict[str, Any]) -> None:
+    """
+    Check that held-out prompts have the images, labels and the like that the pipeline is handed in training.
+
+    Args:
+        pipeline (`DiffusionPipeline`):
+            The pipeline.
+        example (`dict`):
+            Its inputs for a prompt of training, from [`inputs_of`].
+        held_out (`dict`):
+            Its inputs for a held-out prompt.
+
+    Raises:
+        `ValueError`: it would lack some; the message names them.
+    """
+    missing = sorted(name for name in example.keys() - held_out.keys() if "prompt" not in name)
+    if missing:
+        raise ValueError(
+            f"{type(pipeline).__name__} is handed {', '.join(missing)} for each prompt of training, which the "
+            f"held-out prompts do not have. In place of eval_prompts give the trainer an eval_dataset with "
+            f"{'columns' if len(missing) > 1 else 'a column'} {', '.join(missing)}."
+        )
+
+
+def _collated(inputs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    names = dict.fromkeys(name for row in inputs for name in row)
+    lacking = [name for name in names if any(name not in row for row in inputs)]
+    if lacking:
+        raise ValueError(f"Some prompts of a batch have no {', '.join(lacking)}, which others have; give it to each.")
+    return {name: as_batch([row[name] for row in inputs]) for name in names}
+
+
+def as_batch(values: list[Any]) -> Any:
+    """A list of strings, numbers or images as it is; rows of embeddings, also as nested lists, as one tensor."""
+    if isinstance(values[0], list) and values[0] and isinstance(values[0][0], int | float | list):
+        values = [torch.tensor(value) for value in values]
+    return torch.stack(values) if isinstance(values[0], torch.Tensor) else values
+
+
+def _placed(value: Any, pipeline: Any) -> Any:
+    """Tensors where the pipeline computes and in its precision, which not every pipeline sees to."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.to(device_of(pipeline), pipeline.dtype if value.is_floating_point() else None)
+
+
+def _repeated(value: Any, count: int) -> Any:
+    if isinstance(value, torch.Tensor) and len(value) == 1:
+        return value.expand(count, *value.shape[1:])
+    if isinstance(value, list):
+        return value * count if len(value) == 1 else value
+    return value if value is None or isinstance(value, torch.Tensor) else [value] * count
+
+
+def sampling_arguments(config: Any, pipeline: Any, pipeline_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    """Keyword arguments of the pipeline call that `config` asks for, among those that the pipeline takes."""
+    given, taken = pipeline_kwargs or {}, parameters_of(pipeline)
+    wanted = {
+        "num_inference_steps": config.sample_num_steps,
+        _guidance_argument(taken): config.sample_guidance_scale,
+        "eta": config.sample_eta,
+        "negative_prompt": config.negative_prompts or None,
+    }
+    arguments = {name: value for name, value in wanted.items() if name in taken and value is not None} | given
+    negative = {"negative_prompt", "negative_prompt_embeds"}
+    if arguments.get("true_cfg_scale", 1.0) > 1.0 and not negative & arguments.keys():
+        # With this scale pipelines guide only where they are handed a negative prompt.
+        arguments["negative_prompt"] = ""
+    return arguments
+
+
+def _guidance_argument(parameters: dict[str, inspect.Parameter]) -> str:
+    """The scale of classifier-free guidance: `true_cfg_scale` where `guidance_scale` is off by default."""
+    distilled = parameters.get("guidance_scale")
+    if "true_cfg_scale" in parameters and (distilled is None or distilled.default is None):
+        return "true_cfg_scale"
+    return "guidance_scale"
+
+
+def call_pipeline(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    arguments: dict[str, Any],
+    inputs: Sequence[dict[str, Any]] | None = None,
+) -> Any:
+    """Call the pipeline with one generator a sample, so that a sample does not depend on its batch."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return pipeline(generator=generators, **prompt_arguments(pipeline, prompts, arguments, inputs))
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """A pipeline's images in [0, 1] as uint8 on the host."""
+    if not images.isfinite().all():
+        raise ValueError("The pipeline returned images with non-finite values; sample in a higher precision.")
+    return (images.float() * 255).round().clamp(0, 255).to(torch.uint8).cpu()

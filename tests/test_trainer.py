@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from peft import LoHaConfig, LoraConfig
+from runs import ANIMALS, adapter_of, any_animal, brightness, make_trainer
 from tiny_pipelines import ATTENTION, adapter_use, tiny_flux, tiny_sd, tiny_sdxl
 from transformers import TrainerCallback
 
@@ -24,14 +25,6 @@ from trl_pgraft.rewards import RewardError, registry as functions
 from trl_pgraft.training import finetuner as finetuner_module
 
 
-ANIMALS = ["a cat", "a dog", "an ant"]
-
-
-def brightness(images, prompts, metadata):
-    """A reward in DDPO's convention."""
-    return images.mean((1, 2, 3)), {}
-
-
 def colour(images):
     return 100 * (images[:, 0] - images[:, 2]).mean((1, 2))
 
@@ -39,18 +32,6 @@ def colour(images):
 def redness(*, prompts, images, **columns):
     """A reward in TRL's convention."""
     return [float(image.getpixel((0, 0))[0]) for image in images]
-
-
-def any_animal():
-    return random.choice(ANIMALS), {"kind": "animal"}
-
-
-def make_trainer(config, pipeline=None, reward=brightness, prompts=any_animal, **options):
-    return PGraftTrainer(config, reward, prompts, pipeline or tiny_sd(), **options)
-
-
-def adapter_of(trainer):
-    return [p.detach().clone() for p in adapter_parameters(trainer.denoiser, "pgraft")]
 
 
 def base_of(denoiser):
@@ -539,7 +520,7 @@ def test_callbacks_are_called_and_can_stop_the_run(config):
 
 ON_TWO_PROCESSES = """
 import sys, torch
-from test_trainer import adapter_of, any_animal, brightness, make_trainer
+from runs import adapter_of, make_trainer
 from trl_pgraft import GraftConfig
 
 trainer = make_trainer(GraftConfig(**eval(sys.argv[1])))

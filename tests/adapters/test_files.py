@@ -8,6 +8,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 from peft import PeftModel
+from runs import SWITCH, sample
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import add_random_adapter, tiny_flux, tiny_sd
 
@@ -17,18 +18,7 @@ from trl_pgraft.adapters.files import read_switch
 from trl_pgraft.adapters.lora import adapter_parameters
 
 
-SWITCH = SwitchLevel(500.0, -0.5, 450.0, (1.0, 0.0))
 FLUX_SWITCH = SwitchLevel(500.0, 0.0, 450.0, (0.001, 0.0))
-
-
-def sample(pipeline):
-    return pipeline(
-        prompt=["a cat", "a dog"],
-        num_inference_steps=6,
-        guidance_scale=3.0,
-        generator=torch.Generator().manual_seed(0),
-        output_type="pt",
-    ).images
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from ddpo_defaults import DDPO_DEFAULTS
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from peft import LoraConfig
-from test_config import DDPO_DEFAULTS
 from tiny_pipelines import ATTENTION, add_random_adapter, tiny_sd
 
 from trl_pgraft import (
@@ -76,7 +76,8 @@ def sample(pipeline, **options):
 
 def run_python(*arguments):
     """Run a script on the CPU in a fresh process."""
-    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, *map(str, arguments)]
     subprocess.run(command, check=True, env={**os.environ, **environment}, timeout=300)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from cases import CASES
 from diffusers import (
     AuraFlowTransformer2DModel,
     ChromaTransformer2DModel,
@@ -21,7 +22,6 @@ from diffusers import (
     WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
-from test_architectures import CASES
 from worked_overrides import PAGE, overrides
 
 from trl_pgraft import DenoiserFormat, GraftConfig

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import torch
 from run_in_process import at, kill
-from test_inversion import tiny_flow
-from test_noise_correction_trainer import flow_data, make_config
+from tiny_flow import flow_data, make_config, tiny_flow
 
 from trl_pgraft import NoiseCorrectionTrainer
 from trl_pgraft.noise_correction import dataset as inverted_data

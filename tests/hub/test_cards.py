@@ -4,10 +4,11 @@ import datasets
 import pytest
 import torch
 import yaml
+from hub_cases import MALICIOUS
 from huggingface_hub import HfApi, ModelCard
 from markdown_it import MarkdownIt
 from PIL import Image
-from test_dataset import as_dataset, random_round
+from random_rounds import as_dataset, random_round
 from tiny_pipelines import tiny_sd
 
 from trl_pgraft import SwitchLevel
@@ -25,21 +26,6 @@ from trl_pgraft.hub.cards import (
 
 
 SWITCH = SwitchLevel(500.0, -0.5, 450.0)
-MALICIOUS = [
-    "``` </code></pre>\n# heading\n---\nlicense: evil\n---",
-    "| a | b |\n| --- | --- |",
-    "<script>alert(1)</script><img src=x onerror=alert(1)>",
-    "[link](javascript:alert(1)) ![image](https://example.org/x.png)",
-    "{{ card_data }} {% for x in y %} ${HOME} $$x$$",
-    "\x00\x01\x1b[31mred\x1b[0m\u202eright to left\u2028line",
-    "'\"\\ \"\"\" ''' \\x60 \\n",
-    "!!python/object/apply:os.system [x]\n- a: &b *c",
-    "`",
-    "",
-    " \n\t ",
-    "x" * 1_000_000,
-    "🦊" * 3000,
-]
 
 
 def write(folder, **options):

@@ -12,10 +12,9 @@ import datasets
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from hub_cases import MALICIOUS, run_printed_command
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image
-from test_cards import MALICIOUS
-from test_push import run_printed_command
 from tiny_pipelines import tiny_sd
 
 from trl_pgraft import PGraftTrainer, load_pgraft_adapter
@@ -259,7 +258,8 @@ def test_one_of_two_processes_pushes_and_both_are_refused(hub, config, tmp_path,
     HfApi(token=TOKEN).create_repo("ann/lora")
     script = tmp_path / "script.py"
     script.write_text(ON_TWO_PROCESSES)
-    environment = {"ACCELERATE_USE_CPU": "1", "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {"ACCELERATE_USE_CPU": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     command += [repr(vars(config(**options)))]
     output = subprocess.run(command, check=True, env={**os.environ, **environment}, capture_output=True, text=True)

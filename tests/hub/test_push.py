@@ -1,20 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import functools
-import os
-import shlex
-import subprocess
-import sys
 import traceback
-from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from hub_cases import TOKEN, run_printed_command
 from huggingface_hub import HfApi
 from peft import LoHaConfig
-from test_dataset import as_dataset, random_round
-from test_files import SWITCH, sample
+from random_rounds import as_dataset, random_round
+from runs import SWITCH, sample
 from tiny_pipelines import add_random_adapter, tiny_sd
 
 from trl_pgraft import load_pgraft_adapter, push_adapter_to_hub, push_samples_to_hub, save_pgraft_adapter
@@ -23,9 +19,6 @@ from trl_pgraft.adapters.gate import TimestepGate
 from trl_pgraft.adapters.lora import adapter_parameters, add_adapter, full_copy_config
 from trl_pgraft.hub import push as publishing
 from trl_pgraft.hub.push import PushError, check_samples_repository
-
-
-TOKEN = {"token": "hf_write"}
 
 
 @pytest.fixture(autouse=True)
@@ -57,15 +50,6 @@ def samples(tmp_path):
 
 def commits(repo):
     return [sorted(commit.paths) for commit in repo.commits[1:]]
-
-
-def run_printed_command(error):
-    """Run the last line of an error's message in a shell of its own, logged in by HF_TOKEN."""
-    command = str(error).splitlines()[-1]
-    assert "hf_write" not in command and shlex.split(command)[:2] == ["hf", "upload"]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "HF_TOKEN": "hf_write"}
-    subprocess.run(command, shell=True, check=True, env=environment, capture_output=True, timeout=120)
 
 
 def test_a_pushed_adapter_comes_back_with_its_gate(hub, adapter):

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from test_inversion import tiny_flow
+from tiny_flow import tiny_flow
 from tiny_transformers import tiny_sd3
 
 from trl_pgraft.adapters.lora import active_adapters, default_lora_config

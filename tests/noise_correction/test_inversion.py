@@ -4,8 +4,8 @@
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
-from noise_correction.flow_pipeline import FlowPipeline
+from diffusers import DPMSolverMultistepScheduler
+from tiny_flow import tiny_flow
 from tiny_pipelines import tiny_flux, tiny_sd
 from tiny_transformers import tiny_sana, tiny_sd3
 
@@ -16,18 +16,6 @@ from trl_pgraft.pipelines.schedulers import sampler_of
 
 # diffusers' flow scheduler steps in float32, so a pipeline's round trip cannot be closer than its rounding.
 ROUND_TRIP = 2e-5
-
-
-def tiny_flow(seed=0):
-    torch.manual_seed(seed)
-    unet = UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=4,
-    )  # fmt: skip
-    pipeline = FlowPipeline(unet.eval(), FlowMatchEulerDiscreteScheduler(shift=2.0))
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def sample(pipeline, noise, prompts, **kwargs):

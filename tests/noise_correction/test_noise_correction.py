@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from test_inversion import tiny_flow
-from test_push import TOKEN
+from hub_cases import TOKEN
+from tiny_flow import tiny_flow
 from tiny_pipelines import tiny_flux, tiny_sd
 from tiny_transformers import tiny_sd3
 

@@ -15,42 +15,19 @@ import pytest
 import torch
 from accelerate import cpu_offload_with_hook
 from datasets import Dataset
+from hub_cases import TOKEN
 from peft import LoraConfig
 from PIL import Image
-from test_inversion import tiny_flow
-from test_push import TOKEN
+from tiny_flow import MEAN, STD, STEPS, flow_data, make_config, noise_of, tiny_flow
 from tiny_pipelines import tiny_flux, tiny_sd
 from tiny_transformers import tiny_sd3
 
-from trl_pgraft import InversionError, NoiseCorrectedPipeline, NoiseCorrectionConfig, NoiseCorrectionTrainer
+from trl_pgraft import InversionError, NoiseCorrectedPipeline, NoiseCorrectionTrainer
 from trl_pgraft.adapters.gate import TimestepGate
 from trl_pgraft.adapters.lora import adapter_parameters, add_adapter, default_lora_config
 from trl_pgraft.noise_correction.correctors.flow import make_network, transport
 from trl_pgraft.noise_correction.dataset import encode_images
 from trl_pgraft.noise_correction.trainer import some_of
-
-
-MEAN, STD, STEPS = 0.3, 0.8, 4
-
-
-def noise_of(count, shape=(1, 8, 8), seed=1):
-    return MEAN + STD * torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
-
-
-def flow_data(count=48):
-    """What the flow makes of noise that is not standard normal: real data for which the right noise is known."""
-    latents = tiny_flow()(latents=noise_of(count), num_inference_steps=STEPS, output_type="latent").images
-    return Dataset.from_dict({"latents": latents.numpy()})
-
-
-def make_config(tmp_path, **changes):
-    values = {
-        "output_dir": str(tmp_path / "out"), "corrector": "network", "network_channels": 8,
-        "num_inference_steps": STEPS, "lowest_sigma": 0.0, "tolerance": 4e-5, "max_steps": 6, "train_batch_size": 16,
-        "warmup_steps": 0,
-        "inversion_batch_size": 20, "save_steps": 3, "logging_steps": 2, "learning_rate": 1e-3, **changes,
-    }  # fmt: skip
-    return NoiseCorrectionConfig(**values)
 
 
 def trainer_of(tmp_path, dataset=None, **changes):

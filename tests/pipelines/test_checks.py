@@ -4,9 +4,9 @@ import warnings
 
 import pytest
 import torch
+from cases import CASES, SMALL, brightness, make_trainer
 from diffusers import DDIMScheduler, LCMScheduler
 from peft import LoraConfig, inject_adapter_in_model
-from test_architectures import CASES, SMALL, brightness, make_trainer
 from tiny_pipelines import ToyPipeline, tiny_ddpm, tiny_flux, tiny_inpainting, tiny_sd, tiny_unet
 from tiny_transformers import tiny_lumina2, tiny_qwen_image, tiny_z_image
 from worked_overrides import overrides

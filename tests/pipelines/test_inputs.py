@@ -3,8 +3,8 @@
 import datasets
 import pytest
 import torch
+from cases import BLACK, CASES, LEFT, PROMPTS, WHITE, Case, brightness, make_trainer
 from PIL import Image
-from test_architectures import BLACK, CASES, LEFT, PROMPTS, WHITE, Case, brightness, make_trainer
 from tiny_pipelines import tiny_ddpm, tiny_flux, tiny_image_to_image, tiny_sd, tiny_sdxl
 from tiny_transformers import tiny_dit, tiny_qwen_image
 

@@ -6,36 +6,16 @@ import datasets
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
+from random_rounds import as_dataset, random_round
 from tiny_pipelines import add_random_adapter
 
 from trl_pgraft.pipelines.fingerprint import sampling_fingerprint
-from trl_pgraft.rollouts.batch import Drawn
-from trl_pgraft.rollouts.dataset import check_samples, to_dataset
-from trl_pgraft.rollouts.prompts import form_groups, samples_of
+from trl_pgraft.rollouts.dataset import check_samples
 from trl_pgraft.rollouts.selection import Rollout
 from trl_pgraft.training.rows import SelectedRows
 
 
 ARGUMENTS = {"num_inference_steps": 4, "guidance_scale": 3.0}
-
-
-def random_round(shape=(4, 8, 8), prompts=("a cat", "a dog"), group_size=4, seed=0):
-    """Samples, what was drawn for them, and their rewards, of which one is missing."""
-    generator = torch.Generator().manual_seed(seed)
-    source = iter([(prompt, {}) for prompt in prompts])
-    samples = samples_of(form_groups(source, group_size * len(prompts), group_size), seed)
-    count = len(samples)
-    images = torch.randint(0, 256, (count, 3, 16, 16), generator=generator, dtype=torch.uint8)
-    drawn = Drawn(images, torch.randn(count, *shape, generator=generator), 64)
-    rewards = torch.rand(count, generator=generator, dtype=torch.float64)
-    rewards[1] = math.nan
-    return samples, drawn, rewards
-
-
-def as_dataset(samples, drawn, rewards, state_timestep=301.0, epoch=0):
-    accepted = [i % 4 == 0 for i in range(len(samples))]
-    columns = {"reward": 2 * rewards, "reward_red": rewards}
-    return to_dataset(samples, drawn, columns, accepted, epoch, state_timestep, "f00d")
 
 
 def test_a_round_has_its_columns():

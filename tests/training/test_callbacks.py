@@ -3,7 +3,7 @@
 """transformers' callbacks, TRL's among them, on a run of this loop."""
 
 import pytest
-from test_trainer import any_animal, brightness
+from runs import any_animal, brightness
 from tiny_pipelines import tiny_sd
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import RichProgressCallback

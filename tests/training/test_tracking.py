@@ -7,7 +7,7 @@ import sqlite3
 
 import pytest
 from PIL import Image
-from test_trainer import any_animal, brightness
+from runs import any_animal, brightness
 from tiny_pipelines import tiny_sd
 
 from trl_pgraft import GraftConfig, PGraftTrainer

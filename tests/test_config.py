@@ -7,6 +7,7 @@ import pytest
 from trl import TrlParser
 
 from trl_pgraft import GraftConfig, accept_all
+from trl_pgraft.config import MAY_CHANGE
 
 
 # Fields of DDPOConfig in TRL 0.23.1, the last release that had it, and their defaults (exp_name's is the script's).
@@ -134,6 +135,14 @@ def test_configurations_can_be_compared_and_do_not_share_their_dicts():
     assert one == other
     one.acceptance_kwargs["k"] = 2
     assert other.acceptance_kwargs == {} and one != other
+
+
+def test_what_a_resume_compares_is_every_field_but_those_that_may_change():
+    names = {f.name for f in dataclasses.fields(GraftConfig)}
+    assert set(MAY_CHANGE) < names
+    assert set(GraftConfig().shaping(1)) == names - set(MAY_CHANGE) | {"images a round", "rows of an optimizer step"}
+    one, two = (GraftConfig(sample_batch_size=size, train_batch_size=size) for size in (1, 2))
+    assert one.shaping(2) == two.shaping(1)
 
 
 def test_trls_parser_reads_it_from_the_command_line():

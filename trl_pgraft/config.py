@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .core.acceptance import ACCEPTANCE_RULES
+from .core.acceptance import ACCEPTANCE_RULES, get_acceptance
 
 
 if TYPE_CHECKING:
@@ -367,11 +367,8 @@ class GraftConfig:
 
     def _check_acceptance(self) -> None:
         """Check the acceptance rule, its arguments and the group size; a preference sets the group size to 2."""
+        rule = get_acceptance(self.acceptance)
         size, k = self.samples_per_prompt, self.acceptance_kwargs.get("k")
-        if isinstance(self.acceptance, str) and self.acceptance not in ACCEPTANCE_RULES:
-            raise ValueError(
-                f"acceptance={self.acceptance!r} is not one of {', '.join(ACCEPTANCE_RULES)}; a callable is taken too."
-            )
         if size is not None and size < 2:
             raise ValueError(f"samples_per_prompt={size}: selection needs a group of at least 2 samples.")
         if self.acceptance == "preference":
@@ -386,18 +383,17 @@ class GraftConfig:
             # Rewards below any bound show now, and not after the first samples, whether the rule takes its arguments.
             rewards = torch.full((self.samples_per_prompt or 8,), -1e30, dtype=torch.float64)
             try:
-                ACCEPTANCE_RULES[self.acceptance](rewards, **self.acceptance_kwargs)
+                rule(rewards, **self.acceptance_kwargs)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"acceptance_kwargs do not fit acceptance={self.acceptance!r}: {error}") from error
 
 
 def _as_dict(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
     """The field's dict, from JSON where a command line gave it."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{name}={value!r} is not JSON: {error}.") from error
-    if value is not None and not isinstance(value, dict):
-        raise ValueError(f"{name}={value!r} must be a dict, or a JSON object on the command line.")
-    return value or {}
+    try:
+        parsed = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}={value!r} is not JSON: {error}.") from error
+    if parsed is not None and not isinstance(parsed, dict):
+        raise ValueError(f"{name}={parsed!r} must be a dict, or a JSON object on the command line.")
+    return parsed or {}

@@ -368,7 +368,8 @@ class GraftConfig:
     def _check_acceptance(self) -> None:
         """Check the acceptance rule, its arguments and the group size; a preference sets the group size to 2."""
         rule = get_acceptance(self.acceptance)
-        size, k = self.samples_per_prompt, self.acceptance_kwargs.get("k")
+        kwargs = typing.cast(dict[str, Any], self.acceptance_kwargs)
+        size, k = self.samples_per_prompt, kwargs.get("k")
         if size is not None and size < 2:
             raise ValueError(f"samples_per_prompt={size}: selection needs a group of at least 2 samples.")
         if self.acceptance == "preference":
@@ -383,7 +384,7 @@ class GraftConfig:
             # Rewards below any bound show now, and not after the first samples, whether the rule takes its arguments.
             rewards = torch.full((self.samples_per_prompt or 8,), -1e30, dtype=torch.float64)
             try:
-                rule(rewards, **self.acceptance_kwargs)
+                rule(rewards, **kwargs)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"acceptance_kwargs do not fit acceptance={self.acceptance!r}: {error}") from error
 

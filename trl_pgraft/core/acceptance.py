@@ -155,7 +155,7 @@ def accept_threshold(
         if not has_signal(rewards):
             return torch.zeros_like(rewards)
         threshold = rewards.quantile(quantile).item()
-    return (rewards >= threshold).to(rewards.dtype)
+    return (rewards >= threshold).to(rewards.dtype)  # type: ignore[operator]
 
 
 def accept_preference(rewards: torch.Tensor) -> torch.Tensor:

@@ -149,7 +149,7 @@ def ddpo_reward(function: DDPORewardFunction) -> Reward:
 
 def choose_rewards(
     reward_function: DDPORewardFunction | None,
-    reward_funcs: str | RewardFunction | Sequence[str | RewardFunction] | None,
+    reward_funcs: str | RewardFunction | list[str | RewardFunction] | None,
     reward_weights: Sequence[float] | None,
     required: bool = True,
 ) -> list[Reward]:

@@ -246,14 +246,14 @@ class GraftConfig:
     )
     guidance_loss: str = config_field(
         "conditional",
-        "Loss under guidance w: the 'conditional' prediction meets the target f*, or the 'corrected' target "
-        "f_u + (f* - f_u) / w, or the 'combined', guided prediction meets f* (docs/recipe_search.md).",
+        "What is trained under guidance w. 'conditional': the conditional prediction, to the target f*; 'corrected': "
+        "the same, to f_u + (f* - f_u) / w; 'combined': the guided prediction, to f* (docs/recipe_search.md).",
         choices=GUIDANCE_LOSSES,
     )
     control_adapter: bool | None = config_field(
         None,
-        "Train a second adapter, the reference fit on all samples, for as long, and subtract it to cancel what does "
-        "not come from the reward. None: for plain LoRAs where guidance is u + w (c - u) or off (docs/comparison.md).",
+        "Train a second adapter for as long, the reference fit on all samples, and subtract it: what does not come "
+        "from the reward cancels. None: on for plain LoRAs if guidance is u + w (c - u) or off (docs/comparison.md).",
     )
     control_scale: float = config_field(
         2.0,
@@ -298,8 +298,8 @@ class GraftConfig:
     )
     eval_prompts: list[str] | None = config_field(
         None,
-        "Held-out prompts, sampled with the same seeds at every evaluation. Where prompts have further columns, give "
-        "the trainer an `eval_dataset` instead. None: no evaluation.",
+        "Held-out prompts, sampled with the same seeds at every evaluation; with further columns, give the trainer an "
+        "`eval_dataset` instead. None: no such prompts.",
     )
     eval_freq: int = config_field(
         1, "Iterations between evaluations on held-out prompts; the model is also evaluated before training."

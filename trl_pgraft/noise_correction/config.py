@@ -82,7 +82,9 @@ class NoiseCorrectionConfig:
         2000, "Number of optimizer steps. A run that is resumed with more continues on the longer run's schedule."
     )
     train_batch_size: int = config_field(
-        64, "Samples of an optimizer step, over all processes. Larger is better (docs/noise_correction.md)."
+        64,
+        "Samples of an optimizer step, over all processes. Larger batches gave better samples in as many steps "
+        "(docs/noise_correction.md).",
     )
     learning_rate: float = config_field(1e-4, "Learning rate of AdamW.")
     weight_decay: float = config_field(0.0, "Weight decay of AdamW.")

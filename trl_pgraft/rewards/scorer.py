@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,12 +174,9 @@ def _within(seconds: float | None, function: Callable[[], Any]) -> Any:
             outcome.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    try:
-        return outcome.result(seconds)
-    except TimeoutError:
-        if outcome.done():
-            raise
-        raise TimeoutError(f"no answer within {seconds:g} s") from None
+    if not wait([outcome], seconds).done:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    return outcome.result()
 
 
 def _shortened(prompts: list[str], most: int = 4) -> str:

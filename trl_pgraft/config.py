@@ -329,7 +329,7 @@ class GraftConfig:
             self.guidance_loss = "combined"
         check_fields(self, _RANGES)
         self._check_acceptance()
-        given = [name for name in PPO_ONLY_FIELDS if getattr(self, name) != getattr(GraftConfig, name)]
+        given = [name for name in PPO_ONLY_FIELDS if getattr(self, name) != getattr(type(self), name)]
         if given:
             warnings.warn(f"GraftConfig ignores fields that only PPO has a use for: {', '.join(given)}.", stacklevel=3)
 

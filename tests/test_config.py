@@ -8,6 +8,7 @@ from ddpo_defaults import DDPO_DEFAULTS
 from trl import TrlParser
 
 from trl_pgraft import GraftConfig, accept_all
+from trl_pgraft.config import MAY_CHANGE
 
 
 OTHER_DEFAULTS = {"sample_eta": 0.0, "train_cfg": False, "mixed_precision": None}
@@ -122,6 +123,14 @@ def test_configurations_can_be_compared_and_do_not_share_their_dicts():
     assert one == other
     one.acceptance_kwargs["k"] = 2
     assert other.acceptance_kwargs == {} and one != other
+
+
+def test_what_a_resume_compares_is_every_field_but_those_that_may_change():
+    names = {f.name for f in dataclasses.fields(GraftConfig)}
+    assert set(MAY_CHANGE) < names
+    assert set(GraftConfig().shaping(1)) == names - set(MAY_CHANGE) | {"images a round", "rows of an optimizer step"}
+    one, two = (GraftConfig(sample_batch_size=size, train_batch_size=size) for size in (1, 2))
+    assert one.shaping(2) == two.shaping(1)
 
 
 def test_trls_parser_reads_it_from_the_command_line():

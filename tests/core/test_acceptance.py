@@ -185,14 +185,14 @@ def test_deduplicate_keeps_the_first_that_has_a_chance():
 
 
 def test_deduplication_reshapes_a_binary_reward():
-    """Of M draws a correct sample of probability p is then accepted `1 - (1 - p)^M` times, not `M p`."""
+    """Of M samples a correct sample of probability p is then accepted `1 - (1 - p)^M` times, not `M p`."""
     p, group_size, count = torch.tensor([0.5, 0.2, 0.1, 0.2]), 4, 8000
     rewards = torch.tensor([1.0, 1.0, 1.0, 0.0])
-    drawn = torch.multinomial(p.expand(count, -1), group_size, replacement=True, generator=seeded())
+    sampled = torch.multinomial(p.expand(count, -1), group_size, replacement=True, generator=seeded())
     accepted = torch.stack(
-        [deduplicate(accept_threshold(rewards[x], threshold=0.5), x.tolist()) for x in drawn]
+        [deduplicate(accept_threshold(rewards[x], threshold=0.5), x.tolist()) for x in sampled]
     ).bool()
-    frequency = torch.bincount(drawn[accepted], minlength=4) / count
+    frequency = torch.bincount(sampled[accepted], minlength=4) / count
     expected = rewards * (1 - (1 - p) ** group_size)
     assert ((frequency - expected).abs() <= 4 * (expected * (1 - expected) / count).sqrt()).all()
 
@@ -238,7 +238,7 @@ def test_implied_kl_composes_over_rounds():
     # Best of M, and then best of M of those, is best of M^2.
     assert implied_kl(4, rounds=2) == pytest.approx(implied_kl(16), abs=1e-12)
     assert implied_kl(8, rounds=3) == pytest.approx(implied_kl(512), abs=1e-12)
-    # In the end every round keeps k of M of a top that is already uniform.
+    # In the end every iteration keeps k of M of a top that is already uniform.
     assert implied_kl(1024, 10, 9) - implied_kl(1024, 10, 8) == pytest.approx(math.log(102.4), abs=1e-6)
 
 
@@ -296,7 +296,7 @@ def test_implied_kl_with_fine_ties_is_the_continuous_one():
 
 def test_implied_kl_without_signal_is_zero():
     assert implied_kl(8, 2, 3, atoms=[1.0]) == implied_kl(8, 2, 3, atoms=[0.0, 1.0]) == 0
-    # Once everything is correct, further rounds change nothing.
+    # Once everything is correct, further iterations change nothing.
     assert implied_kl(8, 2, 50, atoms=[0.75, 0.25]) == pytest.approx(math.log(4), abs=1e-6)
 
 

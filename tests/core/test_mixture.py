@@ -2,9 +2,9 @@
 
 """GRAFT and P-GRAFT on a two-dimensional mixture, where the base model, the exact denoiser, is known.
 
-Six narrow modes on a ring, of which some are preferred; leaving a mode costs reward. The base draws 8 samples a group,
-the best 2 are accepted, a small residual on the exact velocity is fitted to them, and the deterministic sampler runs
-the tuned model above the switch and the base below it.
+Six narrow modes on a ring, of which some are preferred; leaving a mode costs reward. The base model makes 8 samples a
+group, the best 2 are accepted, a small residual on the exact velocity is trained on them, and the deterministic
+sampler runs the tuned model above the switch and the base below it.
 """
 
 import pytest
@@ -35,7 +35,7 @@ def sample(x_t, s_from, s_to, velocity=BASE.velocity):
     return euler(velocity, x_t, s_from, s_to, steps) if steps else x_t
 
 
-def fit(states, s_i, s_switch, seed, steps=1000, batch_size=256):
+def fine_tune(states, s_i, s_switch, seed, steps=1000, batch_size=256):
     """A residual on the base velocity above the switch, from accepted states at level s_i."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
@@ -63,13 +63,13 @@ def tuned_reward(residual, s_switch, seed):
 
 
 def pgraft(tuned_fraction, seed, from_x_0=False):
-    """Reward after one round; `from_x_0` re-noises the accepted x_0 instead of the accepted intermediate states."""
+    """Reward after one iteration; `from_x_0` re-noises the accepted x_0 instead of the accepted states x_I."""
     s_i = 1 - tuned_fraction
     x_i = sample(latents(8 * GROUPS, seed), 1, s_i)
     x_0 = sample(x_i, s_i, 0)
     accepted = top_k_mask(reward(x_0), group_size=8, k=2)
     states, level = (x_0, 0.0) if from_x_0 else (x_i, s_i)
-    residual = fit(states[accepted], level, s_i, seed)
+    residual = fine_tune(states[accepted], level, s_i, seed)
     return tuned_reward(residual, s_i, seed + 1000)
 
 
@@ -117,7 +117,7 @@ def test_intermediate_states_beat_re_noised_final_samples(rewards):
 
 
 def ancestral(x_t, s_from, s_to):
-    """As `sample`, but each step draws from the posterior q(x_s' | x_s, x_0) at the predicted x_0 (eta = 1)."""
+    """As `sample`, but each step samples the posterior q(x_s' | x_s, x_0) at the predicted x_0 (eta = 1)."""
     generator = torch.Generator().manual_seed(7)
     for s, s_next in torch.linspace(s_from, s_to, round(STEPS * (s_from - s_to)) + 1).unfold(0, 2, 1).tolist():
         x_0, noise = BASE.posterior(x_t, *flow_level(s))

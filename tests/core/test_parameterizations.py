@@ -162,7 +162,7 @@ def test_the_weight_bounds_the_variance_next_to_the_switch(schedule, prediction_
 
 @parametrize_types
 def test_pure_noise_is_finite(prediction_type):
-    """At alpha_T = 0 x_T knows nothing of x_I, so x_0* must average to E[x_I] / alpha_I."""
+    """At alpha_T = 0 x_T is independent of x_I, so x_0* must average to E[x_I] / alpha_I."""
     schedule, count = SCHEDULES["vp_zero_snr"], 50_000
     x_i, noise = MIXTURE.sample(count, torch.Generator().manual_seed(0)), random(count, 2, seed=1)
     level_i = schedule(500)

@@ -67,10 +67,10 @@ def test_a_reward_in_ddpos_convention_gets_what_ddpo_gives():
 
 
 @pytest.mark.parametrize(
-    "answer", [[0.5, 1, 2], (0.5, 1, 2), np.array([0.5, 1, 2]), torch.tensor([[0.5], [1.0], [2.0]])]
+    "returned", [[0.5, 1, 2], (0.5, 1, 2), np.array([0.5, 1, 2]), torch.tensor([[0.5], [1.0], [2.0]])]
 )
-def test_ddpo_rewards_may_be_of_any_array_type(answer):
-    assert score(ddpo_reward(lambda *_: (answer, {})), batch(), PROMPTS, {})[0] == [0.5, 1.0, 2.0]
+def test_ddpo_rewards_may_be_of_any_array_type(returned):
+    assert score(ddpo_reward(lambda *_: (returned, {})), batch(), PROMPTS, {})[0] == [0.5, 1.0, 2.0]
 
 
 def test_rewards_keep_their_precision():
@@ -82,7 +82,7 @@ def test_a_ddpo_reward_may_leave_samples_out():
     assert score(ddpo_reward(lambda *_: ([0.5, None, 2.0], {})), batch(), PROMPTS, {})[0] == [0.5, None, 2.0]
 
 
-def test_a_ddpo_reward_without_its_info_is_told_what_is_expected():
+def test_a_ddpo_reward_without_its_info_gets_an_error_that_names_what_is_expected():
     reward = ddpo_reward(lambda images, prompts, metadata: images.mean((1, 2, 3))[:2])
     with pytest.raises(RewardError, match=r"a tuple \(rewards, info\) is expected"):
         score(reward, batch(), PROMPTS, {}, Patience(0))
@@ -173,11 +173,11 @@ def _noise(size):
     return np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("answer", [[1.0], [1.0] * 4, torch.ones(1), []])
+@pytest.mark.parametrize("returned", [[1.0], [1.0] * 4, torch.ones(1), []])
 @pytest.mark.parametrize("make", [ddpo_reward, trl_reward])
-def test_a_wrong_number_of_values_is_an_error(make, answer):
+def test_a_wrong_number_of_values_is_an_error(make, returned):
     def short(*args, **kwargs):
-        return (answer, {}) if make is ddpo_reward else answer
+        return (returned, {}) if make is ddpo_reward else returned
 
     with pytest.raises(RewardError, match=r"Reward 'short' on prompts \['a cat'.*returned \d values for 3 images"):
         score(make(short), batch(), PROMPTS, {})
@@ -192,10 +192,10 @@ def test_a_value_that_is_not_finite_is_an_error(value):
         score(trl_reward(broken), batch(), PROMPTS, {})
 
 
-@pytest.mark.parametrize("answer", [None, 3.0, ["high", "low", "low"]])
-def test_an_answer_that_is_no_list_of_numbers_is_an_error(answer):
+@pytest.mark.parametrize("returned", [None, 3.0, ["high", "low", "low"]])
+def test_a_result_that_is_no_list_of_numbers_is_an_error(returned):
     def odd(*, prompts, images):
-        return answer
+        return returned
 
     with pytest.raises(RewardError, match="Reward 'odd' on prompts.*'a cat'"):
         score(trl_reward(odd), batch(), PROMPTS, {}, Patience(0))
@@ -265,7 +265,7 @@ def test_within_the_time_the_answer_counts_and_an_exception_is_the_functions_own
 
 
 def test_a_reward_server_that_is_gone_is_named():
-    """A real server on loopback answers, is shut down, and is asked again."""
+    """A real server on loopback responds, is shut down, and is called again."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
@@ -282,8 +282,8 @@ def test_a_reward_server_that_is_gone_is_named():
 
     def remote(*, prompts, images):
         address = f"http://127.0.0.1:{server.server_address[1]}"
-        with urllib.request.urlopen(address, data=str(len(prompts)).encode(), timeout=5) as answer:
-            return json.loads(answer.read())
+        with urllib.request.urlopen(address, data=str(len(prompts)).encode(), timeout=5) as response:
+            return json.loads(response.read())
 
     assert score(trl_reward(remote), batch(), PROMPTS, {})[0] == [0.5, 0.5, 0.5]
     server.shutdown()

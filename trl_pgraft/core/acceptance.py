@@ -1,20 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Generalized rejection sampling (GRAFT): which of a prompt's samples are accepted, and how far that moves their law.
+"""
+Generalized rejection sampling (GRAFT): which of a prompt's samples are accepted.
 
-A rule is a function `rule(rewards, **kwargs)` from the rewards of *one* prompt's group, a 1-D tensor (M,), to
-probabilities of acceptance (M,) in [0, 1], non-decreasing in the reward. The accepted samples follow the optimum of a
-KL-regularised objective for the reshaped reward `r_hat(x) / beta = log E[A | x]`:
-`p_accepted ~ p_sampling exp(r_hat / beta)`, for each prompt (https://huggingface.co/papers/2510.02692).
+A rule is a function `rule(rewards, **kwargs)`. It takes the rewards of *one* prompt's group, a 1-D tensor (M,), and
+returns probabilities of acceptance A (M,) in [0, 1], which do not decrease with the reward. For each prompt, the
+accepted samples follow the optimum of a KL-regularised objective for a reshaped reward r_hat:
 
-Rules that rank a group (top-k, best-of-n, preference, a quantile) accept nothing where all its rewards are equal: to
-take the lower indices there would be training without selection. Rules that look at each reward alone (exponential,
-a fixed threshold, all) keep their meaning in such a group.
+    p_accepted(x) ~ p_sampling(x) exp(r_hat(x) / beta),    r_hat(x) / beta = log E[A | x]
+
+Source: generalized rejection sampling of GRAFT, arXiv 2510.02692 (https://huggingface.co/papers/2510.02692).
+
+Rules that rank a group (top-k, best-of-n, preference, a quantile) accept nothing where all rewards are equal, because
+accepting the lower indices would be training without selection. Rules that look at each reward alone (exponential, a
+fixed threshold, all) keep their meaning in such a group.
 """
 
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
+
+
+AcceptanceRule = Callable[..., torch.Tensor]
 
 
 def _check(rewards: torch.Tensor) -> None:
@@ -25,7 +32,16 @@ def _check(rewards: torch.Tensor) -> None:
 
 
 def has_signal(rewards: torch.Tensor) -> bool:
-    """Whether the rewards (M,) of a group differ at all; where they do not, a rank rule has nothing to select by."""
+    r"""
+    Whether the rewards of a group differ; where they are all equal, a rule that ranks them cannot select.
+
+    Args:
+        rewards (`torch.Tensor`):
+            (M,), float: the rewards of one group.
+
+    Raises:
+        `ValueError`: the rewards are not a finite 1-D float tensor.
+    """
     _check(rewards)
     return len(rewards) > 1 and bool((rewards != rewards[0]).any())
 
@@ -36,9 +52,9 @@ def accept_top_k(rewards: torch.Tensor, k: int | None = None) -> torch.Tensor:
 
     Args:
         rewards (`torch.Tensor`):
-            (M,), the rewards of one group.
+            (M,), float: the rewards of one group.
         k (`int`, *optional*):
-            How many to accept, 1 <= k < M. Defaults to `max(1, round(M / 4))`.
+            Number of samples to accept, 1 <= k < M. Defaults to `max(1, round(M / 4))`.
 
     Returns:
         `torch.Tensor`: (M,), ones and zeros; all zeros where all rewards are equal.
@@ -52,7 +68,7 @@ def accept_top_k(rewards: torch.Tensor, k: int | None = None) -> torch.Tensor:
     if not 1 <= k < group_size:
         raise ValueError(
             f"top_k accepts k={k} of M={group_size} samples of a prompt; that selects nothing. Need 1 <= k < M: "
-            "lower k or draw more samples per prompt."
+            "lower k or take more samples per prompt."
         )
     probabilities = torch.zeros_like(rewards)
     if has_signal(rewards):
@@ -61,29 +77,42 @@ def accept_top_k(rewards: torch.Tensor, k: int | None = None) -> torch.Tensor:
 
 
 def accept_best_of_n(rewards: torch.Tensor) -> torch.Tensor:
-    """Accept the one sample (of M) with the highest reward: [`accept_top_k`] with k = 1."""
+    r"""
+    Accept the one sample of highest reward: [`accept_top_k`] with k = 1.
+
+    Args:
+        rewards (`torch.Tensor`):
+            (M,), float: the rewards of one group, M >= 2.
+
+    Returns:
+        `torch.Tensor`: (M,), a one and zeros; all zeros where all rewards are equal.
+
+    Raises:
+        `ValueError`: the group has one sample, or the rewards are not a finite 1-D float tensor.
+    """
     return accept_top_k(rewards, k=1)
 
 
 def accept_exponential(rewards: torch.Tensor, beta: float, reward_max: float) -> torch.Tensor:
     r"""
-    Classical rejection sampling: accept with probability `exp((r - reward_max) / beta)`.
+    Classical rejection sampling: accept a sample of reward r with probability `exp((r - reward_max) / beta)`.
 
-    The accepted law is `p ~ p_sampling exp(r / beta)`, exactly.
+    The accepted samples follow `p_accepted ~ p_sampling exp(r / beta)` exactly.
 
     Args:
         rewards (`torch.Tensor`):
-            (M,), the rewards of one group.
+            (M,), float: the rewards of one group.
         beta (`float`):
             Temperature, positive, in units of the reward: the weight of the KL term.
         reward_max (`float`):
-            A fixed upper bound of the reward. The group's own maximum would not do: it biases the accepted law.
+            A fixed upper bound of the reward over all prompts. The group's own maximum would bias the accepted law.
 
     Returns:
-        `torch.Tensor`: (M,).
+        `torch.Tensor`: (M,), probabilities in (0, 1].
 
     Raises:
-        `ValueError`: beta is not positive, or a reward exceeds `reward_max`.
+        `ValueError`: beta is not positive, a reward exceeds `reward_max`, or the rewards are not a finite 1-D float
+            tensor.
     """
     _check(rewards)
     if beta <= 0:
@@ -104,17 +133,18 @@ def accept_threshold(
 
     Args:
         rewards (`torch.Tensor`):
-            (M,), the rewards of one group.
+            (M,), float: the rewards of one group.
         threshold (`float`, *optional*):
-            The lowest accepted reward.
+            The lowest accepted reward. Give either this or `quantile`.
         quantile (`float`, *optional*):
-            In (0, 1): the group's quantile (linear interpolation) that takes the place of the threshold.
+            In (0, 1): the lowest accepted reward is this quantile of the group's rewards (linear interpolation).
 
     Returns:
         `torch.Tensor`: (M,), ones and zeros; with `quantile`, all zeros where all rewards are equal.
 
     Raises:
-        `ValueError`: not exactly one of `threshold` and `quantile` is given, or the quantile is outside (0, 1).
+        `ValueError`: not exactly one of `threshold` and `quantile` is given, the quantile is outside (0, 1), or the
+            rewards are not a finite 1-D float tensor.
     """
     _check(rewards)
     if (threshold is None) == (quantile is None):
@@ -125,7 +155,7 @@ def accept_threshold(
         if not has_signal(rewards):
             return torch.zeros_like(rewards)
         threshold = rewards.quantile(quantile).item()
-    return (rewards >= threshold).to(rewards.dtype)
+    return (rewards >= threshold).to(rewards.dtype)  # type: ignore[operator]
 
 
 def accept_preference(rewards: torch.Tensor) -> torch.Tensor:
@@ -134,27 +164,39 @@ def accept_preference(rewards: torch.Tensor) -> torch.Tensor:
 
     Args:
         rewards (`torch.Tensor`):
-            (2,), the scores of the two samples.
+            (2,), float: the scores of the two samples.
 
     Returns:
-        `torch.Tensor`: (2,), one and zero; two zeros where the scores are equal.
+        `torch.Tensor`: (2,), a one and a zero; two zeros where the scores are equal.
 
     Raises:
-        `ValueError`: the group is not a pair.
+        `ValueError`: the group is not a pair, or the rewards are not a finite 1-D float tensor.
     """
     _check(rewards)
     if len(rewards) != 2:
-        raise ValueError(f"A preference compares two samples of a prompt; got M={len(rewards)}. Draw 2 per prompt.")
+        raise ValueError(f"A preference compares two samples of a prompt; got M={len(rewards)}. Take 2 per prompt.")
     return accept_top_k(rewards, k=1)
 
 
 def accept_all(rewards: torch.Tensor) -> torch.Tensor:
-    """Accept everything: the control, which tells what training does apart from the reward."""
+    r"""
+    Accept every sample: the control run, which shows what training does without the reward.
+
+    Args:
+        rewards (`torch.Tensor`):
+            (M,), float: the rewards of one group.
+
+    Returns:
+        `torch.Tensor`: (M,), ones.
+
+    Raises:
+        `ValueError`: the rewards are not a finite 1-D float tensor.
+    """
     _check(rewards)
     return torch.ones_like(rewards)
 
 
-ACCEPTANCE_RULES: dict[str, Callable[..., torch.Tensor]] = {
+ACCEPTANCE_RULES: dict[str, AcceptanceRule] = {
     "top_k": accept_top_k,
     "best_of_n": accept_best_of_n,
     "exponential": accept_exponential,
@@ -164,12 +206,21 @@ ACCEPTANCE_RULES: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
-def get_acceptance(rule: str | Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The rule of a name in `ACCEPTANCE_RULES`; a callable is returned as it is. `ValueError` for an unknown name."""
+def get_acceptance(rule: str | AcceptanceRule) -> AcceptanceRule:
+    r"""
+    The acceptance rule of a name.
+
+    Args:
+        rule (`str` or `Callable`):
+            A name in `ACCEPTANCE_RULES`, or a rule, which is returned as it is.
+
+    Raises:
+        `ValueError`: the name is unknown; the message lists the known ones.
+    """
     if callable(rule):
         return rule
     if rule not in ACCEPTANCE_RULES:
-        raise ValueError(f"Unknown acceptance rule {rule!r}; known are {', '.join(ACCEPTANCE_RULES)}, or a callable.")
+        raise ValueError(f"acceptance={rule!r} is not one of {', '.join(ACCEPTANCE_RULES)}; a callable is taken too.")
     return ACCEPTANCE_RULES[rule]
 
 
@@ -177,16 +228,16 @@ def deduplicate(probabilities: torch.Tensor, keys: Sequence[Hashable]) -> torch.
     r"""
     Accept at most one of equal samples: the first with a non-zero probability keeps it, the others get 0.
 
-    With a binary reward the reshaped reward becomes `log(r E[1 / copies | x])`, which favours what is rare.
+    With a binary reward r the reshaped reward becomes `log(r E[1 / copies | x])`, which favours rare samples.
 
     Args:
         probabilities (`torch.Tensor`):
-            (M,), what an acceptance rule returned.
+            (M,), the acceptance probabilities of one group, from an acceptance rule.
         keys (`Sequence[Hashable]`):
             M keys; samples with equal keys count as the same.
 
     Returns:
-        `torch.Tensor`: (M,).
+        `torch.Tensor`: (M,), a copy of `probabilities` with zeros for repeated samples.
 
     Raises:
         `ValueError`: there is not one key per sample.

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""How far a selection moves the law of the samples: implied, estimated and accumulated KL divergence."""
+"""How far acceptance moves the distribution of the samples: implied, estimated and accumulated KL divergence."""
 
 import functools
 import math
@@ -10,45 +10,32 @@ import torch
 import torch.nn.functional as F
 
 
-def _log_binomials(n: int) -> torch.Tensor:
-    j = torch.arange(n + 1, dtype=torch.float64)
-    return math.lgamma(n + 1) - torch.lgamma(j + 1) - torch.lgamma(n - j + 1)
-
-
-def _times_log(count: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
-    """`count log p`, where 0 log 0 = 0."""
-    return torch.where(count == 0, 0.0, count * log_p)
-
-
-def _log_binomial_terms(n: int, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """`log C(n, j) p^j q^(n - j)` for j = 0..n, shape (n + 1, *log_p.shape)."""
-    j = torch.arange(n + 1, dtype=torch.float64).reshape(-1, *[1] * log_p.ndim)
-    return _log_binomials(n).reshape(j.shape) + _times_log(j, log_p) + _times_log(n - j, log_q)
-
-
 def implied_kl(
     group_size: int, k: int = 1, rounds: int = 1, atoms: Sequence[float] | torch.Tensor | None = None
 ) -> float:
     r"""
-    KL divergence, in nats, from the law of top-k accepted samples to the law of the first round's samples, per prompt.
+    KL divergence from the top-k accepted samples of one prompt to its samples in the first iteration.
 
-    For a continuous reward with CDF u, top-k of M has the density `g(u) = (M/k) sum_{j<k} C(M-1, j) (1-u)^j u^(M-1-j)`
-    relative to the sampling law. One round gives `int g log g du` (best-of-M: `log M - (M-1)/M`). Rounds that sample
-    from the model tuned in the round before compose, `d <- d g(G(u)), u <- G(u)` with G the CDF of g, and the result
-    is `int d log d du`: what an ideal fit would reach. Rounds that sample from the reference do not accumulate: use
-    `rounds=1`.
+    For a continuous reward with CDF u, the density of the accepted samples relative to all samples is
 
-    With ties g is averaged over each atom of the reward, for samples of equal reward are exchangeable, and groups
+        g(u) = (M/k) sum_{j<k} C(M-1, j) (1-u)^j u^(M-1-j)
+
+    and the KL divergence of one iteration is the integral of `g log g` over [0, 1]; best-of-M has `log M - (M-1)/M`.
+    Iterations that sample from the model tuned in the one before compose: with G the CDF of g, each sets
+    `d <- d g(G(u))` and `u <- G(u)`, and the result is the integral of `d log d`, which an ideally trained model
+    reaches. Iterations that sample from the reference do not accumulate: use `rounds=1`.
+
+    With ties, g is averaged over each atom of the reward, because samples of equal reward are exchangeable. Groups
     whose rewards are all equal accept nothing (see [`accept_top_k`]).
 
     Args:
         group_size (`int`):
-            M, samples per prompt.
+            M, the samples per prompt.
         k (`int`, *optional*, defaults to `1`):
-            How many of them are accepted, 1 <= k < M.
+            Number of accepted samples per prompt, 1 <= k < M.
         rounds (`int`, *optional*, defaults to `1`):
-            Rounds in which the samples came from the tuned model.
-        atoms (`Sequence[float]`, *optional*):
+            Number of iterations, each of which samples from the model that the one before has tuned.
+        atoms (`Sequence[float]` or `torch.Tensor`, *optional*):
             Probabilities of the values of a discrete reward in increasing order of reward, summing to one. A binary
             reward of mean p has `[1 - p, p]`. `None` is a continuous reward.
 
@@ -56,7 +43,9 @@ def implied_kl(
         `float`: KL in nats.
 
     Raises:
-        `ValueError`: an argument is out of range.
+        `ValueError`: an argument is out of range, or `atoms` are not probabilities that sum to one.
+
+    Source: log g is, up to a constant, the reshaped reward of GRAFT (https://huggingface.co/papers/2510.02692).
     """
     if not 1 <= k < group_size or rounds < 1:
         raise ValueError(f"Need 1 <= k < group_size and rounds >= 1; got {k=}, {group_size=}, {rounds=}.")
@@ -65,20 +54,25 @@ def implied_kl(
     return _atomic_kl(group_size, k, rounds, torch.as_tensor(atoms, dtype=torch.float64))
 
 
-def _log_density(log_u: torch.Tensor, log_tail: torch.Tensor, group_size: int, k: int) -> torch.Tensor:
-    """log g at the reward's CDF u, tail = 1 - u."""
-    terms = _log_binomial_terms(group_size - 1, log_tail, log_u)[:k]
-    return math.log(group_size / k) + terms.logsumexp(0)
+def _log_binomial_terms(n: int, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """`log C(n, j) p^j q^(n - j)` for j = 0..n, with 0 log 0 = 0; shape (n + 1, *log_p.shape)."""
+    j = torch.arange(n + 1, dtype=torch.float64).reshape(-1, *[1] * log_p.ndim)
+    log_binomials = math.lgamma(n + 1) - torch.lgamma(j + 1) - torch.lgamma(n - j + 1)
+    return log_binomials + torch.where(j == 0, 0.0, j * log_p) + torch.where(j == n, 0.0, (n - j) * log_q)
 
 
 def _log_cdf(
     log_u: torch.Tensor, log_tail: torch.Tensor, group_size: int, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """log G and log(1 - G): of k accepted, min(k, N) lie in the tail when N ~ Bin(M, tail) samples do."""
+    """
+    log G and log(1 - G) at log u and log(1 - u), each of any one shape.
+
+    Where N ~ Bin(M, 1 - u) of the samples lie above u, min(k, N) of the k accepted ones do.
+    """
     terms = _log_binomial_terms(group_size, log_tail, log_u)
     share = (torch.arange(group_size + 1, dtype=torch.float64) / k).clamp(max=1).reshape(-1, *[1] * log_u.ndim)
     log_below, log_above = (terms + (1 - share).log()).logsumexp(0), (terms + share.log()).logsumexp(0)
-    # Each sum is precise where it is small; its complement is then precise too, and rounds cannot blow up an error.
+    # Each sum is precise where it is small; then its complement is precise too, and no iteration amplifies an error.
     complement = (-torch.minimum(log_below, log_above).exp()).log1p()
     below_is_small = log_below < log_above
     return torch.where(below_is_small, log_below, complement), torch.where(below_is_small, complement, log_above)
@@ -94,7 +88,8 @@ def _continuous_kl(group_size: int, k: int, rounds: int) -> float:
     log_jacobian = log_u + log_tail
     log_d = torch.zeros_like(x)
     for _ in range(rounds):
-        log_d += _log_density(log_u, log_tail, group_size, k)
+        terms = _log_binomial_terms(group_size - 1, log_tail, log_u)[:k]
+        log_d += math.log(group_size / k) + terms.logsumexp(0)
         log_u, log_tail = _log_cdf(log_u, log_tail, group_size, k)
     return (0.05 * ((log_d + log_jacobian).exp() * log_d).sum()).item()
 
@@ -116,15 +111,15 @@ def _atomic_kl(group_size: int, k: int, rounds: int, atoms: torch.Tensor) -> flo
 
 def estimated_kl(probabilities: torch.Tensor) -> float:
     r"""
-    Plug-in estimate of the KL from the accepted law to the sampling law: `log M + sum p log p`, p normalised.
+    Plug-in estimate of the KL from one prompt's accepted samples to its samples: `log M + sum p log p`, p normalised.
 
-    For rules that look at each reward alone (exponential, fixed threshold, all), where the group is an importance
-    sample of the accepted law. At small M it is biased: it cannot exceed log M, so it is too low where fewer than one
-    sample in M is accepted, and slightly too high (of order 1/M) where many are.
+    It is for rules that look at each reward alone (exponential, fixed threshold, all), where the group is an
+    importance sample of the accepted samples. It is biased at small M: it cannot exceed log M, so it is too low where
+    fewer than one sample in M is accepted, and slightly too high (of order 1/M) where many are.
 
     Args:
         probabilities (`torch.Tensor`):
-            (M,), acceptance probabilities of samples of one prompt.
+            (M,), the acceptance probabilities of one group.
 
     Returns:
         `float`: KL in nats; 0 where nothing is accepted, because then nothing changes.

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The one loss, and what guidance does to predictions and targets."""
+"""The loss, and what guidance does to predictions and targets."""
 
 import torch
 
@@ -11,12 +11,12 @@ def weighted_mse(prediction: torch.Tensor, target: torch.Tensor, weight: torch.T
 
     Args:
         prediction, target (`torch.Tensor`):
-            (B, ...), of equal shape.
+            (B, ...), what the denoiser predicts and should predict.
         weight (`torch.Tensor`):
-            (B,).
+            (B,), the weight of each sample.
 
     Returns:
-        `torch.Tensor`: (B,), float32.
+        `torch.Tensor`: (B,), float32, one loss a sample.
 
     Raises:
         `ValueError`: the shapes disagree.
@@ -31,7 +31,22 @@ def weighted_mse(prediction: torch.Tensor, target: torch.Tensor, weight: torch.T
 
 
 def guided(unconditional: torch.Tensor, conditional: torch.Tensor, guidance_scale: float) -> torch.Tensor:
-    """Classifier-free guidance `u + w (c - u)` of two predictions of equal shape; `guidance_scale` w = 1 is none."""
+    r"""
+    Classifier-free guidance: `u + w (c - u)`.
+
+    Args:
+        unconditional (`torch.Tensor`):
+            (B, ...), the prediction u without the prompt.
+        conditional (`torch.Tensor`):
+            (B, ...), the prediction c with the prompt.
+        guidance_scale (`float`):
+            w; 1 is no guidance.
+
+    Returns:
+        `torch.Tensor`: (B, ...).
+
+    Source: "Classifier-Free Diffusion Guidance" (https://huggingface.co/papers/2207.12598).
+    """
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
@@ -39,8 +54,8 @@ def corrected_target(target: torch.Tensor, unconditional: torch.Tensor, guidance
     r"""
     The target for the conditional branch which makes the *guided* prediction meet `target`: `u + (target - u) / w`.
 
-    States sampled with guidance follow a law that the guided field produces. Fitting the conditional branch to them
-    and guiding it again would apply guidance twice; this solves `guided(u, c, w) = target` for c instead.
+    States sampled with guidance come from the guided field. Training the conditional branch on them and guiding it
+    again would apply guidance twice; this solves `guided(u, c, w) = target` for c instead.
 
     Args:
         target (`torch.Tensor`):
@@ -48,13 +63,13 @@ def corrected_target(target: torch.Tensor, unconditional: torch.Tensor, guidance
         unconditional (`torch.Tensor`):
             (B, ...), the reference model's unconditional prediction u, without gradient.
         guidance_scale (`float`):
-            The guidance w the states were sampled with; not 0.
+            The guidance w that the states were sampled with; not 0.
 
     Returns:
-        `torch.Tensor`: (B, ...).
+        `torch.Tensor`: (B, ...), the target for the conditional prediction c.
 
     Raises:
-        `ValueError`: `guidance_scale` is 0, where the conditional branch has no say.
+        `ValueError`: `guidance_scale` is 0, where the conditional branch has no influence.
     """
     if guidance_scale == 0:
         raise ValueError("guidance_scale is 0: the conditional branch has no influence, so it has no target.")

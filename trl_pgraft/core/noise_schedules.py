@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Noise levels alpha_t, sigma_t of a diffusers scheduler, on its training clock: larger t is noisier.
+"""
+Noise levels alpha_t, sigma_t of a diffusers scheduler, on its training clock: larger t is noisier.
 
 The forward kernel is `x_t = alpha_t x_0 + sigma_t noise`. Coefficients are float64 tensors on the CPU, because float32
 loses the small differences between neighbouring levels and not every accelerator has float64.
@@ -19,7 +20,7 @@ CLEAN: Level = (1.0, 0.0)
 
 
 def as_coefficients(values: float | torch.Tensor) -> torch.Tensor:
-    """Timesteps or noise levels as a float64 tensor on the CPU, of the same shape."""
+    """Timesteps or noise levels `values`, of any shape, as a float64 tensor on the CPU of the same shape."""
     return torch.as_tensor(values, dtype=torch.float64, device="cpu")
 
 
@@ -48,10 +49,10 @@ class NoiseSchedule:
         Read the training noise levels of a diffusers scheduler.
 
         Args:
-            scheduler:
-                Any scheduler with `alphas_cumprod` (VP), or one of rectified flow: with `config.use_flow_sigmas`, with
-                `config.prediction_type == "flow_prediction"`, or a flow-matching one (`config.shift`, no
-                `config.prediction_type`).
+            scheduler (`SchedulerMixin`):
+                Any scheduler with `alphas_cumprod` (T,), which is VP, or one of rectified flow: with
+                `config.use_flow_sigmas`, with `config.prediction_type == "flow_prediction"`, or a flow-matching one
+                (`config.shift`, no `config.prediction_type`).
 
         Raises:
             `ValueError`: the scheduler is neither, or its clock runs backwards (`config.invert_sigmas`).
@@ -59,9 +60,12 @@ class NoiseSchedule:
         config, name = scheduler.config, type(scheduler).__name__
         if getattr(config, "invert_sigmas", False):
             raise ValueError(f"{name} has `invert_sigmas=True`: its timesteps grow towards the data; not supported.")
-        if _is_flow(scheduler):
+        prediction_type = getattr(config, "prediction_type", None)
+        is_flow = getattr(config, "use_flow_sigmas", False) or prediction_type == "flow_prediction"
+        is_vp = not is_flow and hasattr(scheduler, "alphas_cumprod")
+        if is_flow or (not is_vp and prediction_type is None and hasattr(config, "shift")):
             return cls(int(config.num_train_timesteps))
-        if not hasattr(scheduler, "alphas_cumprod"):
+        if not is_vp:
             raise ValueError(
                 f"{name} is not supported: it has neither `alphas_cumprod` (variance-preserving) nor the marks of "
                 "rectified flow (`use_flow_sigmas`, prediction_type 'flow_prediction', or `shift` without a "
@@ -85,7 +89,7 @@ class NoiseSchedule:
                 Any shape, in [0, T - 1] for VP and [0, T] for rectified flow.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: alpha and sigma, float64 on the CPU, of the shape of `timesteps`.
+            `tuple[torch.Tensor, torch.Tensor]`: alpha and sigma, float64 on the CPU, each of the shape of `timesteps`.
 
         Raises:
             `ValueError`: a timestep lies outside the clock.
@@ -104,17 +108,9 @@ class NoiseSchedule:
         return (math.pi / 2 - phi).sin(), phi.sin()
 
     def log_snr(self, timesteps: torch.Tensor | float) -> torch.Tensor:
-        """`log(alpha_t^2 / sigma_t^2)` in nats, the shape of `timesteps`; -inf at pure noise, inf at clean data."""
+        """`log(alpha_t^2 / sigma_t^2)` of `timesteps` (any shape), in nats; -inf at pure noise, inf at clean data."""
         alpha, sigma = self(timesteps)
         return 2 * (alpha.log() - sigma.log())
-
-
-def _is_flow(scheduler: Any) -> bool:
-    config = scheduler.config
-    prediction_type = getattr(config, "prediction_type", None)
-    if getattr(config, "use_flow_sigmas", False) or prediction_type == "flow_prediction":
-        return True
-    return not hasattr(scheduler, "alphas_cumprod") and prediction_type is None and hasattr(config, "shift")
 
 
 def transition(
@@ -131,12 +127,12 @@ def transition(
 
     Args:
         alpha_i, sigma_i (`float` or `torch.Tensor`):
-            The level of x_I; () or (B,).
+            () or (B,), the level of x_I.
         alpha_t, sigma_t (`float` or `torch.Tensor`):
-            The level of x_t; () or (B,).
+            () or (B,), the level of x_t, noisier than that of x_I.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: scale and sigma_tI, float64 on the CPU.
+        `tuple[torch.Tensor, torch.Tensor]`: scale and sigma_tI, each () or (B,), float64 on the CPU.
 
     Raises:
         `ValueError`: some t is not noisier than its t_I, or x_I is pure noise (alpha_I = 0).
@@ -163,7 +159,11 @@ def expand(values: float | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         values (`float` or `torch.Tensor`):
             () or (B,).
         like (`torch.Tensor`):
-            (B, ...). Its device is taken over, and its dtype unless that is a half one, which becomes float32.
+            (B, ...), the tensor to multiply. The result has its device, and its dtype or float32 where that is a half
+            one.
+
+    Returns:
+        `torch.Tensor`: (1, 1, ...) or (B, 1, ...), with as many axes as `like`.
 
     Raises:
         `ValueError`: `values` is neither a single value nor one per sample of `like`.

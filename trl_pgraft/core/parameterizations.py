@@ -13,6 +13,18 @@ PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
 
 def check_prediction_type(prediction_type: str | None, owner: str = "The denoiser") -> str:
+    r"""
+    The prediction type, if it is a known one.
+
+    Args:
+        prediction_type (`str` or `None`):
+            What the denoiser predicts; one of `PREDICTION_TYPES` passes.
+        owner (`str`, *optional*, defaults to `"The denoiser"`):
+            Whose prediction type it is, for the error.
+
+    Raises:
+        `ValueError`: it is none of them.
+    """
     if prediction_type not in PREDICTION_TYPES:
         known = ", ".join(PREDICTION_TYPES)
         raise ValueError(f"{owner} has prediction_type {prediction_type!r}; supported are {known}.")
@@ -34,12 +46,15 @@ def combine(
             One of `PREDICTION_TYPES`: epsilon is `noise`, sample is `x_0`, v is `alpha noise - sigma x_0`, and the
             flow velocity is `noise - x_0`.
         x_0, noise (`torch.Tensor`):
-            (B, ...).
+            (B, ...), clean data and noise.
         alpha, sigma (`float` or `torch.Tensor`):
-            () or (B,).
+            () or (B,), the noise level.
 
     Returns:
-        `torch.Tensor`: (B, ...).
+        `torch.Tensor`: (B, ...), the prediction.
+
+    Raises:
+        `ValueError`: the prediction type is unknown.
     """
     match check_prediction_type(prediction_type):
         case "epsilon":
@@ -65,14 +80,19 @@ def predicted_original(
     Args:
         prediction_type (`str`):
             One of `PREDICTION_TYPES`.
-        prediction, x_t (`torch.Tensor`):
-            (B, ...).
+        prediction (`torch.Tensor`):
+            (B, ...), the denoiser's output at x_t.
+        x_t (`torch.Tensor`):
+            (B, ...), the noisy state.
         alpha, sigma (`float` or `torch.Tensor`):
-            () or (B,). An epsilon prediction does not determine x_0 at alpha = 0, nor a sample prediction the noise at
-            sigma = 0; the result is then not finite.
+            () or (B,), the noise level of x_t. An epsilon prediction does not determine x_0 at alpha = 0, nor a sample
+            prediction the noise at sigma = 0; the result is then not finite.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: x_0 and noise, each (B, ...).
+
+    Raises:
+        `ValueError`: the prediction type is unknown.
     """
     alpha, sigma = expand(alpha, x_t), expand(sigma, x_t)
     match check_prediction_type(prediction_type):
@@ -88,11 +108,11 @@ def predicted_original(
 
 
 class Renoised(NamedTuple):
-    """A training example of the denoiser: `x_t` and `target` of shape (B, ...), and the loss's `weight` (B,)."""
+    """Training examples of the denoiser."""
 
-    x_t: torch.Tensor
-    target: torch.Tensor
-    weight: torch.Tensor
+    x_t: torch.Tensor  # (B, ...), the noised states
+    target: torch.Tensor  # (B, ...), what the denoiser should predict at x_t
+    weight: torch.Tensor  # (B,), the weight of each example in the loss
 
 
 def renoise(
@@ -103,46 +123,45 @@ def renoise(
     prediction_type: str,
 ) -> Renoised:
     r"""
-    Noise intermediate states x_I to t > t_I, and give the denoiser's regression target there (P-GRAFT).
+    Noise intermediate states x_I to a noisier level t, with the denoiser's regression target there (P-GRAFT).
 
-    With `sigma_tI` of the kernel x_t | x_I (see [`transition`]),
+        sigma_tI^2 = sigma_t^2 - (alpha_t / alpha_I)^2 sigma_I^2
+        x_t        = (alpha_t / alpha_I) x_I + sigma_tI noise
+        noise*     = (sigma_t / sigma_tI) noise
+        x_0*       = x_I / alpha_I - alpha_t sigma_I^2 / (alpha_I^2 sigma_tI) noise
 
-        x_t    = (alpha_t / alpha_I) x_I + sigma_tI noise
-        noise* = (sigma_t / sigma_tI) noise
-        x_0*   = x_I / alpha_I - alpha_t sigma_I^2 / (alpha_I^2 sigma_tI) noise
-
-    and the target is [`combine`] of x_0* and noise*. By Tweedie's formula on x_t | x_I its mean given x_t is the exact
-    prediction for the law of x_I noised to t, whatever that law is. The target's variance diverges as t approaches
-    t_I, hence the weight `(sigma_tI / sigma_t)^2`, times `alpha_I^2` for all types but epsilon. At the level `CLEAN`
-    all of this is the ordinary denoising loss with weight one. Nothing divides by alpha_t, so pure noise (alpha_T = 0)
-    is fine.
+    The target is [`combine`] of x_0* and noise*. By Tweedie's formula on x_t | x_I, its mean given x_t is the exact
+    prediction for the states x_I noised to t, whatever their distribution. Its variance diverges as t approaches t_I,
+    so the loss has the weight `(sigma_tI / sigma_t)^2`, times `alpha_I^2` for all prediction types but epsilon. At the
+    level `CLEAN` this is the ordinary denoising loss with weight one (GRAFT). Nothing divides by alpha_t, so pure
+    noise (alpha_T = 0) is allowed.
 
     Args:
         x_i (`torch.Tensor`):
-            (B, ...), states at t_I, in the denoiser's space.
+            (B, ...), states at t_I, as the denoiser takes them.
         noise (`torch.Tensor`):
             (B, ...), standard normal.
         level_i (`tuple[float | torch.Tensor, float | torch.Tensor]`):
-            (alpha_I, sigma_I), each () or (B,).
+            The noise level (alpha_I, sigma_I) of the states, each () or (B,).
         level_t (`tuple[float | torch.Tensor, float | torch.Tensor]`):
-            (alpha_t, sigma_t), each () or (B,), noisier than `level_i`.
+            The noise level (alpha_t, sigma_t) of x_t, each () or (B,), noisier than `level_i`.
         prediction_type (`str`):
-            One of `PREDICTION_TYPES`.
+            What the denoiser predicts: `"epsilon"`, `"sample"`, `"v_prediction"` or `"flow_prediction"`.
 
     Returns:
-        [`Renoised`]: `x_t` and `target` in the dtype of `x_i`, and `weight` (B,), at least float32.
+        [`Renoised`]: `x_t` (B, ...) and `target` (B, ...) in the dtype of `x_i`, and `weight` (B,), at least float32.
 
     Raises:
         `ValueError`: shapes disagree, some t is not noisier than t_I, or the prediction type is unknown.
 
-    Source: intermediate-state re-noising of P-GRAFT (https://huggingface.co/papers/2510.02692).
+    Source: training on intermediate states, P-GRAFT, arXiv 2510.02692 (https://huggingface.co/papers/2510.02692).
     """
     if noise.shape != x_i.shape:
         raise ValueError(f"`noise` must have the shape of `x_i`, {tuple(x_i.shape)}; got {tuple(noise.shape)}.")
     scale, sigma_ti = transition(*level_i, *level_t)
     alpha_i, sigma_i, alpha_t, sigma_t = map(as_coefficients, (*level_i, *level_t))
     x_t = expand(scale, x_i) * x_i + expand(sigma_ti, noise) * noise
-    # scale / alpha_I is alpha_t / alpha_I^2: everything that can be small or large meets in float64.
+    # scale / alpha_I is alpha_t / alpha_I^2: all small and large factors are multiplied in float64.
     x_0 = x_i / expand(alpha_i, x_i) - expand(scale * sigma_i.square() / (alpha_i * sigma_ti), noise) * noise
     target = combine(prediction_type, x_0, expand(sigma_t / sigma_ti, noise) * noise, alpha_t, sigma_t)
     weight = (sigma_ti / sigma_t).square() * (1 if prediction_type == "epsilon" else alpha_i.square())

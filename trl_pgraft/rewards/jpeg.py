@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Rewards that JPEG gives: how small an image becomes."""
+"""A reward of how small an image becomes as a JPEG."""
 
 import io
 from typing import Any
@@ -12,15 +12,17 @@ from .registry import register_reward
 
 @register_reward("jpeg_compressibility")
 def jpeg_compressibility(*, images: list[Image.Image], **columns: Any) -> list[float]:
-    """
-    Minus the size in kilobytes of each image as a JPEG of quality 95: the reward of DDPO's compressibility task.
+    r"""
+    Minus the size of each image as a JPEG of quality 95: the reward of DDPO's compressibility task.
 
     Args:
         images (`list[PIL.Image.Image]`):
-            The images.
+            B images of any size and mode; they are converted to RGB.
+        columns (`Any`):
+            Prompts and further columns of the data set, which are not used.
 
     Returns:
-        `list[float]`: one value an image, larger for simpler images.
+        `list[float]`: B rewards in kilobytes (1,000 bytes), below zero; larger for simpler images.
 
     Source: "Training Diffusion Models with Reinforcement Learning" (https://huggingface.co/papers/2305.13301).
     """

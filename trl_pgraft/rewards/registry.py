@@ -14,22 +14,28 @@ import torch
 from PIL import Image
 
 
-_REGISTRY: dict[str, Callable[..., Any]] = {}
+# TRL's convention: f(*, prompts, images, **columns), sync or async; None leaves a sample out.
+RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
+# DDPO's convention: f(images, prompts, metadata) -> (rewards, info).
+DDPORewardFunction = Callable[[torch.Tensor, tuple[str, ...], tuple[Any, ...]], tuple[Any, Any]]
+
+_REGISTRY: dict[str, RewardFunction] = {}
 
 
 @dataclass(frozen=True)
 class Reward:
-    """
+    r"""
     A named reward function behind one calling convention.
 
     Args:
         name (`str`):
-            Name under which its values are logged and stored.
+            Name under which its rewards are logged and stored.
         function (`Callable`):
-            `function(images, prompts, columns)` with uint8 images of shape `(B, 3, H, W)`, `B` prompts and, per extra
-            dataset column, a list of `B` values; returns `(values, info)`.
+            `function(images, prompts, columns)` with uint8 images (B, 3, H, W), `B` prompts and, per further dataset
+            column, a list of `B` values. It returns `(rewards, info)`: `B` rewards, `None` where it leaves a sample
+            out, and anything it says beside them.
         weight (`float`, *optional*, defaults to `1.0`):
-            Its weight in the sum that samples are accepted by.
+            Its weight in the sum of rewards by which samples are accepted.
     """
 
     name: str
@@ -37,15 +43,23 @@ class Reward:
     weight: float = 1.0
 
 
-def register_reward(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """
-    Decorator that makes a reward function known by `name`, so that configurations and the command line can say it.
+def register_reward(name: str) -> Callable[[RewardFunction], RewardFunction]:
+    r"""
+    Decorator that registers a reward function, so that configurations and command lines can name it.
 
-    The function follows TRL's convention: `f(*, prompts, images, **columns) -> list[float | None]`, sync or async,
-    where `images` are PIL images and `None` leaves a sample out.
+    The function follows TRL's convention, `f(*, prompts, images, **columns)`, sync or async. Its arguments are lists
+    of `B` values: prompts, PIL images (for videos, lists of frames), and each further column of the data set. It
+    returns `B` finite numbers, with `None` to leave a sample out.
+
+    Args:
+        name (`str`):
+            Name of the reward. A later registration under the same name replaces the earlier one.
+
+    Returns:
+        `Callable`: the decorator, which returns the function unchanged.
     """
 
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+    def register(function: RewardFunction) -> RewardFunction:
         _REGISTRY[name] = function
         return function
 
@@ -53,16 +67,24 @@ def register_reward(name: str) -> Callable[[Callable[..., Any]], Callable[..., A
 
 
 def list_rewards() -> list[str]:
-    """Names of all registered rewards."""
+    """Names of all registered rewards, sorted."""
     return sorted(_REGISTRY)
 
 
-def get_reward(name: str) -> Callable[..., Any]:
-    """
-    The reward function registered as `name`, or the one that `"package.module:function"` points to.
+def get_reward(name: str) -> RewardFunction:
+    r"""
+    A reward function by its name.
+
+    Args:
+        name (`str`):
+            A registered name (see [`register_reward`]), or `"package.module:function"` to import a function.
+
+    Returns:
+        `Callable`: the function, in TRL's convention.
 
     Raises:
-        `ValueError`: nothing is known by that name; the message lists what is.
+        `ValueError`: nothing is registered by that name, or it cannot be imported; the message lists the registered
+            names.
     """
     if name in _REGISTRY:
         return _REGISTRY[name]
@@ -78,61 +100,69 @@ def get_reward(name: str) -> Callable[..., Any]:
         raise ValueError(f"reward_funcs: {name!r} cannot be imported ({error}).") from error
 
 
-def trl_reward(spec: str | Callable[..., Any], weight: float = 1.0) -> Reward:
-    """
-    Reward of a function in TRL's convention, given as the function, a registered name or `"package.module:function"`.
+def trl_reward(spec: str | RewardFunction, weight: float = 1.0) -> Reward:
+    r"""
+    The [`Reward`] of a function in TRL's convention.
 
     Args:
         spec (`str` or `Callable`):
-            See [`register_reward`] for the convention.
+            The function, a registered name or `"package.module:function"`; see [`register_reward`] for the convention.
         weight (`float`, *optional*, defaults to `1.0`):
-            Weight in the sum of rewards.
+            Its weight in the sum of rewards.
+
+    Raises:
+        `ValueError`: the name is unknown or cannot be imported.
     """
     function = get_reward(spec) if isinstance(spec, str) else spec
 
     def call(images: torch.Tensor, prompts: list[str], columns: dict[str, list]) -> tuple[Sequence[float | None], Any]:
-        values = function(prompts=prompts, images=to_pil(images), **columns)
-        return (_waited_for(values) if inspect.isawaitable(values) else values), {}
+        rewards = function(prompts=prompts, images=to_pil(images), **columns)
+        return (_awaited(rewards) if inspect.isawaitable(rewards) else rewards), {}
 
     name = getattr(function, "__name__", type(function).__name__)
     return Reward(spec.rpartition(":")[2] if isinstance(spec, str) else name, call, weight)
 
 
-def ddpo_reward(function: Callable[..., Any]) -> Reward:
-    """
-    Reward of a function in DDPO's convention: `f(images, prompts, metadata) -> (rewards, info)`, with images a float
-    tensor of shape `(B, 3, H, W)` in [0, 1], and prompts and metadata tuples of length `B`.
+def ddpo_reward(function: DDPORewardFunction) -> Reward:
+    r"""
+    The [`Reward`] of a function in DDPO's convention.
+
+    Args:
+        function (`Callable`):
+            `f(images, prompts, metadata) -> (rewards, info)`, with images a float tensor (B, 3, H, W) in [0, 1], and
+            prompts and metadata tuples of length `B`. The rewards are `B` numbers in any array type, or a list with
+            `None` to leave a sample out.
     """
 
-    def call(images: torch.Tensor, prompts: list[str], columns: dict[str, list]) -> tuple[Sequence[float], Any]:
+    def call(images: torch.Tensor, prompts: list[str], columns: dict[str, list]) -> tuple[Sequence[float | None], Any]:
         metadata = columns.get("metadata", [{}] * len(prompts))
-        answer = function(images.float() / 255, tuple(prompts), tuple(metadata))
-        if not isinstance(answer, tuple) or len(answer) != 2:
-            raise TypeError(f"it returned {type(answer).__name__}; a tuple (rewards, info) is expected")
-        values, info = answer
-        if isinstance(values, list | tuple) and any(value is None for value in values):
-            return list(values), info
-        return torch.as_tensor(values, dtype=torch.float64).flatten().tolist(), info
+        returned = function(images.float() / 255, tuple(prompts), tuple(metadata))
+        if not isinstance(returned, tuple) or len(returned) != 2:
+            raise TypeError(f"it returned {type(returned).__name__}; a tuple (rewards, info) is expected")
+        rewards, info = returned
+        if isinstance(rewards, list | tuple) and any(reward is None for reward in rewards):
+            return list(rewards), info
+        return torch.as_tensor(rewards, dtype=torch.float64).flatten().tolist(), info
 
     return Reward(getattr(function, "__name__", type(function).__name__), call)
 
 
 def choose_rewards(
-    reward_function: Callable[..., Any] | None,
-    reward_funcs: Any,
+    reward_function: DDPORewardFunction | None,
+    reward_funcs: str | RewardFunction | list[str | RewardFunction] | None,
     reward_weights: Sequence[float] | None,
     required: bool = True,
 ) -> list[Reward]:
-    """
+    r"""
     The rewards that were given in one of the two conventions, as [`Reward`]s.
 
     Args:
         reward_function (`Callable` or `None`):
-            In DDPO's convention, see [`ddpo_reward`].
-        reward_funcs (`str`, `Callable` or list of them, or `None`):
-            In TRL's convention, see [`trl_reward`].
+            One function in DDPO's convention, see [`ddpo_reward`].
+        reward_funcs (`str`, `Callable`, a list of them, or `None`):
+            Functions in TRL's convention or their names, see [`trl_reward`].
         reward_weights (`Sequence[float]` or `None`):
-            Weights of `reward_funcs`; 1 each where not given.
+            One weight for each of `reward_funcs`; `None` is 1 each.
         required (`bool`, *optional*, defaults to `True`):
             Whether no reward at all is an error.
 
@@ -145,10 +175,10 @@ def choose_rewards(
         raise ValueError("reward_weights are those of reward_funcs; reward_function is one reward.")
     if reward_function is not None:
         return [ddpo_reward(reward_function)]
-    if reward_funcs is None:
-        if not required:
-            return []
+    if reward_funcs is None and required:
         raise ValueError("No reward: give reward_function (DDPO's convention) or reward_funcs (TRL's).")
+    if reward_funcs is None:
+        return []
     functions = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
     weights = list(reward_weights) if reward_weights is not None else [1.0] * len(functions)
     if len(weights) != len(functions):
@@ -157,13 +187,22 @@ def choose_rewards(
     names = [reward.name for reward in rewards]
     if len(set(names)) < len(names):
         raise ValueError(
-            f"reward_funcs are named {', '.join(names)}, and values are stored by name. Give each its own `__name__`."
+            f"reward_funcs are named {', '.join(names)}, and rewards are stored by name. Give each its own `__name__`."
         )
     return rewards
 
 
 def to_pil(images: torch.Tensor) -> list[Any]:
-    """PIL images of a uint8 tensor of shape `(B, 3, H, W)`; of videos `(B, F, 3, H, W)` a list of frames each."""
+    r"""
+    PIL images of a tensor of pixels.
+
+    Args:
+        images (`torch.Tensor`):
+            uint8, images (B, 3, H, W) or (B, 1, H, W), or videos (B, F, 3, H, W).
+
+    Returns:
+        `list[PIL.Image.Image]`: B images in RGB; for videos B lists of F frames.
+    """
     if images.ndim == 5:
         return [to_pil(video) for video in images]
     if images.shape[1] == 1:
@@ -171,11 +210,11 @@ def to_pil(images: torch.Tensor) -> list[Any]:
     return [Image.fromarray(array) for array in images.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
 
 
-def _waited_for(values: Awaitable[Any]) -> Any:
+def _awaited(rewards: Awaitable[Sequence[float | None]]) -> Sequence[float | None]:
     """The awaited result, from a thread of its own, because a notebook's thread runs an event loop already."""
 
-    async def wait() -> Any:
-        return await values
+    async def wait() -> Sequence[float | None]:
+        return await rewards
 
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, wait()).result()

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Score images with reward functions, check what they answer, and overlap scoring with sampling where asked."""
+"""Score images with reward functions and check the rewards, in threads beside the sampling where asked."""
 
 import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,21 +16,21 @@ from .registry import Reward
 
 
 class RewardError(RuntimeError):
-    """A reward function failed; the message names it and the prompts it was given."""
+    """A reward function failed; the message names it and the prompts that it got."""
 
 
 @dataclass(frozen=True)
 class Patience:
-    """
-    How long a reward function is waited for.
+    r"""
+    How often a reward function is called, and how long it may take.
 
     Args:
         retries (`int`, *optional*, defaults to `2`):
-            Further attempts after an exception or a time-out.
+            Number of further calls after an exception or a time-out.
         wait (`float`, *optional*, defaults to `0.0`):
-            Seconds before the first further attempt; doubled before each next one.
+            Seconds before the first further call; doubled before each next one.
         timeout (`float`, *optional*):
-            Seconds that one call may take; as long as it likes where not given.
+            Seconds that one call may take; no limit where not given.
     """
 
     retries: int = 2
@@ -45,60 +45,60 @@ def score(
     columns: dict[str, list],
     patience: Patience = Patience(),  # noqa: B008
 ) -> tuple[list[float | None], Any]:
-    """
-    Values of one reward on a batch, checked.
+    r"""
+    Score one batch with one reward function. A failed score is an error and never zero.
 
     Args:
         reward ([`Reward`]):
-            What to call.
-        images (`torch.Tensor` of shape `(B, 3, H, W)`, uint8):
-            Images.
+            The reward function.
+        images (`torch.Tensor`):
+            uint8, images (B, 3, H, W) or videos (B, F, 3, H, W).
         prompts (`list[str]`):
-            `B` prompts.
+            B prompts.
         columns (`dict[str, list]`):
-            Further columns, `B` values each.
-        patience ([`Patience`], *optional*):
-            Attempts, waits between them, and the time that each may take.
+            Further columns of the data set by name, B values each.
+        patience ([`Patience`], *optional*, defaults to `Patience()`):
+            Number of calls, waits between them, and the time that each may take.
 
     Returns:
-        `tuple[list[float | None], Any]`: `B` values, `None` where the function leaves a sample out, and its info.
+        `tuple[list[float | None], Any]`: B rewards, `None` where the function leaves a sample out, and its info.
 
     Raises:
-        [`RewardError`]: it kept raising or did not answer in time, or returned the wrong number of values, or a value
+        [`RewardError`]: it kept raising or did not answer in time, or returned the wrong number of rewards, or one
             that is not finite.
     """
     where = f"Reward {reward.name!r} on prompts {_shortened(prompts)}"
     for attempt in range(patience.retries + 1):
         try:
-            values, info = _within(patience.timeout, lambda: reward.function(images, prompts, columns))
-            values = [None if value is None else float(value) for value in values]
+            returned, info = _within(patience.timeout, lambda: reward.function(images, prompts, columns))
+            rewards = [None if value is None else float(value) for value in returned]
             break
         except Exception as error:
             if attempt == patience.retries:
                 raise RewardError(f"{where} raised {error!r} in {attempt + 1} attempts.") from error
             time.sleep(patience.wait * 2**attempt)
-    if len(values) != len(prompts):
-        raise RewardError(f"{where} returned {len(values)} values for {len(prompts)} images; one each is expected.")
-    for prompt, value in zip(prompts, values, strict=True):
+    if len(rewards) != len(prompts):
+        raise RewardError(f"{where} returned {len(rewards)} values for {len(prompts)} images; one each is expected.")
+    for prompt, value in zip(prompts, rewards, strict=True):
         if value is not None and not math.isfinite(value):
             raise RewardError(f"{where} returned {value} for {prompt!r}. Return None to leave a sample out.")
-    return values, info
+    return rewards, info
 
 
 class Scorer:
-    """
+    r"""
     Scores batches as they come, in threads where asked, and returns the results in the order of the batches.
 
     Args:
         rewards (`Sequence[Reward]`):
-            `F` reward functions.
+            F reward functions.
         patience ([`Patience`]):
-            How long they are waited for.
+            How often each is called, and how long it may take.
         workers (`int`, *optional*, defaults to `0`):
-            Threads; 0 scores at once.
+            Number of threads; with 0, [`~Scorer.add`] returns when the batch is scored.
     """
 
-    def __init__(self, rewards: Sequence[Reward], patience: Patience, workers: int = 0):
+    def __init__(self, rewards: Sequence[Reward], patience: Patience, workers: int = 0) -> None:
         self.rewards = rewards
         self.patience = patience
         self._pool = ThreadPoolExecutor(workers) if workers else None
@@ -109,14 +109,38 @@ class Scorer:
         images: torch.Tensor,
         prompts: list[str],
         columns: dict[str, list],
-        then: Callable[[torch.Tensor], None] = lambda values: None,
+        then: Callable[[torch.Tensor], None] = lambda rewards: None,
     ) -> None:
-        """Score a batch of uint8 images of shape `(B, 3, H, W)`, and call `then` with its values `(B, F)`."""
-        work = (images, prompts, columns, then)
-        self._results.append(self._pool.submit(self._score, *work) if self._pool else self._score(*work))
+        r"""
+        Score a batch, now or in a thread.
+
+        Args:
+            images (`torch.Tensor`):
+                uint8, images (B, 3, H, W) or videos (B, F, 3, H, W).
+            prompts (`list[str]`):
+                B prompts.
+            columns (`dict[str, list]`):
+                Further columns of the data set by name, B values each.
+            then (`Callable`, *optional*):
+                Called with the batch's rewards (B, F) as soon as they are there, in the scoring thread.
+
+        Raises:
+            [`RewardError`]: a reward function failed; with threads, [`~Scorer.results`] raises it.
+        """
+        batch = (images, prompts, columns, then)
+        self._results.append(self._pool.submit(self._score, *batch) if self._pool else self._score(*batch))
 
     def results(self) -> list[tuple[torch.Tensor, list[Any]]]:
-        """Of each batch the values, shape `(B, F)` with NaN where left out, and each function's info."""
+        r"""
+        Wait for all batches, and stop the threads.
+
+        Returns:
+            `list[tuple[torch.Tensor, list]]`: for each batch the rewards (B, F), float64, NaN where a function left a
+                sample out, and the F functions' infos.
+
+        Raises:
+            [`RewardError`]: a reward function failed.
+        """
         try:
             return [result.result() if isinstance(result, Future) else result for result in self._results]
         finally:
@@ -125,20 +149,19 @@ class Scorer:
 
     def _score(
         self, images: torch.Tensor, prompts: list[str], columns: dict[str, list], then: Callable[[torch.Tensor], None]
-    ) -> tuple[torch.Tensor, list]:
-        answers = [score(reward, images, prompts, columns, self.patience) for reward in self.rewards]
-        values = [[math.nan if value is None else value for value in values] for values, _ in answers]
-        table = torch.tensor(values, dtype=torch.float64).reshape(len(answers), len(prompts)).T
+    ) -> tuple[torch.Tensor, list[Any]]:
+        scored = [score(reward, images, prompts, columns, self.patience) for reward in self.rewards]
+        rewards = [[math.nan if value is None else value for value in values] for values, _ in scored]
+        table = torch.tensor(rewards, dtype=torch.float64).reshape(len(scored), len(prompts)).T
         then(table)
-        return table, [info for _, info in answers]
+        return table, [info for _, info in scored]
 
 
 def _within(seconds: float | None, function: Callable[[], Any]) -> Any:
     """
     The function's result, or `TimeoutError`.
 
-    What does not answer cannot be stopped: its thread is left behind, as a daemon, so that it does not keep the
-    program from ending.
+    A call that does not answer cannot be stopped. Its thread is left behind as a daemon, so that the program can end.
     """
     if seconds is None:
         return function()
@@ -151,12 +174,9 @@ def _within(seconds: float | None, function: Callable[[], Any]) -> Any:
             outcome.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    try:
-        return outcome.result(seconds)
-    except TimeoutError:
-        if outcome.done():
-            raise
-        raise TimeoutError(f"no answer within {seconds:g} s") from None
+    if not wait([outcome], seconds).done:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    return outcome.result()
 
 
 def _shortened(prompts: list[str], most: int = 4) -> str:

@@ -21,7 +21,7 @@ from test_noise_correction_trainer import flow_data, make_config
 
 from trl_pgraft import NoiseCorrectionTrainer
 from trl_pgraft.noise_correction import dataset as inverted_data
-from trl_pgraft.noise_correction.correctors.flow import make_network
+from trl_pgraft.noise_correction.correctors.network import make_network
 from trl_pgraft.noise_correction.fine_tuning import CorrectorFit
 
 

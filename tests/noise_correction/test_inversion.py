@@ -10,7 +10,8 @@ from tiny_pipelines import tiny_flux, tiny_sd
 from tiny_transformers import tiny_sana, tiny_sd3
 
 from trl_pgraft import invert_flow
-from trl_pgraft.noise_correction.inversion import FlowSampler, InversionError, euler_steps
+from trl_pgraft.noise_correction.flow_sampler import FlowSampler, euler_steps
+from trl_pgraft.noise_correction.inversion import InversionError
 from trl_pgraft.pipelines.schedulers import sampler_of
 
 

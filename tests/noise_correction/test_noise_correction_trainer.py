@@ -25,9 +25,9 @@ from tiny_transformers import tiny_sd3
 from trl_pgraft import InversionError, NoiseCorrectedPipeline, NoiseCorrectionConfig, NoiseCorrectionTrainer
 from trl_pgraft.adapters.gate import TimestepGate
 from trl_pgraft.adapters.lora import adapter_parameters, add_adapter, default_lora_config
-from trl_pgraft.noise_correction.correctors.flow import make_network, transport
+from trl_pgraft.noise_correction.correctors.network import make_network
 from trl_pgraft.noise_correction.dataset import encode_images
-from trl_pgraft.noise_correction.trainer import some_of
+from trl_pgraft.noise_correction.gaussianity import random_part
 
 
 MEAN, STD, STEPS = 0.3, 0.8, 4
@@ -83,7 +83,7 @@ def test_the_corrector_learns_the_law_of_the_noise(tmp_path):
     )  # fmt: skip
     corrected = trainer.train()
     noise = torch.randn(2000, 1, 8, 8, generator=torch.Generator().manual_seed(2))
-    found = transport(trainer.corrector, noise, None, {}, 2)
+    found = trainer.corrector.correct(noise, None, {}, 2)
     assert found.mean().item() == pytest.approx(MEAN, abs=0.05)
     assert found.std().item() == pytest.approx(STD, abs=0.05)
     lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
@@ -435,11 +435,11 @@ def test_encoding_needs_no_gradients(tmp_path):
 
 def test_what_is_compared_with_standard_noise_is_a_random_part_and_not_too_much():
     noise = torch.arange(30_000.0)[:, None]
-    found = some_of(noise, 0)
+    found = random_part(noise, 0)
     assert len(found) == 10_000 and found.mean().item() == pytest.approx(15_000, rel=0.03)
-    assert torch.equal(some_of(noise[:50], 0).sort(dim=0).values, noise[:50])
-    assert some_of(torch.empty(3000, 1).expand(3000, 100_000), 0).shape == (300, 100_000)
-    assert len(some_of(torch.empty(50, 1).expand(50, 10_000_000), 0)) == 20
+    assert torch.equal(random_part(noise[:50], 0).sort(dim=0).values, noise[:50])
+    assert random_part(torch.empty(3000, 1).expand(3000, 100_000), 0).shape == (300, 100_000)
+    assert len(random_part(torch.empty(50, 1).expand(50, 10_000_000), 0)) == 20
 
 
 def test_prompts_are_not_encoded_for_a_network(tmp_path):

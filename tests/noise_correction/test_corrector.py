@@ -68,7 +68,7 @@ def test_the_straight_path_needs_many_steps_for_as_little():
     assert euler_on_the_straight_path(2000, 0.1, 0.9) == (pytest.approx(0.1, abs=1e-3), pytest.approx(0.9, abs=1e-3))
 
 
-def test_the_target_is_what_the_corrector_is_asked_for():
+def test_the_target_is_what_the_corrector_predicts():
     """The conditional mean of u is the regression of u on x_c, which for Gaussian data is linear."""
     generator = torch.Generator().manual_seed(1)
     y = 0.3 + 0.7 * torch.randn(400_000, 1, generator=generator)

@@ -57,7 +57,7 @@ def test_round_trip_of_a_pipeline(name):
     assert found.residuals.sum(0).max() <= 1e-5
 
 
-def test_guidance_is_off_unless_asked():
+def test_guidance_is_off_by_default():
     pipeline, prompts = tiny_sd3(), ["a cat", "two"]
     kwargs = {**SIZE, "num_inference_steps": 4, "guidance_scale": 3.0}
     data = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))

@@ -351,7 +351,7 @@ def test_a_compiled_denoiser_is_corrected_alike(tmp_path):
     torch.testing.assert_close(torch.cat([p.flatten() for p in loaded.corrector.parameters]), found[1])
 
 
-def test_guided_inversion_is_asked_for(tmp_path):
+def test_guided_inversion_is_another_inversion(tmp_path):
     data = Dataset.from_dict({"latents": noise_of(4, (4, 8, 8)).numpy(), "prompt": ["a cat"] * 4})
     size = {"height": 16, "width": 16, "guidance_scale": 3.0}
     found = []
@@ -443,20 +443,20 @@ def test_what_is_compared_with_standard_noise_is_a_random_part_and_not_too_much(
 
 
 def test_prompts_are_not_encoded_for_a_network(tmp_path):
-    """It does not know them, and of a captioned data set there are as many as images."""
+    """It does not depend on them, and of a captioned data set there are as many as images."""
     pipeline, prompts = tiny_sd3(), ["a", "b", "c", "d", "e", "f"]
     data = Dataset.from_dict({"latents": noise_of(6, (4, 8, 8)).numpy(), "prompt": prompts})
     config = make_config(tmp_path, tolerance=1e-3, inversion_batch_size=2, max_steps=1)
     trainer = NoiseCorrectionTrainer(config, pipeline, data, pipeline_kwargs={"height": 16, "width": 16})
-    encode, asked = pipeline.encode_prompt, []
+    encode, encoded = pipeline.encode_prompt, []
 
     def note(*args, **kwargs):
-        asked.append(kwargs.get("prompt", args[0] if args else None))
+        encoded.append(kwargs.get("prompt", args[0] if args else None))
         return encode(*args, **kwargs)
 
     pipeline.encode_prompt = note
     trainer.train()
-    assert asked == [["a", "b"], ["c", "d"], ["e", "f"]]
+    assert encoded == [["a", "b"], ["c", "d"], ["e", "f"]]
 
 
 def test_held_out_samples_are_evaluated_as_many_at_a_time_as_a_process_trains_on(tmp_path, monkeypatch):
@@ -496,7 +496,7 @@ def test_a_gaussian_is_fitted(tmp_path):
 
 def test_a_corrector_of_an_unknown_kind_is_refused(tmp_path):
     (tmp_path / "noise_correction.json").write_text('{"corrector": "diffeomorphism"}')
-    with pytest.raises(ValueError, match="kind 'diffeomorphism'; this version of trl_pgraft knows lora, network, gau"):
+    with pytest.raises(ValueError, match="kind 'diffeomorphism'; this version .* supports lora, network, gaussian"):
         NoiseCorrectedPipeline.from_pretrained(tmp_path, tiny_flow())
 
 

@@ -126,24 +126,23 @@ class DatasetInverter:
         starts = range(0, len(self.dataset), self.config.inversion_batch_size)
         own = starts[accelerator.process_index :: accelerator.num_processes]
         for start in tqdm(own, desc="inverting", disable=not accelerator.is_local_main_process):
-            self._ensure(start)
+            self._invert_if_missing(start)
         accelerator.wait_for_everyone()
-        parts = [self._made(start) for start in starts]
+        parts = []
+        for start in starts:
+            path, _, _, found = self._read(start)
+            if found is None:
+                raise RuntimeError(
+                    f"{path} is missing, or not of the rows that train_dataset has from {start} on. These must be the "
+                    "same at each reading, without random transforms, and all processes must see one folder."
+                )
+            parts.append(found)
         data = InvertedData(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
         self._check_left_out(data.rows)
         return data
 
-    def _made(self, start: int) -> dict[str, torch.Tensor]:
-        path, _, _, found = self._read(start)
-        if found is None:
-            raise RuntimeError(
-                f"{path} is missing, or not of the rows that train_dataset has from {start} on. These must be the "
-                "same at each reading, without random transforms, and all processes must see one folder."
-            )
-        return found
-
     def _check_left_out(self, rows: torch.Tensor) -> None:
-        """Each process stops by its own count, and a run before this one may have been allowed more."""
+        # Each process has stopped by its own count alone, and an earlier run may have been allowed more.
         left_out = sorted(set(range(len(self.dataset))) - set(rows.tolist()))
         if len(left_out) > self.config.max_unconverged * len(self.dataset):
             raise RuntimeError(
@@ -152,8 +151,7 @@ class DatasetInverter:
                 "The others are kept. Raise it, or max_iterations, or use more sampling steps."
             )
 
-    def _ensure(self, start: int) -> None:
-        """Invert one batch, unless that was done."""
+    def _invert_if_missing(self, start: int) -> None:
         path, batch, tag, found = self._read(start)
         count = len(next(iter(batch.values())))
         if found is not None:
@@ -199,7 +197,6 @@ class DatasetInverter:
         return (1 - sigma) * latents + sigma * noise.to(latents.device)
 
     def _leave_out(self, start: int, error: InversionError) -> None:
-        """Count samples that do not converge, and raise if they are more than is allowed."""
         self._left_out += len(error.samples)
         if self._left_out > self.config.max_unconverged * len(self.dataset):
             error.add_note(
@@ -259,11 +256,11 @@ class DatasetInverter:
 
 def _active_adapters(denoiser: torch.nn.Module) -> list[Any]:
     """Which adapters take part and with what scale, which their weights do not show; a gate has its own rule."""
-    gate, found = gate_on(denoiser), set()
+    gate = gate_on(denoiser)
     left_out = {CORRECTION_ADAPTER, gate.adapter_name if gate else None}
-    for layer in tuner_layers(uncompiled(denoiser)):
-        names = [] if layer.disable_adapters else [n for n in layer.active_adapters if n not in left_out]
-        found |= {(name, getattr(layer, "scaling", {}).get(name)) for name in names}
+    layers = [layer for layer in tuner_layers(uncompiled(denoiser)) if not layer.disable_adapters]
+    active = [(layer, name) for layer in layers for name in layer.active_adapters if name not in left_out]
+    found = {(name, getattr(layer, "scaling", {}).get(name)) for layer, name in active}
     return [sorted(found, key=str), gate and [gate.adapter_name, gate.switch_timestep]]
 
 
@@ -275,8 +272,8 @@ def encode_images(pipeline: DiffusionPipeline, kwargs: dict[str, Any], images: l
         pipeline (`DiffusionPipeline`):
             Its VAE and image processor are used. A pipeline without a VAE denoises pixels in [-1, 1].
         kwargs (`dict`):
-            Arguments of the pipeline call, of which `height` and `width` are the size of the images in pixels; the
-            VAE takes each image at its own size where they are missing.
+            Arguments of the pipeline call. `height` and `width` are the size in pixels that images are resized to; the
+            size of the first image where they are missing.
         images (`list[PIL.Image.Image]`):
             `B` images.
 

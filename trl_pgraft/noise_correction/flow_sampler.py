@@ -4,7 +4,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -113,15 +113,18 @@ class FlowSampler:
     def velocity(self, conditioning: Conditioning) -> Velocity:
         """The sampler's velocity, for [`invert`], of samples that have the rows of `conditioning`."""
         denoiser, device = denoiser_of(self.pipeline), self.like.device
-        branches = {"conditional": conditioning.conditional, "unconditional": conditioning.unconditional}
-        conditioning = replace(conditioning, **{name: put_on(branch, device) for name, branch in branches.items()})
+        on_device = Conditioning(
+            put_on(conditioning.conditional, device),
+            put_on(conditioning.unconditional, device),
+            conditioning.batch_axes,
+        )
 
         def velocity(x: torch.Tensor, step: int, rows: torch.Tensor) -> torch.Tensor:
             timesteps = torch.full((len(x),), self.sampler.timesteps[step], dtype=torch.float64)
             arguments = (denoiser, self.call, x.to(self.like.dtype), timesteps)
-            found = replay(*arguments, conditioning.rows(rows, x.device))
+            found = replay(*arguments, on_device.rows(rows.tolist(), x.device))
             if self.guided:
-                unconditional = replay(*arguments, conditioning.rows(rows, x.device, unconditional=True))
+                unconditional = replay(*arguments, on_device.rows(rows.tolist(), x.device, unconditional=True))
                 found = guide(unconditional, found, self.call.guidance_scale)
             return found.to(x.dtype)
 

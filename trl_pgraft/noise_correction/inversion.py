@@ -224,7 +224,7 @@ def invert_step(
     """
     best, residual = target.clone(), torch.full((len(target),), math.inf, dtype=torch.float64)
     iterations, active = torch.zeros(len(target), dtype=torch.int64), torch.arange(len(target))
-    x, history = target, []
+    x, history = target, list[tuple[torch.Tensor, torch.Tensor]]()
     for _ in range(max_iterations):
         on_device = active.to(target.device)
         defect = target[on_device] - step_size * velocity(x, step, rows[active]) - x

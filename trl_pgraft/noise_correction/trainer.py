@@ -4,7 +4,6 @@
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, ModelMixin
 from peft import PeftConfig
-from PIL import Image
 
 from ..adapters.lora import default_lora_config
 from ..core.seeding import seed_of
@@ -29,7 +27,7 @@ from .config import NoiseCorrectionConfig
 from .correctors import FlowCorrector, GaussianCorrector, LoraCorrector, NetworkCorrector
 from .correctors.gaussian import check_size
 from .correctors.network import make_network
-from .dataset import DatasetInverter, InvertedData
+from .dataset import DatasetInverter, Encoder, InvertedData
 from .fine_tuning import CHECKPOINT_FILE, CorrectorData, CorrectorFit, split
 from .flow_sampler import FlowSampler
 from .gaussianity import gaussianity, random_part
@@ -95,10 +93,12 @@ class NoiseCorrectionTrainer:
         peft_config: PeftConfig | None = None,
         network: ModelMixin | None = None,
         pipeline_kwargs: dict[str, Any] | None = None,
-        encode: Callable[[list[Image.Image]], torch.Tensor] | None = None,
+        encode: Encoder | None = None,
         denoiser_format: type[DenoiserFormat] | None = None,
     ):
         self.config = config = config or NoiseCorrectionConfig()
+        if pipeline is None or train_dataset is None:
+            raise ValueError("pipeline and train_dataset are required: a diffusers flow pipeline, and real data.")
         _check_arguments(config, pipeline, train_dataset, peft_config, network)
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
         if config.train_batch_size % self.accelerator.num_processes:
@@ -114,8 +114,7 @@ class NoiseCorrectionTrainer:
         place_pipeline(pipeline, self.accelerator.device)
         kwargs = {**(pipeline_kwargs or {}), "num_inference_steps": config.num_inference_steps}
         self.sampler = FlowSampler.of(pipeline, kwargs, config.guided, denoiser_format)
-        folder = self.output_dir / "inverted"
-        self.inverter = DatasetInverter(self.sampler, self.train_dataset, encode, config, folder)
+        self.inverter = DatasetInverter(self.sampler, self.train_dataset, encode, config, self.output_dir / "inverted")
         # A Gaussian is made when it is fitted.
         self.corrector = None if config.corrector == "gaussian" else self._make_corrector(peft_config, network)
         trained_for = {
@@ -124,14 +123,15 @@ class NoiseCorrectionTrainer:
             "guided": config.guided,
             "samples": len(train_dataset),
         }
-        steps = config.corrector_steps
-        self.corrected = NoiseCorrectedPipeline(pipeline, self.corrector, steps, trained_for, denoiser_format)
+        self.corrected = NoiseCorrectedPipeline(
+            pipeline, self.corrector, config.corrector_steps, trained_for, denoiser_format
+        )
 
     def _make_corrector(self, peft_config: PeftConfig | None, network: ModelMixin | None) -> FlowCorrector:
         denoiser, seed = denoiser_of(self.pipeline), seed_of(self.config.seed, "corrector")
         if self.config.corrector == "lora":
             peft_config = peft_config or default_lora_config(uncompiled(denoiser), self.config.lora_rank)
-            corrector = LoraCorrector.new(denoiser, peft_config, seed)
+            corrector: FlowCorrector = LoraCorrector.new(denoiser, peft_config, seed)
         else:
             if network is None:
                 with torch.random.fork_rng():
@@ -159,11 +159,10 @@ class NoiseCorrectionTrainer:
         started = time.perf_counter()
         data = self.inverter.run(self.accelerator)
         if self.accelerator.is_main_process:
-            self._report(data, time.perf_counter() - started)
+            self._write_report(data, time.perf_counter() - started)
         return data
 
-    def _report(self, data: InvertedData, seconds: float) -> None:
-        """Write `inversion.json`, unless it is there for the same noise."""
+    def _write_report(self, data: InvertedData, seconds: float) -> None:
         path = self.output_dir / "inversion.json"
         if path.is_file() and json.loads(path.read_text()).get("noise") == data.fingerprint:
             return
@@ -177,7 +176,7 @@ class NoiseCorrectionTrainer:
         }
         if len(data.rows) >= 20:
             found = gaussianity(random_part(data.noise, self.config.seed), self.config.seed)
-            self.accelerator.print(f"Inverted noise beside standard normal noise:\n{found}")
+            self.accelerator.print(f"Inverted noise and standard normal noise:\n{found}")
             report["gaussianity"] = asdict(found)
         path.write_text(json.dumps(report, indent=2) + "\n")
 
@@ -224,7 +223,7 @@ class NoiseCorrectionTrainer:
         return gaussian
 
     def _training_data(self, data: InvertedData) -> CorrectorData:
-        if isinstance(self.corrector, NetworkCorrector):  # it knows no prompts, and encoding many takes long
+        if isinstance(self.corrector, NetworkCorrector):  # does not depend on prompts, and encoding many takes long
             rows = torch.zeros(len(data.rows), dtype=torch.int64)
             return CorrectorData(data, rows, self.sampler.call, Conditioning({}, None, {}))
         has_prompts = "prompt" in self.train_dataset.column_names
@@ -281,13 +280,11 @@ class NoiseCorrectionTrainer:
 
 def _check_arguments(
     config: NoiseCorrectionConfig,
-    pipeline: DiffusionPipeline | None,
-    dataset: datasets.Dataset | None,
+    pipeline: DiffusionPipeline,
+    dataset: datasets.Dataset,
     peft_config: PeftConfig | None,
     network: ModelMixin | None,
 ) -> None:
-    if pipeline is None or dataset is None:
-        raise ValueError("pipeline and train_dataset are required: a diffusers flow pipeline, and real data.")
     if not isinstance(dataset, datasets.Dataset):
         raise ValueError(
             f"train_dataset is a {type(dataset).__name__}; it needs to be a datasets.Dataset: one split, not streamed."

@@ -3,9 +3,20 @@
 """
 Correctors, which carry standard normal noise to noise of the inverted kind.
 
-Each has `kind` (its name in the configuration and on disk), `save(folder)`, `load(folder, pipeline)` and
-`correct(noise, call, conditioning, steps)`. A `FlowCorrector` is trained. It also has `module`, `parameters`,
-`settings` and `active()`, and a call predicts u, see `transport.py`.
+Each has
+
+- `kind`: its name in the configuration and on disk;
+- `save(folder)`: write it to a folder that is there;
+- `load(folder, pipeline)`: read what `save` wrote, frozen, for a pipeline;
+- `correct(noise, call, conditioning, steps)`: carry standard normal noise to noise of the inverted kind.
+
+A `FlowCorrector` is trained. It also has
+
+- `module`: the module that is called, and prepared by accelerate for training;
+- `parameters`: the trained parameters, in an order that is the same in every process and after a resume;
+- `settings`: what it was made with, by name, so that the checkpoint of a corrector made otherwise is refused;
+- `active()`: the context that training stays inside, its backward passes too;
+- a call `(x, signal, call, conditioning, model)`: predict the target u of `transport.py`.
 """
 
 from pathlib import Path
@@ -43,7 +54,7 @@ def load_corrector(kind: str, folder: Path, pipeline: DiffusionPipeline) -> Corr
     """
     if kind not in CORRECTORS:
         raise ValueError(
-            f"{folder} has a corrector of the kind {kind!r}; this version of trl_pgraft knows "
-            f"{', '.join(CORRECTORS)}. Fit one of these to the same data."
+            f"{folder} has a corrector of the kind {kind!r}; this version of trl_pgraft supports "
+            f"{', '.join(CORRECTORS)}. Train one of these to the same data."
         )
     return CORRECTORS[kind].load(folder, pipeline)

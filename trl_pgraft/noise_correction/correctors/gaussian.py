@@ -85,7 +85,7 @@ class GaussianCorrector:
             noise (`torch.Tensor` of shape `(B, ...)`):
                 Standard normal noise, in the layout of the denoiser's latents.
             call, conditioning:
-                Not used: a Gaussian knows no prompts.
+                Not used: a Gaussian does not depend on prompts.
             steps (`int`):
                 0 leaves the noise as it is; all other numbers give the same.
 
@@ -98,12 +98,10 @@ class GaussianCorrector:
         return (mean + noise.float().flatten(1) @ root).reshape(noise.shape).to(noise.dtype)
 
     def save(self, folder: Path) -> None:
-        """Write mean and root to a folder that is there."""
         save_file({"mean": self.mean, "root": self.root.contiguous()}, folder / GAUSSIAN_FILE)
 
     @classmethod
     def load(cls, folder: Path, pipeline: DiffusionPipeline) -> "GaussianCorrector":
-        """Read what `save` wrote."""
         return cls(**load_file(folder / GAUSSIAN_FILE))
 
     def whiten(self, noise: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""An adapter on the model itself as a corrector: it knows the prompts and costs two denoiser evaluations a step."""
+"""An adapter on the denoiser as a corrector: it depends on prompts and costs two denoiser evaluations a step."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,7 +30,7 @@ class LoraCorrector:
     """
     An adapter on the denoiser: u is what it changes in the model's velocity, so a new LoRA corrects nothing.
 
-    Properties and call are those of [`~network.NetworkCorrector`].
+    The arguments of a call are those of [`~network.NetworkCorrector.__call__`].
 
     Args:
         module (`torch.nn.Module`):
@@ -39,7 +39,7 @@ class LoraCorrector:
 
     kind: ClassVar[str] = "lora"
     module: torch.nn.Module
-    correct = transport
+    correct = transport  # a method: corrector.correct(noise, call, conditioning, steps)
 
     @classmethod
     def new(cls, denoiser: torch.nn.Module, peft_config: PeftConfig, seed: int | None = None) -> "LoraCorrector":
@@ -83,7 +83,7 @@ class LoraCorrector:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """The adapter is on inside. Training stays inside: gradient checkpointing calls the model when going back."""
+        # Gradient checkpointing calls the model in the backward pass, where the adapter must still be on.
         switch = AdapterSwitch(self.module, CORRECTION_ADAPTER)
         switch.turn(True)
         try:
@@ -107,12 +107,10 @@ class LoraCorrector:
         return corrected.float() - reference.float()
 
     def save(self, folder: Path) -> None:
-        """Write the adapter, in PEFT's format, to a folder that is there."""
         save_adapter_weights(uncompiled(self.module), folder, CORRECTION_ADAPTER, {"format": "pt"})
 
     @classmethod
     def load(cls, folder: Path, pipeline: DiffusionPipeline) -> "LoraCorrector":
-        """Read what `save` wrote into the pipeline's denoiser, frozen and switched off."""
         denoiser = denoiser_of(pipeline)
         check_adaptable(denoiser)
         load_frozen_adapter(uncompiled(denoiser), folder, CORRECTION_ADAPTER)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A small network as a corrector: it knows no prompts and costs one evaluation of its own a step."""
+"""A small network as a corrector: it does not depend on prompts and costs one evaluation of its own a step."""
 
 import math
 from collections.abc import Callable
@@ -30,20 +30,17 @@ class NetworkCorrector:
 
     kind: ClassVar[str] = "network"
     module: ModelMixin
-    correct = transport
+    correct = transport  # a method: corrector.correct(noise, call, conditioning, steps)
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
-        """The trained parameters, in an order that is the same in every process and after a resume."""
         return list(self.module.parameters())
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the corrector was made with, by name: the checkpoint of a corrector made otherwise is refused."""
         return {name: value for name, value in self.module.config.items() if not name.startswith("_")}
 
     def active(self) -> AbstractContextManager[None]:
-        """A network is always on."""
         return nullcontext()
 
     def __call__(
@@ -79,12 +76,10 @@ class NetworkCorrector:
         return model(x.to(dtype), timesteps.to(x.device, dtype)).sample.float()
 
     def save(self, folder: Path) -> None:
-        """Write the network to a folder that is there."""
         self.module.save_pretrained(folder / NETWORK_FOLDER)
 
     @classmethod
     def load(cls, folder: Path, pipeline: DiffusionPipeline) -> "NetworkCorrector":
-        """Read what `save` wrote, frozen, to the device where the pipeline computes."""
         network = AutoModel.from_pretrained(str(folder / NETWORK_FOLDER))
         return cls(network.to(device_of(pipeline)).requires_grad_(False))
 

@@ -20,7 +20,7 @@ from tiny_flow import flow_data, make_config, tiny_flow
 
 from trl_pgraft import NoiseCorrectionTrainer
 from trl_pgraft.noise_correction import dataset as inverted_data
-from trl_pgraft.noise_correction.correctors.flow import make_network
+from trl_pgraft.noise_correction.correctors.network import make_network
 from trl_pgraft.noise_correction.fine_tuning import CorrectorFit
 
 

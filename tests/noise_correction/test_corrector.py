@@ -10,16 +10,10 @@ from tiny_flow import tiny_flow
 from tiny_transformers import tiny_sd3
 
 from trl_pgraft.adapters.lora import active_adapters, default_lora_config
-from trl_pgraft.noise_correction.correctors.flow import (
-    CORRECTION_ADAPTER,
-    AdapterCorrector,
-    NetworkCorrector,
-    add_correction_adapter,
-    make_network,
-    perturb,
-    transport,
-)
-from trl_pgraft.noise_correction.correctors.gaussian import GaussianCorrector
+from trl_pgraft.noise_correction.correctors import GaussianCorrector, LoraCorrector, NetworkCorrector
+from trl_pgraft.noise_correction.correctors.lora import CORRECTION_ADAPTER
+from trl_pgraft.noise_correction.correctors.network import make_network
+from trl_pgraft.noise_correction.correctors.transport import perturb, transport
 from trl_pgraft.pipelines.conditioning import record_conditioning
 from trl_pgraft.pipelines.denoiser_call import replay
 from trl_pgraft.pipelines.introspection import introspect_denoiser_call
@@ -74,7 +68,7 @@ def test_the_straight_path_needs_many_steps_for_as_little():
     assert euler_on_the_straight_path(2000, 0.1, 0.9) == (pytest.approx(0.1, abs=1e-3), pytest.approx(0.9, abs=1e-3))
 
 
-def test_the_target_is_what_the_corrector_is_asked_for():
+def test_the_target_is_what_the_corrector_predicts():
     """The conditional mean of u is the regression of u on x_c, which for Gaussian data is linear."""
     generator = torch.Generator().manual_seed(1)
     y = 0.3 + 0.7 * torch.randn(400_000, 1, generator=generator)
@@ -91,9 +85,9 @@ def test_the_target_is_what_the_corrector_is_asked_for():
 def test_a_new_network_corrects_nothing(shape):
     network = make_network(shape, 12)
     noise = torch.randn(3, *shape)
-    assert torch.equal(transport(NetworkCorrector(network), noise, None, {}, 2), noise)
+    assert torch.equal(NetworkCorrector(network).correct(noise, None, {}, 2), noise)
     torch.nn.init.ones_(network.conv_out.bias)
-    assert not torch.equal(transport(NetworkCorrector(network), noise, None, {}, 2), noise)
+    assert not torch.equal(NetworkCorrector(network).correct(noise, None, {}, 2), noise)
 
 
 def test_latents_without_height_and_width_need_a_network_of_the_users():
@@ -110,12 +104,11 @@ def test_a_new_lora_corrects_nothing_and_a_trained_one_is_seen_by_no_one_else(ma
     conditioning = record_conditioning(pipeline, call, ["a cat", "two"], kwargs).rows([0, 1], "cpu")
     noise = torch.randn(2, *shape)
     before = replay(denoiser, call, noise, torch.tensor([500, 200]), conditioning)
-    add_correction_adapter(denoiser, default_lora_config(denoiser, 4), seed=0)
-    corrector = AdapterCorrector(denoiser)
-    assert torch.equal(transport(corrector, noise, call, conditioning, 2), noise)
+    corrector = LoraCorrector.new(denoiser, default_lora_config(denoiser, 4), seed=0)
+    assert torch.equal(corrector.correct(noise, call, conditioning, 2), noise)
     for parameter in corrector.parameters:
         parameter.data.add_(0.1)
-    assert not torch.equal(transport(corrector, noise, call, conditioning, 2), noise)
+    assert not torch.equal(corrector.correct(noise, call, conditioning, 2), noise)
     assert CORRECTION_ADAPTER not in active_adapters(denoiser)
     after = replay(denoiser, call, noise, torch.tensor([500, 200]), conditioning)
     torch.testing.assert_close(before, after, rtol=0, atol=1e-5)  # layers that PEFT wraps round otherwise

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Statistics of noise: silent on N(0, I), and each tells the departure that it is for."""
+"""Statistics of noise: as expected on N(0, I), and each detects the departure that it is for."""
 
 import pytest
 import torch
@@ -47,13 +47,13 @@ def on_a_sphere(x):
 
 
 @pytest.mark.parametrize("name", STATISTICS)
-def test_normal_noise_is_told_to_be_normal(name):
+def test_normal_noise_has_the_statistics_of_normal_noise(name):
     found = gaussianity(normal())
     assert getattr(found, name) == pytest.approx(getattr(found, f"normal_{name}"), abs=0.04)
 
 
 @pytest.mark.parametrize(
-    ("change", "telling"),
+    ("change", "expected"),
     [
         (off_center, {"mean": 0.3}),
         (too_wide, {"std": 1.1}),
@@ -64,16 +64,16 @@ def test_normal_noise_is_told_to_be_normal(name):
         (on_a_sphere, {"radius": 0.5}),
     ],
 )
-def test_each_departure_is_told(change, telling):
+def test_each_departure_is_detected(change, expected):
     x = normal(4000)
     found = gaussianity(change(x))
-    for name, value in telling.items():
+    for name, value in expected.items():
         assert getattr(found, name) == pytest.approx(value, rel=0.1)
         assert abs(getattr(found, f"normal_{name}") - value) > 0.08
 
 
 @pytest.mark.parametrize("change", [off_center, too_wide, of_uneven_width, correlated])
-def test_the_classifier_tells_what_it_has_features_for(change):
+def test_the_classifier_detects_what_it_has_features_for(change):
     found = gaussianity(change(normal()))
     assert found.accuracy > 0.6 > found.normal_accuracy + 0.05
 

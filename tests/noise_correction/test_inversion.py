@@ -10,7 +10,8 @@ from tiny_pipelines import tiny_flux, tiny_sd
 from tiny_transformers import tiny_sana, tiny_sd3
 
 from trl_pgraft import invert_flow
-from trl_pgraft.noise_correction.inversion import FlowSampler, InversionError, euler_steps
+from trl_pgraft.noise_correction.flow_sampler import FlowSampler, euler_steps
+from trl_pgraft.noise_correction.inversion import InversionError
 from trl_pgraft.pipelines.schedulers import sampler_of
 
 
@@ -44,7 +45,7 @@ def test_round_trip_of_a_pipeline(name):
     assert found.residuals.sum(0).max() <= 1e-5
 
 
-def test_guidance_is_off_unless_asked():
+def test_guidance_is_off_by_default():
     pipeline, prompts = tiny_sd3(), ["a cat", "two"]
     kwargs = {**SIZE, "num_inference_steps": 4, "guidance_scale": 3.0}
     data = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))

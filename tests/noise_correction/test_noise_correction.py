@@ -15,13 +15,8 @@ from tiny_transformers import tiny_sd3
 from trl_pgraft import NoiseCorrectedPipeline
 from trl_pgraft.adapters.lora import default_lora_config
 from trl_pgraft.hub.push import push_corrector_to_hub
-from trl_pgraft.noise_correction.correctors.flow import (
-    AdapterCorrector,
-    NetworkCorrector,
-    add_correction_adapter,
-    make_network,
-)
-from trl_pgraft.noise_correction.correctors.gaussian import GaussianCorrector
+from trl_pgraft.noise_correction.correctors import GaussianCorrector, LoraCorrector, NetworkCorrector
+from trl_pgraft.noise_correction.correctors.network import make_network
 from trl_pgraft.pipelines.denoiser_call import denoiser_of
 
 
@@ -41,8 +36,7 @@ def generator():
 
 def with_lora(pipeline, size=0.0):
     denoiser = denoiser_of(pipeline)
-    add_correction_adapter(denoiser, default_lora_config(denoiser, 4), seed=0)
-    corrector = AdapterCorrector(denoiser)
+    corrector = LoraCorrector.new(denoiser, default_lora_config(denoiser, 4), seed=0)
     for parameter in corrector.parameters:
         parameter.data.add_(size)
     return NoiseCorrectedPipeline(pipeline, corrector)

@@ -25,9 +25,9 @@ from tiny_transformers import tiny_sd3
 from trl_pgraft import InversionError, NoiseCorrectedPipeline, NoiseCorrectionTrainer
 from trl_pgraft.adapters.gate import TimestepGate
 from trl_pgraft.adapters.lora import adapter_parameters, add_adapter, default_lora_config
-from trl_pgraft.noise_correction.correctors.flow import make_network, transport
+from trl_pgraft.noise_correction.correctors.network import make_network
 from trl_pgraft.noise_correction.dataset import encode_images
-from trl_pgraft.noise_correction.trainer import some_of
+from trl_pgraft.noise_correction.gaussianity import random_part
 
 
 def trainer_of(tmp_path, dataset=None, **changes):
@@ -60,7 +60,7 @@ def test_the_corrector_learns_the_law_of_the_noise(tmp_path):
     )  # fmt: skip
     corrected = trainer.train()
     noise = torch.randn(2000, 1, 8, 8, generator=torch.Generator().manual_seed(2))
-    found = transport(trainer.corrector, noise, None, {}, 2)
+    found = trainer.corrector.correct(noise, None, {}, 2)
     assert found.mean().item() == pytest.approx(MEAN, abs=0.05)
     assert found.std().item() == pytest.approx(STD, abs=0.05)
     lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
@@ -328,7 +328,7 @@ def test_a_compiled_denoiser_is_corrected_alike(tmp_path):
     torch.testing.assert_close(torch.cat([p.flatten() for p in loaded.corrector.parameters]), found[1])
 
 
-def test_guided_inversion_is_asked_for(tmp_path):
+def test_guided_inversion_is_another_inversion(tmp_path):
     data = Dataset.from_dict({"latents": noise_of(4, (4, 8, 8)).numpy(), "prompt": ["a cat"] * 4})
     size = {"height": 16, "width": 16, "guidance_scale": 3.0}
     found = []
@@ -412,28 +412,28 @@ def test_encoding_needs_no_gradients(tmp_path):
 
 def test_what_is_compared_with_standard_noise_is_a_random_part_and_not_too_much():
     noise = torch.arange(30_000.0)[:, None]
-    found = some_of(noise, 0)
+    found = random_part(noise, 0)
     assert len(found) == 10_000 and found.mean().item() == pytest.approx(15_000, rel=0.03)
-    assert torch.equal(some_of(noise[:50], 0).sort(dim=0).values, noise[:50])
-    assert some_of(torch.empty(3000, 1).expand(3000, 100_000), 0).shape == (300, 100_000)
-    assert len(some_of(torch.empty(50, 1).expand(50, 10_000_000), 0)) == 20
+    assert torch.equal(random_part(noise[:50], 0).sort(dim=0).values, noise[:50])
+    assert random_part(torch.empty(3000, 1).expand(3000, 100_000), 0).shape == (300, 100_000)
+    assert len(random_part(torch.empty(50, 1).expand(50, 10_000_000), 0)) == 20
 
 
 def test_prompts_are_not_encoded_for_a_network(tmp_path):
-    """It does not know them, and of a captioned data set there are as many as images."""
+    """It does not depend on them, and of a captioned data set there are as many as images."""
     pipeline, prompts = tiny_sd3(), ["a", "b", "c", "d", "e", "f"]
     data = Dataset.from_dict({"latents": noise_of(6, (4, 8, 8)).numpy(), "prompt": prompts})
     config = make_config(tmp_path, tolerance=1e-3, inversion_batch_size=2, max_steps=1)
     trainer = NoiseCorrectionTrainer(config, pipeline, data, pipeline_kwargs={"height": 16, "width": 16})
-    encode, asked = pipeline.encode_prompt, []
+    encode, encoded = pipeline.encode_prompt, []
 
     def note(*args, **kwargs):
-        asked.append(kwargs.get("prompt", args[0] if args else None))
+        encoded.append(kwargs.get("prompt", args[0] if args else None))
         return encode(*args, **kwargs)
 
     pipeline.encode_prompt = note
     trainer.train()
-    assert asked == [["a", "b"], ["c", "d"], ["e", "f"]]
+    assert encoded == [["a", "b"], ["c", "d"], ["e", "f"]]
 
 
 def test_held_out_samples_are_evaluated_as_many_at_a_time_as_a_process_trains_on(tmp_path, monkeypatch):
@@ -473,7 +473,7 @@ def test_a_gaussian_is_fitted(tmp_path):
 
 def test_a_corrector_of_an_unknown_kind_is_refused(tmp_path):
     (tmp_path / "noise_correction.json").write_text('{"corrector": "diffeomorphism"}')
-    with pytest.raises(ValueError, match="kind 'diffeomorphism'; this version of trl_pgraft knows lora, network, gau"):
+    with pytest.raises(ValueError, match="kind 'diffeomorphism'; this version .* supports lora, network, gaussian"):
         NoiseCorrectedPipeline.from_pretrained(tmp_path, tiny_flow())
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
+from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -27,8 +29,9 @@ from ..pipelines.denoiser_format import uncompiled
 from ..pipelines.fingerprint import fingerprint_of, stable
 from ..pipelines.placement import device_of, offload_device
 from .config import NoiseCorrectionConfig
-from .correctors.flow import CORRECTION_ADAPTER
-from .inversion import EulerField, FlowSampler, InversionError, invert
+from .correctors.lora import CORRECTION_ADAPTER
+from .flow_sampler import FlowSampler
+from .inversion import InversionError, invert
 
 
 Encoder = Callable[[list[Image.Image]], torch.Tensor]
@@ -37,17 +40,17 @@ Encoder = Callable[[list[Image.Image]], torch.Tensor]
 @dataclass(frozen=True)
 class InvertedData:
     """
-    Noise that a data set was mapped to.
+    The noise that a data set was mapped to, on the CPU.
 
     Args:
         noise (`torch.Tensor` of shape `(N, ...)`, float32):
-            One state for each sample that converged.
+            One state for each of the `N` samples that converged, in the layout of the denoiser's latents.
         rows (`torch.Tensor` of shape `(N,)`, int64):
-            Which rows of the data set these are.
+            Rows of the data set that they belong to.
         residuals (`torch.Tensor` of shape `(N,)`, float64):
-            Sum of a sample's residuals over its steps.
+            Sum of each sample's residuals over the inverted steps, in units of the latents.
         iterations (`torch.Tensor` of shape `(N,)`, int64):
-            Denoiser evaluations of all its steps.
+            Denoiser evaluations of each sample in all inverted steps.
     """
 
     noise: torch.Tensor
@@ -57,67 +60,89 @@ class InvertedData:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the noise."""
+        """Short hash of the noise, bit for bit."""
         return fingerprint_of({"noise": self.noise})
 
 
 class DatasetInverter:
     """
-    Invert a data set in files of `inversion_batch_size` samples; files that are there already are not made again.
+    Invert a data set in files of `inversion_batch_size` samples. Files that are there already are not made again.
 
     Args:
         sampler ([`FlowSampler`]):
-            What is inverted.
+            The sampler that is inverted.
         dataset (`datasets.Dataset`):
-            With a column `latents` or `image`, and `prompt` where the pipeline takes one.
-        encode (`Callable`):
-            PIL images to latents.
+            Real data: a column `latents` or `image`, and `prompt` where the pipeline takes prompts.
+        encode (`Callable` or `None`):
+            Maps a list of `B` PIL images to latents of shape `(B, ...)`; `None` for [`encode_images`].
         config ([`NoiseCorrectionConfig`]):
-            Tolerance and bounds.
+            Batch size, tolerance, lowest noise level, bounds and seed of the inversion.
         folder (`Path`):
-            Where the files are kept.
+            Folder of the files; it is made if missing.
+
+    Attributes:
+        steps (`int`):
+            Number of the sampler's steps that are inverted: the first ones, which end at `lowest_sigma` or above.
+
+    Raises:
+        `ValueError`: none of the steps ends at `lowest_sigma` or above.
     """
 
     def __init__(
-        self, sampler: FlowSampler, dataset: Any, encode: Encoder, config: NoiseCorrectionConfig, folder: Path
+        self,
+        sampler: FlowSampler,
+        dataset: Dataset,
+        encode: Encoder | None,
+        config: NoiseCorrectionConfig,
+        folder: Path,
     ):
         self.sampler, self.dataset, self.encode, self.config, self.folder = sampler, dataset, encode, config, folder
-        self._starts = range(0, len(dataset), config.inversion_batch_size)
-        self._steps = sampler.steps_down_to(config.lowest_sigma)
-        self._made_by = json.dumps([_made_by(sampler, config, self._steps), self._encoding()])
-        self._left_out = 0
+        self.steps = sampler.steps_down_to(config.lowest_sigma)
+        if not self.steps:
+            raise ValueError(
+                f"lowest_sigma={config.lowest_sigma:g}: none of the {config.num_inference_steps} steps ends at that "
+                f"noise level or above, the first at {sampler.levels[0]:.3g}. Lower it, or raise num_inference_steps."
+            )
 
     def run(self, accelerator: Accelerator) -> InvertedData:
         """
         Invert what is not inverted yet, each process its part.
 
+        Args:
+            accelerator (`Accelerator`):
+                Its processes share the batches. All of them must see one folder.
+
+        Returns:
+            [`InvertedData`]: the noise of the whole data set, in every process.
+
         Raises:
-            [`InversionError`]: more samples than `max_unconverged` allows did not converge; what did is kept.
-            `RuntimeError`: those of all processes, or of earlier runs, are more; or the data set is not the same at
-                each reading.
+            [`InversionError`]: more samples than `max_unconverged` allows did not converge. The batches that were
+                inverted before are kept.
+            `RuntimeError`: more samples did not converge in all processes, or in earlier runs, than are allowed; or
+                the data set is not the same at each reading.
         """
+        self._made_by, self._left_out = json.dumps([self._sampler_tag(), self._encoding_tag()]), 0
         self.folder.mkdir(parents=True, exist_ok=True)
-        own = self._starts[accelerator.process_index :: accelerator.num_processes]
+        starts = range(0, len(self.dataset), self.config.inversion_batch_size)
+        own = starts[accelerator.process_index :: accelerator.num_processes]
         for start in tqdm(own, desc="inverting", disable=not accelerator.is_local_main_process):
-            self._ensure(start)
+            self._invert_if_missing(start)
         accelerator.wait_for_everyone()
-        parts = [self._made(start) for start in self._starts]
+        parts = []
+        for start in starts:
+            path, _, _, found = self._read(start)
+            if found is None:
+                raise RuntimeError(
+                    f"{path} is missing, or not of the rows that train_dataset has from {start} on. These must be the "
+                    "same at each reading, without random transforms, and all processes must see one folder."
+                )
+            parts.append(found)
         data = InvertedData(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
         self._check_left_out(data.rows)
         return data
 
-    def _made(self, start: int) -> dict[str, torch.Tensor]:
-        """One batch as it is on disk, whoever inverted it."""
-        found = self._read(start, self._tag(self._batch(start)))
-        if found is None:
-            raise RuntimeError(
-                f"{self._path(start)} is missing, or not of the rows that train_dataset has from {start} on. These "
-                "must be the same at each reading, without random transforms, and all processes must see one folder."
-            )
-        return found
-
     def _check_left_out(self, rows: torch.Tensor) -> None:
-        """Each process stops by its own count, and a run before this one may have been allowed more."""
+        # Each process has stopped by its own count alone, and an earlier run may have been allowed more.
         left_out = sorted(set(range(len(self.dataset))) - set(rows.tolist()))
         if len(left_out) > self.config.max_unconverged * len(self.dataset):
             raise RuntimeError(
@@ -126,27 +151,13 @@ class DatasetInverter:
                 "The others are kept. Raise it, or max_iterations, or use more sampling steps."
             )
 
-    def _encoding(self) -> str | None:
-        """What a user's `encode` makes of the first image: what it does with others cannot be told beforehand."""
-        if getattr(self.encode, "func", None) is encode_images or "image" not in self.dataset.column_names:
-            return None
-        batch = self.dataset[:1]
-        with torch.no_grad():
-            return None if "latents" in batch else fingerprint_of({"latents": self.encode(batch["image"])})
-
-    def _batch(self, start: int) -> dict[str, list[Any]]:
-        return self.dataset[start : start + self.config.inversion_batch_size]
-
-    def _ensure(self, start: int) -> None:
-        """Invert one batch, unless that was done."""
-        batch = self._batch(start)
-        tag, count = self._tag(batch), len(next(iter(batch.values())))
-        found = self._read(start, tag)
+    def _invert_if_missing(self, start: int) -> None:
+        path, batch, tag, found = self._read(start)
+        count = len(next(iter(batch.values())))
         if found is not None:
             self._left_out += count - len(found["rows"])
             return
         found = self._invert(start, batch, count)
-        path = self._path(start)
         aside = path.with_suffix(".tmp")
         save_file({n: tensor.contiguous() for n, tensor in found.items()}, aside, metadata={"made_from": tag})
         os.replace(aside, path)
@@ -154,13 +165,12 @@ class DatasetInverter:
     @torch.no_grad()
     def _invert(self, start: int, batch: dict[str, list[Any]], count: int) -> dict[str, torch.Tensor]:
         """Noise of one batch; samples that do not converge are left out as far as that is allowed."""
-        latents = latents_of(batch, self.encode).to(device_of(self.sampler.pipeline))
+        latents = self._latents(batch).to(device_of(self.sampler.pipeline))
         self.sampler.check_shape(latents)
-        latents = self._noised(latents, start)
-        field = self.sampler.field(self.sampler.record(list(batch["prompt"]) if "prompt" in batch else [""] * count))
-        inverted = EulerField(field.steps[: self._steps], field.velocity)
+        prompts = list(batch["prompt"]) if "prompt" in batch else [""] * count
+        velocity, steps = self.sampler.velocity(self.sampler.record(prompts)), self.sampler.steps[: self.steps]
         bounds = (self.config.tolerance, self.config.max_iterations)
-        found, rows = invert(inverted, latents, *bounds, partial(self._leave_out, start))
+        found, rows = invert(velocity, steps, self._noised(latents, start), *bounds, partial(self._leave_out, start))
         return {
             "noise": found.noise.float().cpu(),
             "rows": start + rows,
@@ -168,19 +178,25 @@ class DatasetInverter:
             "iterations": found.iterations.sum(0),
         }
 
+    def _latents(self, batch: dict[str, list[Any]]) -> torch.Tensor:
+        if "latents" in batch:
+            return torch.stack([torch.as_tensor(value, dtype=torch.float32) for value in batch["latents"]])
+        if self.encode is None:
+            return encode_images(self.sampler.pipeline, self.sampler.kwargs, batch["image"])
+        return self.encode(batch["image"])
+
     def _noised(self, latents: torch.Tensor, start: int) -> torch.Tensor:
-        """The data as they are before the steps that are not inverted."""
-        if self._steps == len(self.sampler.steps):
+        """The data noised to where the inverted steps end, by the flow's forward kernel `(1 - s) x + s noise`."""
+        if self.steps == len(self.sampler.steps):
             return latents
-        sigma = self.sampler.levels[self._steps - 1]
+        sigma = self.sampler.levels[self.steps - 1]
         noise = torch.empty_like(latents, device="cpu")
         for i in range(len(latents)):
-            generator = torch.Generator().manual_seed(seed_of(self.config.seed, "skipped steps", start + i))
-            noise[i].normal_(generator=generator)
+            seed = seed_of(self.config.seed, "skipped steps", start + i)
+            noise[i].normal_(generator=torch.Generator().manual_seed(seed))
         return (1 - sigma) * latents + sigma * noise.to(latents.device)
 
     def _leave_out(self, start: int, error: InversionError) -> None:
-        """Count samples that do not converge, and raise if they are more than is allowed."""
         self._left_out += len(error.samples)
         if self._left_out > self.config.max_unconverged * len(self.dataset):
             error.add_note(
@@ -189,82 +205,89 @@ class DatasetInverter:
             )
             raise error
 
+    def _read(self, start: int) -> tuple[Path, dict[str, list[Any]], str, dict[str, torch.Tensor] | None]:
+        """
+        Path, rows and tag of the batch that begins at row `start`, and the tensors of its file: `None` where there is
+        no file, it is damaged, or it was made from something else.
+        """
+        path = self.folder / f"noise-{start:08d}.safetensors"
+        batch = self.dataset[start : start + self.config.inversion_batch_size]
+        tag = self._tag(batch)
+        try:
+            with safe_open(path, framework="pt") as file:
+                if file.metadata() == {"made_from": tag}:
+                    return path, batch, tag, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError):
+            pass
+        return path, batch, tag, None
+
     def _tag(self, batch: dict[str, list[Any]]) -> str:
-        """Tells what a file is made from: the sampler with its models, and the batch bit for bit."""
+        """Hash of what a file is made from: the sampler with its models, and the batch bit for bit."""
         digest = hashlib.blake2b(self._made_by.encode(), digest_size=16)
         for name in ("latents", "image", "prompt"):
             for value in batch.get(name, []):
                 digest.update(_bits(value))
         return digest.hexdigest()
 
-    def _path(self, start: int) -> Path:
-        return self.folder / f"noise-{start:08d}.safetensors"
+    def _sampler_tag(self) -> list[Any]:
+        """Identifies the models bit for bit, the sampler, and how its first steps are inverted."""
+        sampler, config, all_steps = self.sampler, self.config, list(self.sampler.steps)
+        modules = {n: uncompiled(m) for n, m in sampler.pipeline.components.items() if isinstance(m, torch.nn.Module)}
+        parameters = {f"{name}.{n}": p for name, module in modules.items() for n, p in module.named_parameters()}
+        # A corrector's adapter takes no part in the inversion, and PEFT renames the layers that it wraps.
+        own = {n.replace(".base_layer", ""): p for n, p in parameters.items() if f".{CORRECTION_ADAPTER}." not in n}
+        seed = config.seed if self.steps < len(all_steps) else None
+        return [
+            fingerprint_of(own),
+            _active_adapters(denoiser_of(sampler.pipeline)),
+            {name: stable(value) for name, value in sorted(sampler.kwargs.items())},
+            [sampler.sampler.timesteps, all_steps, sampler.guided],
+            [config.tolerance, config.max_iterations, self.steps, seed],
+        ]
 
-    def _read(self, start: int, tag: str) -> dict[str, torch.Tensor] | None:
-        """A file's tensors, unless there is none, it is damaged, or it was made from something else."""
-        try:
-            with safe_open(self._path(start), framework="pt") as file:
-                if file.metadata() == {"made_from": tag}:
-                    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError):
-            pass
-        return None
-
-
-def _made_by(sampler: FlowSampler, config: NoiseCorrectionConfig, steps: int) -> list[Any]:
-    """Tells the models bit for bit, the sampler, and how its first `steps` are inverted."""
-    modules = {n: uncompiled(m) for n, m in sampler.pipeline.components.items() if isinstance(m, torch.nn.Module)}
-    parameters = {f"{name}.{n}": p for name, module in modules.items() for n, p in module.named_parameters()}
-    # A corrector's adapter takes no part in the inversion, and PEFT renames the layers that it wraps.
-    own = {n.replace(".base_layer", ""): p for n, p in parameters.items() if f".{CORRECTION_ADAPTER}." not in n}
-    return [
-        fingerprint_of(own),
-        _adapters_at_work(denoiser_of(sampler.pipeline)),
-        {name: stable(value) for name, value in sorted(sampler.kwargs.items())},
-        [sampler.sampler.timesteps, list(sampler.steps), sampler.guided],
-        [config.tolerance, config.max_iterations, steps, config.seed if steps < len(sampler.steps) else None],
-    ]
+    def _encoding_tag(self) -> str | None:
+        """Hash of what a user's `encode` makes of the first image; for other images it cannot be found beforehand."""
+        if self.encode is None or "image" not in self.dataset.column_names:
+            return None
+        batch = self.dataset[:1]
+        with torch.no_grad():
+            return None if "latents" in batch else fingerprint_of({"latents": self.encode(batch["image"])})
 
 
-def _adapters_at_work(denoiser: torch.nn.Module) -> list[Any]:
-    """Which adapters take part and with what scale, which their weights do not tell; a gate has its own rule."""
-    gate, found = gate_on(denoiser), set()
+def _active_adapters(denoiser: torch.nn.Module) -> list[Any]:
+    """Which adapters take part and with what scale, which their weights do not show; a gate has its own rule."""
+    gate = gate_on(denoiser)
     left_out = {CORRECTION_ADAPTER, gate.adapter_name if gate else None}
-    for layer in tuner_layers(uncompiled(denoiser)):
-        names = [] if layer.disable_adapters else [n for n in layer.active_adapters if n not in left_out]
-        found |= {(name, getattr(layer, "scaling", {}).get(name)) for name in names}
+    layers = [layer for layer in tuner_layers(uncompiled(denoiser)) if not layer.disable_adapters]
+    active = [(layer, name) for layer in layers for name in layer.active_adapters if name not in left_out]
+    found = {(name, getattr(layer, "scaling", {}).get(name)) for layer, name in active}
     return [sorted(found, key=str), gate and [gate.adapter_name, gate.switch_timestep]]
 
 
-def latents_of(batch: dict[str, list[Any]], encode: Encoder) -> torch.Tensor:
-    """Latents of some rows of a data set."""
-    if "latents" in batch:
-        return torch.stack([torch.as_tensor(value, dtype=torch.float32) for value in batch["latents"]])
-    return encode(batch["image"])
-
-
-def encode_images(pipeline: Any, kwargs: dict[str, Any], images: list[Image.Image]) -> torch.Tensor:
+def encode_images(pipeline: DiffusionPipeline, kwargs: dict[str, Any], images: list[Image.Image]) -> torch.Tensor:
     """
-    Latents of images, as far as public parts of the pipeline make them.
+    Latents of images, made by the public parts of a pipeline.
 
     Args:
         pipeline (`DiffusionPipeline`):
-            Its VAE and image processor are used; one without a VAE denoises pixels in [-1, 1].
+            Its VAE and image processor are used. A pipeline without a VAE denoises pixels in [-1, 1].
         kwargs (`dict`):
-            Arguments of the pipeline call, of which `height` and `width` are those of the images.
+            Arguments of the pipeline call. `height` and `width` are the size in pixels that images are resized to; the
+            size of the first image where they are missing.
         images (`list[PIL.Image.Image]`):
             `B` images.
 
     Returns:
-        `torch.Tensor` of shape `(B, C, H, W)`.
+        `torch.Tensor` of shape `(B, C, H, W)`, float32, scaled and shifted as the denoiser expects.
+
+    Raises:
+        `ValueError`: the images differ in size, and there is no VAE whose image processor would resize them.
     """
     vae = getattr(pipeline, "vae", None)
     channels = (denoiser_of(pipeline) if vae is None else vae).config.in_channels
     images = [image.convert("L" if channels == 1 else "RGB") for image in images]
     if vae is None:
-        _check_sizes(pipeline, images)
-        pixels = torch.from_numpy(np.stack([np.asarray(image, dtype=np.float32) for image in images])) / 127.5 - 1
-        return pixels[:, None] if channels == 1 else pixels.permute(0, 3, 1, 2)
+        return _pixels(pipeline, images)
     pixels = pipeline.image_processor.preprocess(images, kwargs.get("height"), kwargs.get("width"))
     with torch.no_grad():
         encoded = vae.encode(pixels.to(offload_device(pipeline) or vae.device, vae.dtype))
@@ -273,13 +296,16 @@ def encode_images(pipeline: Any, kwargs: dict[str, Any], images: list[Image.Imag
     return (latents.float() - shift) * vae.config.scaling_factor
 
 
-def _check_sizes(pipeline: Any, images: list[Image.Image]) -> None:
+def _pixels(pipeline: DiffusionPipeline, images: list[Image.Image]) -> torch.Tensor:
     sizes = sorted({image.size for image in images})
     if len(sizes) > 1:
         raise ValueError(
             f"train_dataset has images of the sizes {sizes}, and {type(pipeline).__name__} has no VAE whose image "
             "processor would resize them. Resize them first, or pass an `encode` that does."
         )
+    arrays = np.stack([np.asarray(image, dtype=np.float32) for image in images])
+    pixels = torch.from_numpy(arrays) / 127.5 - 1
+    return pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
 
 
 def _bits(value: Any) -> bytes:

@@ -22,7 +22,8 @@ from ..pipelines.denoiser_call import DenoiserCall
 from ..training.checkpoints import load_optimizer_tensors, optimizer_tensors, refuse_changes
 from ..training.optimizer import learning_rates, prepared, stop_if_skipped, take_step
 from .config import NoiseCorrectionConfig
-from .correctors.flow import FlowCorrector, perturb
+from .correctors import FlowCorrector
+from .correctors.transport import perturb
 from .dataset import InvertedData
 
 

@@ -1,39 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""How far a set of samples is from standard normal noise."""
+"""How far a set of samples is from standard normal noise: moments, radii and a classifier two-sample test."""
 
 import math
 from dataclasses import asdict, dataclass
 
 import torch
+import torch.nn.functional as F
+
+from ..core.seeding import seed_of
 
 
-NEWTON_STEPS = 20
+OPTIMIZER_STEPS = 20
+# Of samples that are compared, and of their values: the classifier's features are some ten times as many.
+MOST_COMPARED = 10_000
+MOST_VALUES_COMPARED = 30_000_000
 
 
 @dataclass(frozen=True)
 class Gaussianity:
     """
-    Statistics of samples that N(0, I) fixes, each beside what as many draws of N(0, I) gave (`normal_...`).
+    Statistics of samples that N(0, I) determines. Each has a counterpart `normal_...`, the same statistic of as many
+    samples of N(0, I), which shows what chance alone gives.
 
     Args:
         mean (`float`):
-            Root mean square over elements of each element's mean.
+            Root mean square over elements of each element's mean; 0 for N(0, I).
         std (`float`):
-            Standard deviation of all values.
+            Standard deviation of all values; 1 for N(0, I).
         element_std (`float`):
-            Root mean square over elements of `std - 1`.
+            Root mean square over elements of `std - 1`, where std is that of the element; 0 for N(0, I).
         skewness (`float`):
-            Skewness of all values.
+            Third standardised moment of all values; 0 for N(0, I).
         kurtosis (`float`):
-            Excess kurtosis of all values.
+            Excess kurtosis of all values, their fourth standardised moment less 3; 0 for N(0, I).
         neighbour_correlation (`float`):
-            Correlation of values that are neighbours along the last axis.
+            Correlation, in [-1, 1], of values that are neighbours along the last axis; 0 for N(0, I).
         radius (`float`):
-            Kolmogorov-Smirnov distance of the samples' squared norms from the chi-squared law.
+            Kolmogorov-Smirnov distance, in [0, 1], of the samples' squared norms from the chi-squared distribution.
         accuracy (`float`):
-            Share of held-out samples that a logistic classifier of x, x^2 and products of neighbours tells from
-            N(0, I): a classifier two-sample test. 0.5 is chance.
+            Share, in [0, 1], of held-out samples that a logistic classifier of x, x^2 and products of neighbours
+            assigns correctly to the samples or to N(0, I): a classifier two-sample test (Lopez-Paz and Oquab, 2017,
+            arXiv 1610.06545). 0.5 is chance.
+        normal_mean, normal_std, normal_element_std, normal_skewness, normal_kurtosis (`float`):
+            The same of N(0, I).
+        normal_neighbour_correlation, normal_radius, normal_accuracy (`float`):
+            The same of N(0, I).
     """
 
     mean: float
@@ -66,12 +78,12 @@ def gaussianity(samples: torch.Tensor, seed: int = 0) -> Gaussianity:
 
     Args:
         samples (`torch.Tensor` of shape `(N, ...)`):
-            At least 20 samples.
+            At least 20 samples of finite values. They are compared on the CPU.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the noise that they are compared with.
+            Seed of the standard normal noise, and of the halves that the classifier is trained and tested on.
 
     Returns:
-        [`Gaussianity`].
+        [`Gaussianity`]: the statistics of the samples and of as many samples of N(0, I).
 
     Raises:
         `ValueError`: there are too few samples, or values that are not finite.
@@ -80,18 +92,35 @@ def gaussianity(samples: torch.Tensor, seed: int = 0) -> Gaussianity:
         raise ValueError(f"gaussianity: at least 20 samples of finite values are needed; got {tuple(samples.shape)}.")
     x = samples.detach().cpu().float()
     generator = torch.Generator().manual_seed(seed)
-    # A third draw, so that the classifier's accuracy on N(0, I) against N(0, I) is there to compare with.
+    # Two sets of N(0, I): one to compare the samples with, the other to compare with it in their place.
     normal, other = (torch.randn(x.shape, generator=generator) for _ in range(2))
-    found = {**_moments(x), "radius": _radius(x), "accuracy": two_sample_accuracy(x, normal, generator)}
-    chance = {**_moments(other), "radius": _radius(other), "accuracy": two_sample_accuracy(other, normal, generator)}
+    found, chance = _statistics(x, normal, generator), _statistics(other, normal, generator)
     return Gaussianity(**found, **{f"normal_{name}": value for name, value in chance.items()})
 
 
-def _moments(x: torch.Tensor) -> dict[str, float]:
+def random_part(noise: torch.Tensor, seed: int) -> torch.Tensor:
+    """
+    A random part of the samples, which may be sorted, small enough for [`gaussianity`].
+
+    Args:
+        noise (`torch.Tensor` of shape `(N, ...)`):
+            The samples.
+        seed (`int`):
+            Seed of the choice.
+    """
+    count = min(MOST_COMPARED, max(20, MOST_VALUES_COMPARED // noise[0].numel()))
+    generator = torch.Generator().manual_seed(seed_of(seed, "compared"))
+    return noise[torch.randperm(len(noise), generator=generator)[:count]]
+
+
+def _statistics(x: torch.Tensor, normal: torch.Tensor, generator: torch.Generator) -> dict[str, float]:
     flat = x.flatten(1).double()
     std = flat.std()
     z = (flat - flat.mean()) / std
     left, right = x[..., :-1].double(), x[..., 1:].double()
+    squared = flat.square().sum(1).sort().values
+    expected = torch.special.gammainc(torch.tensor(flat.shape[1] / 2, dtype=torch.float64), squared / 2)
+    ranks = torch.arange(len(x) + 1, dtype=torch.float64) / len(x)
     values = {
         "mean": flat.mean(0).square().mean().sqrt(),
         "std": std,
@@ -99,15 +128,9 @@ def _moments(x: torch.Tensor) -> dict[str, float]:
         "skewness": z.pow(3).mean(),
         "kurtosis": z.pow(4).mean() - 3,
         "neighbour_correlation": (left * right).mean() / (left.square().mean() * right.square().mean()).sqrt(),
+        "radius": torch.maximum(ranks[1:] - expected, expected - ranks[:-1]).max(),
     }
-    return {name: value.item() for name, value in values.items()}
-
-
-def _radius(x: torch.Tensor) -> float:
-    squared, d = x.flatten(1).double().square().sum(1).sort().values, x[0].numel()
-    expected = torch.special.gammainc(torch.tensor(d / 2, dtype=torch.float64), squared / 2)
-    ranks = torch.arange(len(x) + 1, dtype=torch.float64) / len(x)
-    return torch.maximum(ranks[1:] - expected, expected - ranks[:-1]).max().item()
+    return {**{n: value.item() for n, value in values.items()}, "accuracy": two_sample_accuracy(x, normal, generator)}
 
 
 def two_sample_accuracy(a: torch.Tensor, b: torch.Tensor, generator: torch.Generator) -> float:
@@ -120,16 +143,21 @@ def two_sample_accuracy(a: torch.Tensor, b: torch.Tensor, generator: torch.Gener
         generator (`torch.Generator`):
             Chooses the halves.
     """
-    features = torch.cat([_features(a), _features(b)])
-    labels = torch.cat([torch.ones(len(a)), -torch.ones(len(b))])
-    order = torch.cat([torch.randperm(len(a), generator=generator), torch.randperm(len(b), generator=generator)])
-    is_first = torch.cat([torch.arange(len(s)) < len(s) // 2 for s in (a, b)])
-    order[len(a) :] += len(a)
-    train, test = order[is_first], order[~is_first]
-    center, scale = features[train].mean(0), features[train].std(0).clamp(min=1e-6)
-    features = torch.cat([(features - center) / scale, torch.ones(len(features), 1)], dim=1)
-    weights = _logistic(features[train], labels[train])
-    return ((features[test] @ weights) * labels[test] > 0).float().mean().item()
+    sets = [_features(samples)[torch.randperm(len(samples), generator=generator)] for samples in (a, b)]
+    halves = list(zip(*(features.tensor_split([len(features) // 2]) for features in sets), strict=True))
+    train = torch.cat(halves[0])
+    center, scale = train.mean(0), train.std(0).clamp(min=1e-6)
+    # A sample is assigned to `a` where its product with the weights is positive; those of `b` are reflected.
+    train, test = (
+        torch.cat(
+            [
+                sign * F.pad((part - center) / scale, (0, 1), value=1.0)
+                for part, sign in zip(half, (1, -1), strict=True)
+            ]
+        )
+        for half in halves
+    )
+    return (test @ _logistic(train) > 0).float().mean().item()
 
 
 def _features(x: torch.Tensor) -> torch.Tensor:
@@ -138,17 +166,18 @@ def _features(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([part.flatten(1) for part in (x, x.square(), *products)], dim=1)
 
 
-def _logistic(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Weights of least logistic loss, with a ridge that grows with the number of features per sample; the last is the
-    intercept, which has none."""
+def _logistic(features: torch.Tensor) -> torch.Tensor:
+    """
+    Weights w of least logistic loss `mean log(1 + exp(-features w))`. A ridge, which grows with the number of features
+    per sample, holds all but the last one, the intercept.
+    """
     weights = torch.zeros(features.shape[1], requires_grad=True)
     ridge = math.sqrt(features.shape[1] / len(features)) / 10
-    optimizer = torch.optim.LBFGS([weights], max_iter=NEWTON_STEPS, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weights], max_iter=OPTIMIZER_STEPS, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        misfit = torch.nn.functional.softplus(-(features @ weights) * labels).mean()
-        loss = misfit + ridge * weights[:-1].square().sum()
+        loss = F.softplus(-(features @ weights)).mean() + ridge * weights[:-1].square().sum()
         loss.backward()
         return loss
 

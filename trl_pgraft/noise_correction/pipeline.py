@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 
 from ..adapters.files import CORRECTOR_FILE, CORRECTOR_FILES
@@ -19,10 +20,10 @@ from ..pipelines.inputs import input_names, parameters_of
 from ..pipelines.introspection import introspect_denoiser_call
 from ..pipelines.observe import first_calls
 from ..pipelines.tree import put_on
-from .correctors.flow import CORRECTORS, Corrector
+from .correctors import Corrector, load_corrector
 
 
-# What changes nothing in how the pipeline calls its denoiser.
+# Arguments that do not change how the pipeline calls its denoiser.
 NO_SETTINGS = {
     "prompt",
     "generator",
@@ -40,23 +41,28 @@ NO_SETTINGS = {
 
 class NoiseCorrectedPipeline:
     """
-    A flow pipeline whose noise a corrector makes like that of real data first.
+    A flow pipeline that starts from corrected noise, the second half of inverse noise correction (arXiv 2510.02692).
 
-    A call takes what the pipeline's own call takes, and returns what that returns. Attributes of the pipeline are to
-    be had as well, and its components (`corrected.scheduler = ...`) to be set.
+    A call takes what the pipeline's own call takes, and returns what that returns. The pipeline's attributes can be
+    read here as well, and its components set (`corrected.scheduler = ...`).
 
     Args:
         pipeline (`DiffusionPipeline`):
             A flow pipeline whose call takes `latents`.
-        corrector ([`Corrector`]):
-            From [`NoiseCorrectionTrainer`], or loaded with [`~NoiseCorrectedPipeline.from_pretrained`].
+        corrector (`Corrector` or `None`):
+            From [`NoiseCorrectionTrainer`], or loaded with [`~NoiseCorrectedPipeline.from_pretrained`]. `None` where
+            it is set before the first corrected call.
         corrector_steps (`int`, *optional*, defaults to `1`):
-            Steps of the corrector where a call names none. One evaluation of a network each, two of the denoiser
-            where the corrector is an adapter.
+            Steps of the corrector in calls that do not give `corrector_steps`. Each costs one evaluation of a network,
+            or two of the denoiser where the corrector is an adapter.
         trained_for (`dict`, *optional*):
-            What the corrector was trained on: `base_model`, `num_inference_steps`, `samples`, for the model card.
+            What the corrector was trained on, for the model card: `base_model`, `num_inference_steps`, `guided` and
+            `samples`.
         denoiser_format (`type`, *optional*):
-            Subclass of [`DenoiserFormat`] for a denoiser that the default does not serve.
+            Subclass of [`DenoiserFormat`] for a denoiser whose arguments or output the default does not read.
+
+    Raises:
+        `ValueError`: the pipeline does not take `latents`, or `corrector_steps` is not a whole number of 0 or more.
 
     Example:
 
@@ -69,8 +75,8 @@ class NoiseCorrectedPipeline:
 
     def __init__(
         self,
-        pipeline: Any,
-        corrector: Corrector,
+        pipeline: DiffusionPipeline,
+        corrector: Corrector | None,
         corrector_steps: int = 1,
         trained_for: dict[str, Any] | None = None,
         denoiser_format: type[DenoiserFormat] | None = None,
@@ -85,7 +91,7 @@ class NoiseCorrectedPipeline:
         self._calls: dict[str, DenoiserCall] = {}
 
     def __getattr__(self, name: str) -> Any:
-        if name == "pipeline":  # not there yet, while it is copied or unpickled
+        if name == "pipeline":  # not set yet, while this object is copied or unpickled
             raise AttributeError(name)
         return getattr(self.pipeline, name)
 
@@ -97,7 +103,7 @@ class NoiseCorrectedPipeline:
             super().__setattr__(name, value)
 
     def to(self, *args: Any, **kwargs: Any) -> "NoiseCorrectedPipeline":
-        """Move the pipeline as its own `to` does; the corrector follows it."""
+        """Move the pipeline as its own `to` does; the corrector follows in the next call."""
         self.pipeline.to(*args, **kwargs)
         return self
 
@@ -107,19 +113,28 @@ class NoiseCorrectedPipeline:
 
         Args:
             args, kwargs:
-                Arguments of the pipeline's call. `latents` are taken as the noise before correction.
+                Arguments of the pipeline's call. `latents` are the noise before correction.
             corrector_steps (`int`, *optional*):
-                Steps of the corrector; 0 is the pipeline's own call. Those of the pipeline where not given.
+                Steps of the corrector; 0 is the pipeline's own call, without correction. The attribute
+                `corrector_steps` holds where it is not given.
+
+        Returns:
+            What the pipeline's call returns.
+
+        Raises:
+            `TypeError`: the pipeline's call does not take the arguments.
+            `ValueError`: `corrector_steps` is not a whole number of 0 or more, or the pipeline calls its denoiser in
+                a way that cannot be recorded.
         """
         steps = self.corrector_steps if corrector_steps is None else _checked(corrector_steps)
-        inspect.signature(self.pipeline.__call__).bind(*args, **kwargs)  # raises where they do not fit
+        inspect.signature(self.pipeline.__call__).bind(*args, **kwargs)  # raises what the call would
         arguments = {**dict(zip(parameters_of(self.pipeline), args, strict=False)), **kwargs}
         if steps == 0:
             return self.pipeline(**arguments)
         return self.pipeline(**{**arguments, "latents": self._corrected_noise(arguments, steps)})
 
     def _corrected_noise(self, arguments: dict[str, Any], steps: int) -> torch.Tensor:
-        """The noise that the pipeline would start from, as its denoiser is given it, corrected."""
+        """The noise that the pipeline would start from, in the layout of the denoiser's latents, corrected."""
         call = self._call_with(arguments)
         calls = first_calls(self.pipeline, call.calls_per_step, lambda: self.pipeline(**arguments))
         latents = call.format.latents(calls[0])
@@ -128,7 +143,7 @@ class NoiseCorrectedPipeline:
         return self.corrector.correct(latents[:count], call, put_on(branch, latents.device), steps)
 
     def _call_with(self, arguments: dict[str, Any]) -> DenoiserCall:
-        """How the pipeline calls its denoiser with these settings; asked once for each."""
+        """How the pipeline calls its denoiser with these settings; introspected once for each."""
         ignored = input_names(self.pipeline) | NO_SETTINGS
         settings = {name: value for name, value in arguments.items() if name not in ignored}
         key = repr(sorted(settings.items()))
@@ -137,7 +152,13 @@ class NoiseCorrectedPipeline:
         return self._calls[key]
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the corrector, without the pipeline, to a folder, which is made if missing."""
+        """
+        Save the corrector, without the pipeline.
+
+        Args:
+            folder (`str` or `Path`):
+                Folder to write to; it is made if missing.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.corrector.save(folder)
@@ -152,7 +173,7 @@ class NoiseCorrectedPipeline:
     def from_pretrained(
         cls,
         source: str | Path,
-        pipeline: Any,
+        pipeline: DiffusionPipeline,
         *,
         denoiser_format: type[DenoiserFormat] | None = None,
         revision: str | None = None,
@@ -163,15 +184,18 @@ class NoiseCorrectedPipeline:
 
         Args:
             source (`str` or `Path`):
-                Folder of [`~NoiseCorrectedPipeline.save_pretrained`], or repository on the Hub.
+                Folder of [`~NoiseCorrectedPipeline.save_pretrained`], or repository id on the Hub.
             pipeline (`DiffusionPipeline`):
-                The pipeline.
+                The pipeline that the corrector was trained for. A LoRA is added to its denoiser, switched off.
             denoiser_format (`type`, *optional*):
-                See [`NoiseCorrectedPipeline`].
+                Subclass of [`DenoiserFormat`] for a denoiser whose arguments or output the default does not read.
             revision (`str`, *optional*):
-                Branch, tag or commit of the repository.
+                Branch, tag or commit of the repository; its default branch where not given.
             token (`str`, *optional*):
                 Token for a private repository; the one of `HF_TOKEN` or `hf auth login` where not given.
+
+        Returns:
+            [`NoiseCorrectedPipeline`]: the pipeline with its corrector.
 
         Raises:
             `ValueError`: there is no corrector, or it is of an unknown kind, or its weights do not fit the denoiser.
@@ -183,12 +207,7 @@ class NoiseCorrectedPipeline:
         if not (folder / CORRECTOR_FILE).is_file():
             raise ValueError(f"{source} has no {CORRECTOR_FILE}: it is no corrector of NoiseCorrectionTrainer.")
         facts = json.loads((folder / CORRECTOR_FILE).read_text())
-        if facts["corrector"] not in CORRECTORS:
-            raise ValueError(
-                f"{source} has a corrector of the kind {facts['corrector']!r}; this version of trl_pgraft knows "
-                f"{', '.join(CORRECTORS)}. Fit one of these to the same data."
-            )
-        corrector = CORRECTORS[facts["corrector"]].load(folder, pipeline)
+        corrector = load_corrector(facts["corrector"], folder, pipeline)
         return cls(pipeline, corrector, facts["corrector_steps"], facts["trained_for"], denoiser_format)
 
     def push_to_hub(
@@ -201,9 +220,25 @@ class NoiseCorrectedPipeline:
         revision: str | None = None,
     ) -> str:
         """
-        Push the corrector, without the pipeline, to a model repository on the Hub, with a card.
+        Push the corrector, without the pipeline, to a model repository on the Hub, with a model card.
 
-        Arguments, result and errors are those of [`push_adapter_to_hub`].
+        Args:
+            repo_id (`str`):
+                Repository, `name` or `owner/name`; it is made if missing.
+            private (`bool`, *optional*, defaults to `False`):
+                Whether the repository must be private. A public one that is there already is then refused.
+            token (`str`, *optional*):
+                Token with write access; the one of `HF_TOKEN` or `hf auth login` where not given.
+            commit_message (`str`, *optional*, defaults to `"Upload noise corrector"`):
+                Message of the commit.
+            revision (`str`, *optional*):
+                Branch to push to; the default branch where not given.
+
+        Returns:
+            `str`: id of the repository, with its owner.
+
+        Raises:
+            [`PushError`]: the Hub did not take it. The message has the command that pushes it later.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)

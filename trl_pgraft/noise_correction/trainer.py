@@ -1,51 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Inverse noise correction: a flow model's noise is learned from real data, without a reward."""
+"""Train a noise corrector: invert the data, train the corrector on the noise, save it and push it."""
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 from accelerate import Accelerator
-from diffusers import ModelMixin
-from PIL import Image
+from diffusers import DiffusionPipeline, ModelMixin
+from peft import PeftConfig
 
-from ..adapters.gate import gate_on
-from ..adapters.lora import default_lora_config, tuner_layers
+from ..adapters.lora import default_lora_config
 from ..core.seeding import seed_of
 from ..hub.cards import repository_of
 from ..pipelines.conditioning import Conditioning
 from ..pipelines.denoiser_call import denoiser_of
 from ..pipelines.denoiser_format import DenoiserFormat, uncompiled
 from ..pipelines.inputs import takes_prompts
-from ..pipelines.placement import check_adaptable, on_device, place_pipeline
+from ..pipelines.placement import on_device, place_pipeline
 from ..training.checkpoints import archive_previous_run
 from .config import NoiseCorrectionConfig
-from .correctors.flow import (
-    CORRECTION_ADAPTER,
-    AdapterCorrector,
-    FlowCorrector,
-    NetworkCorrector,
-    add_correction_adapter,
-    make_network,
-)
-from .correctors.gaussian import GaussianCorrector, check_size
-from .dataset import DatasetInverter, InvertedData, encode_images
+from .correctors import FlowCorrector, GaussianCorrector, LoraCorrector, NetworkCorrector
+from .correctors.gaussian import check_size
+from .correctors.network import make_network
+from .dataset import DatasetInverter, Encoder, InvertedData
 from .fine_tuning import CHECKPOINT_FILE, CorrectorData, CorrectorFit, split
-from .gaussianity import gaussianity
-from .inversion import FlowSampler
+from .flow_sampler import FlowSampler
+from .gaussianity import gaussianity, random_part
 from .pipeline import NoiseCorrectedPipeline
 
 
-# Samples that are compared with N(0, I), and values: the classifier's features are some ten times as many.
-MOST_COMPARED = 10_000
-MOST_VALUES_COMPARED = 30_000_000
 METRICS_FILE = "metrics.jsonl"
 CORRECTOR_FOLDER = "corrector"
 
@@ -60,27 +48,31 @@ class NoiseCorrectionTrainer:
 
     Args:
         config ([`NoiseCorrectionConfig`], *optional*):
-            Configuration.
+            Configuration; all defaults where not given.
         pipeline (`DiffusionPipeline`):
-            A flow pipeline with an Euler scheduler (`FlowMatchEulerDiscreteScheduler`), whose call takes `latents`.
+            A flow pipeline with an Euler scheduler (`FlowMatchEulerDiscreteScheduler`), whose call takes `latents`. It
+            is moved to this process's device in its own precision, and its weights are frozen.
         train_dataset (`datasets.Dataset`):
             Real data: a column `image` of PIL images, or `latents` in the layout that the pipeline returns with
             `output_type="latent"`; and a column `prompt` where the pipeline takes prompts.
         peft_config (`PeftConfig`, *optional*):
-            Adapter for `corrector="lora"`; a LoRA on the attention projections where not given.
-        network (`torch.nn.Module`, *optional*):
-            For `corrector="network"`: a diffusers model called as `network(x, timestep).sample`; a small UNet where
-            not given.
+            Adapter for `corrector="lora"`; a LoRA of rank `config.lora_rank` on the attention projections where not
+            given.
+        network (`diffusers.ModelMixin`, *optional*):
+            Network for `corrector="network"`, called as `network(x, timestep).sample` with x of the shape of the
+            latents; a UNet of `config.network_channels` channels where not given.
         pipeline_kwargs (`dict`, *optional*):
-            Further arguments of the pipeline call, `height` and `width` among them.
+            Further arguments of the pipeline call, such as `height` and `width` in pixels and `guidance_scale`; the
+            call's own defaults hold for the others. `num_inference_steps` is that of the configuration.
         encode (`Callable`, *optional*):
-            List of PIL images to latents of shape `(B, ...)`; the pipeline's VAE where not given, or pixels in [-1, 1]
-            where it has none.
+            Maps a list of `B` PIL images to latents of shape `(B, ...)`; the pipeline's VAE where not given, or pixels
+            in [-1, 1] where it has none.
         denoiser_format (`type`, *optional*):
-            Subclass of [`DenoiserFormat`] for a denoiser that the default does not serve.
+            Subclass of [`DenoiserFormat`] for a denoiser whose arguments or output the default does not read.
 
     Raises:
-        `ValueError`: the arguments do not fit together, or the sampler is not Euler's.
+        `ValueError`: the arguments do not fit together, the sampler is not Euler's, none of its steps ends at
+            `config.lowest_sigma` or above, or the denoiser takes no LoRA as it is.
 
     Example:
 
@@ -95,16 +87,18 @@ class NoiseCorrectionTrainer:
     def __init__(
         self,
         config: NoiseCorrectionConfig | None = None,
-        pipeline: Any = None,
-        train_dataset: Any = None,
+        pipeline: DiffusionPipeline | None = None,
+        train_dataset: datasets.Dataset | None = None,
         *,
-        peft_config: Any = None,
-        network: torch.nn.Module | None = None,
+        peft_config: PeftConfig | None = None,
+        network: ModelMixin | None = None,
         pipeline_kwargs: dict[str, Any] | None = None,
-        encode: Callable[[list[Image.Image]], torch.Tensor] | None = None,
+        encode: Encoder | None = None,
         denoiser_format: type[DenoiserFormat] | None = None,
     ):
         self.config = config = config or NoiseCorrectionConfig()
+        if pipeline is None or train_dataset is None:
+            raise ValueError("pipeline and train_dataset are required: a diffusers flow pipeline, and real data.")
         _check_arguments(config, pipeline, train_dataset, peft_config, network)
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
         if config.train_batch_size % self.accelerator.num_processes:
@@ -112,24 +106,16 @@ class NoiseCorrectionTrainer:
                 f"train_batch_size={config.train_batch_size} is not divisible by the {self.accelerator.num_processes} "
                 "processes that share it."
             )
-        # With all columns, images as PIL's and latents as arrays, whatever format is set; a transform stays.
+        # Read all columns, images as PIL's and latents as arrays, whatever format is set. A transform is kept.
         plain = train_dataset.with_format("numpy" if "latents" in train_dataset.column_names else None)
         self.train_dataset = train_dataset if train_dataset.format["type"] == "custom" else plain
-        self.pipeline = pipeline
-        self.output_dir = Path(config.output_dir)
-        # In its own precision: an inverse cannot be closer than that.
+        self.pipeline, self.output_dir = pipeline, Path(config.output_dir)
+        # In its own precision: an inverse cannot be more exact than that.
         place_pipeline(pipeline, self.accelerator.device)
-        self.kwargs = {**(pipeline_kwargs or {}), "num_inference_steps": config.num_inference_steps}
-        self.sampler = FlowSampler.of(pipeline, self.kwargs, config.guided, denoiser_format)
-        self.inverted_steps = self.sampler.steps_down_to(config.lowest_sigma)
-        if not self.inverted_steps:
-            raise ValueError(
-                f"lowest_sigma={config.lowest_sigma:g}: none of the {config.num_inference_steps} steps ends at that "
-                f"noise level or above, the first at {self.sampler.levels[0]:.3g}. Lower it, or raise "
-                "num_inference_steps."
-            )
-        self.encode = encode or partial(encode_images, pipeline, self.kwargs)
-        # A Gaussian is there once it is fitted.
+        kwargs = {**(pipeline_kwargs or {}), "num_inference_steps": config.num_inference_steps}
+        self.sampler = FlowSampler.of(pipeline, kwargs, config.guided, denoiser_format)
+        self.inverter = DatasetInverter(self.sampler, self.train_dataset, encode, config, self.output_dir / "inverted")
+        # A Gaussian is made when it is fitted.
         self.corrector = None if config.corrector == "gaussian" else self._make_corrector(peft_config, network)
         trained_for = {
             "base_model": repository_of(pipeline),
@@ -141,44 +127,42 @@ class NoiseCorrectionTrainer:
             pipeline, self.corrector, config.corrector_steps, trained_for, denoiser_format
         )
 
-    def _make_corrector(self, peft_config: Any, network: torch.nn.Module | None) -> FlowCorrector:
+    def _make_corrector(self, peft_config: PeftConfig | None, network: ModelMixin | None) -> FlowCorrector:
         denoiser, seed = denoiser_of(self.pipeline), seed_of(self.config.seed, "corrector")
         if self.config.corrector == "lora":
-            check_adaptable(denoiser)
-            _check_free(denoiser)
             peft_config = peft_config or default_lora_config(uncompiled(denoiser), self.config.lora_rank)
-            add_correction_adapter(uncompiled(denoiser), peft_config, seed)
-            if self.config.gradient_checkpointing:
-                denoiser.enable_gradient_checkpointing()
-            return AdapterCorrector(denoiser)
-        if network is None:
-            with torch.random.fork_rng():
-                torch.manual_seed(seed)
-                network = make_network(tuple(self.sampler.like.shape[1:]), self.config.network_channels)
+            corrector: FlowCorrector = LoraCorrector.new(denoiser, peft_config, seed)
+        else:
+            if network is None:
+                with torch.random.fork_rng():
+                    torch.manual_seed(seed)
+                    network = make_network(tuple(self.sampler.like.shape[1:]), self.config.network_channels)
+            corrector = NetworkCorrector(network.to(self.accelerator.device).eval().requires_grad_(True))
         if self.config.gradient_checkpointing:
-            network.enable_gradient_checkpointing()
-        return NetworkCorrector(network.to(self.accelerator.device).eval().requires_grad_(True))
+            corrector.module.enable_gradient_checkpointing()
+        return corrector
 
     def invert(self) -> InvertedData:
         """
         Map the data set to noise, and write to `inversion.json` how far that is from N(0, I).
 
-        What is on disk already, of this model, sampler and data, is not inverted again.
+        What the output folder has already, of the same model, sampler and data, is not inverted again.
+
+        Returns:
+            [`InvertedData`]: the noise of the samples that converged, in every process.
 
         Raises:
-            [`InversionError`]: more samples than `max_unconverged` allows did not converge; its notes name them.
+            [`InversionError`]: more samples than `max_unconverged` allows did not converge; its notes name the rows.
+            `RuntimeError`: more samples did not converge in all processes, or in earlier runs, than are allowed; or
+                the data set is not the same at each reading.
         """
         started = time.perf_counter()
-        inverter = DatasetInverter(
-            self.sampler, self.train_dataset, self.encode, self.config, self.output_dir / "inverted"
-        )
-        data = inverter.run(self.accelerator)
+        data = self.inverter.run(self.accelerator)
         if self.accelerator.is_main_process:
-            self._report(data, time.perf_counter() - started)
+            self._write_report(data, time.perf_counter() - started)
         return data
 
-    def _report(self, data: InvertedData, seconds: float) -> None:
-        """Write `inversion.json`, unless it is there and tells of the same noise."""
+    def _write_report(self, data: InvertedData, seconds: float) -> None:
         path = self.output_dir / "inversion.json"
         if path.is_file() and json.loads(path.read_text()).get("noise") == data.fingerprint:
             return
@@ -187,18 +171,18 @@ class NoiseCorrectionTrainer:
             "samples": len(data.rows),
             "left_out": len(self.train_dataset) - len(data.rows),
             "largest_residual": data.residuals.max().item(),
-            "evaluations_per_step": data.iterations.double().mean().item() / self.inverted_steps,
+            "evaluations_per_step": data.iterations.double().mean().item() / self.inverter.steps,
             "seconds": seconds,
         }
         if len(data.rows) >= 20:
-            found = gaussianity(some_of(data.noise, self.config.seed), self.config.seed)
-            self.accelerator.print(f"Inverted noise beside standard normal noise:\n{found}")
+            found = gaussianity(random_part(data.noise, self.config.seed), self.config.seed)
+            self.accelerator.print(f"Inverted noise and standard normal noise:\n{found}")
             report["gaussianity"] = asdict(found)
         path.write_text(json.dumps(report, indent=2) + "\n")
 
     def train(self) -> NoiseCorrectedPipeline:
         """
-        Invert the data, fit the corrector and save it to `corrector` in the output folder.
+        Invert the data, train the corrector and save it to `corrector` in the output folder.
 
         The checkpoint, metrics and corrector of an earlier run that is not resumed are moved to `previous_<n>` there.
 
@@ -206,7 +190,11 @@ class NoiseCorrectionTrainer:
             [`NoiseCorrectedPipeline`]: the pipeline with its corrector.
 
         Raises:
-            `ValueError`: the corrector is a Gaussian, and there are too few samples for it, or too many elements.
+            `ValueError`: the corrector is a Gaussian, and there are too few samples for it, or too many elements; or
+                the checkpoint that is resumed is of another configuration.
+            `RuntimeError`: see [`~NoiseCorrectionTrainer.invert`]; or ten optimizer steps in a row had a non-finite
+                loss or gradient.
+            [`InversionError`]: see [`~NoiseCorrectionTrainer.invert`].
         """
         if self.config.corrector == "gaussian":
             check_size(len(split(len(self.train_dataset), self.config)[1]), self.sampler.like[0].numel())
@@ -235,7 +223,7 @@ class NoiseCorrectionTrainer:
         return gaussian
 
     def _training_data(self, data: InvertedData) -> CorrectorData:
-        if isinstance(self.corrector, NetworkCorrector):  # knows no prompts, and there may be many
+        if isinstance(self.corrector, NetworkCorrector):  # does not depend on prompts, and encoding many takes long
             rows = torch.zeros(len(data.rows), dtype=torch.int64)
             return CorrectorData(data, rows, self.sampler.call, Conditioning({}, None, {}))
         has_prompts = "prompt" in self.train_dataset.column_names
@@ -251,7 +239,13 @@ class NoiseCorrectionTrainer:
                 file.write(json.dumps(metrics) + "\n")
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
-        """Save the corrector to a folder; `corrector` in the output folder where none is given."""
+        """
+        Save the corrector, without the pipeline, from the main process.
+
+        Args:
+            output_dir (`str` or `Path`, *optional*):
+                Folder to write to; `corrector` in the output folder where not given.
+        """
         if self.accelerator.is_main_process:
             self.corrected.save_pretrained(output_dir or self.output_dir / CORRECTOR_FOLDER)
         self.accelerator.wait_for_everyone()
@@ -260,28 +254,37 @@ class NoiseCorrectionTrainer:
         """
         Push the corrector to `config.hub_model_id`, from the main process.
 
+        Args:
+            commit_message (`str`, *optional*, defaults to `"Upload noise corrector"`):
+                Message of the commit.
+            revision (`str`, *optional*):
+                Branch to push to; the default branch where not given.
+
         Returns:
-            `str` or `None`: the repository, on the main process.
+            `str` or `None`: id of the repository, with its owner; `None` in the other processes.
 
         Raises:
             [`PushError`]: the Hub did not take it; the message has the command that pushes it later.
         """
+        if not self.accelerator.is_main_process:
+            return None
         config = self.config
-        if self.accelerator.is_main_process:
-            return self.corrected.push_to_hub(
-                config.hub_model_id or self.output_dir.resolve().name,
-                private=config.hub_private_repo,
-                token=config.hub_token,
-                commit_message=commit_message,
-                revision=revision,
-            )
+        return self.corrected.push_to_hub(
+            config.hub_model_id or self.output_dir.resolve().name,
+            private=config.hub_private_repo,
+            token=config.hub_token,
+            commit_message=commit_message,
+            revision=revision,
+        )
 
 
 def _check_arguments(
-    config: NoiseCorrectionConfig, pipeline: Any, dataset: Any, peft_config: Any, network: Any
+    config: NoiseCorrectionConfig,
+    pipeline: DiffusionPipeline,
+    dataset: datasets.Dataset,
+    peft_config: PeftConfig | None,
+    network: ModelMixin | None,
 ) -> None:
-    if pipeline is None or dataset is None:
-        raise ValueError("pipeline and train_dataset are required: a diffusers flow pipeline, and real data.")
     if not isinstance(dataset, datasets.Dataset):
         raise ValueError(
             f"train_dataset is a {type(dataset).__name__}; it needs to be a datasets.Dataset: one split, not streamed."
@@ -301,28 +304,6 @@ def _check_arguments(
             f"network: a {type(network).__name__} is no diffusers model, so it could not be saved. Derive it from "
             "diffusers.ModelMixin and ConfigMixin."
         )
-    if network is not None and config.corrector != "network":
-        raise ValueError(f"network: given with corrector={config.corrector!r}; set corrector='network'.")
-    if peft_config is not None and config.corrector != "lora":
-        raise ValueError(f"peft_config: given with corrector={config.corrector!r}; set corrector='lora'.")
-
-
-def _check_free(denoiser: torch.nn.Module) -> None:
-    """Refuse a denoiser that a LoRA corrector cannot be trained in, before anything is inverted."""
-    if gate_on(denoiser) is not None:
-        raise ValueError(
-            "corrector='lora': the denoiser has a TimestepGate, and the rows of a training batch have different noise "
-            "levels. Remove the gate, or use corrector='network', for which it stays."
-        )
-    if tuner_layers(uncompiled(denoiser), CORRECTION_ADAPTER):
-        raise ValueError(
-            "corrector='lora': the denoiser has a corrector already, of another NoiseCorrectionTrainer or of "
-            "NoiseCorrectedPipeline.from_pretrained. Load the pipeline anew."
-        )
-
-
-def some_of(noise: torch.Tensor, seed: int) -> torch.Tensor:
-    """A random part of the samples, which may be sorted, that is quickly compared with N(0, I)."""
-    count = min(MOST_COMPARED, max(20, MOST_VALUES_COMPARED // noise[0].numel()))
-    generator = torch.Generator().manual_seed(seed_of(seed, "compared"))
-    return noise[torch.randperm(len(noise), generator=generator)[:count]]
+    for name, value, corrector in (("network", network, "network"), ("peft_config", peft_config, "lora")):
+        if value is not None and config.corrector != corrector:
+            raise ValueError(f"{name}: given with corrector={config.corrector!r}; set corrector={corrector!r}.")

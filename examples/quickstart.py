@@ -61,9 +61,7 @@ def load_prompts(split: str, categories: tuple[str, ...] = CATEGORIES) -> list[s
     return [row["prompt"] for row in rows if row["category"] in categories]
 
 
-def make_trainer(
-    config: GraftConfig, prompts: list[str], lora_targets: Sequence[str] = LORA_TARGETS
-) -> PGraftTrainer:
+def make_trainer(config: GraftConfig, prompts: list[str], lora_targets: Sequence[str] = LORA_TARGETS) -> PGraftTrainer:
     """Trainer on the embedded model: rewarded by the verifier's soft score; its yes or no is logged beside it."""
     pipeline = StableDiffusionPipeline.from_pretrained(EMOJI / "model")
     # Halves the decoder's time on a CPU.

@@ -60,7 +60,7 @@ def rollout(trainer, repeats: int) -> tuple[float, float]:
     def ours() -> None:
         policy = trainer.policy
         # Drawn as it is iterated over.
-        list(draw(policy.pipeline, policy.call, samples, policy.levels.position, BATCH, policy.arguments))
+        list(draw(policy.pipeline, policy.call, samples, policy.levels.step_index, BATCH, policy.arguments))
 
     return alternate(ours, lambda: call_pipeline(trainer.pipeline, prompts, seeds, arguments), repeats)
 

@@ -36,7 +36,7 @@ from trl_pgraft import GraftConfig
 from trl_pgraft.core.noise_schedules import NoiseSchedule
 from trl_pgraft.core.parameterizations import combine
 from trl_pgraft.pipelines.schedulers import Sampler, prediction_type_of, run_on_known_data
-from trl_pgraft.pipelines.timesteps import levels_of_sampler
+from trl_pgraft.pipelines.timesteps import tuned_levels
 
 
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -199,7 +199,7 @@ def upper_share(x: torch.Tensor) -> float:
 def gate_row(case: Case, spacing: str | None) -> list[str]:
     """Share of the upper component: tuned throughout, gated by an exact sampler and by this one; restart."""
     sampler = sampler_with(case, spacing, 10)
-    levels, switch = levels_of_sampler(GraftConfig(tuned_fraction=0.5), sampler)
+    levels, switch = tuned_levels(GraftConfig(tuned_fraction=0.5), sampler)
     fine_options = {} if case.is_flow else {k: v for k, v in case.options.items() if k in ZERO_SNR}
     fine = sampler_with(FINE[case.is_flow], None, 1000, **fine_options)
 
@@ -214,7 +214,7 @@ def gate_row(case: Case, spacing: str | None) -> list[str]:
     end, states = walk(sampler, noisiest(sampler, REFERENCE), lambda _: REFERENCE)
     if case.is_stochastic:
         return [*(f"{share:.3f}" for share in shares), "", ""]
-    again, _ = walk(sampler, states[levels.position], lambda _: REFERENCE, levels.position)
+    again, _ = walk(sampler, states[levels.step_index], lambda _: REFERENCE, levels.step_index)
     moved = (again - end).square().mean().sqrt().item()
     flipped = ((again > 0) != (end > 0)).double().mean().item()
     return [*(f"{share:.3f}" for share in shares), f"{moved:.4f}", f"{100 * flipped:.2f}%"]
@@ -224,8 +224,8 @@ def level_row(case: Case, spacing: str | None) -> list[str]:
     """Level errors; then x_I's call, and the noise around the switch with the same and other numbers of steps."""
     errors = [f"{level_error(case, spacing, steps):.4f}" for steps in (4, 10, 30, 50)]
     sampler = sampler_with(case, spacing, 10)
-    levels, switch = levels_of_sampler(GraftConfig(tuned_fraction=0.5), sampler)
-    around = [str(levels.position), f"{levels.schedule(switch.switch_timestep)[1].item():.3f}"]
+    levels, switch = tuned_levels(GraftConfig(tuned_fraction=0.5), sampler)
+    around = [str(levels.step_index), f"{levels.schedule(switch.switch_timestep)[1].item():.3f}"]
     for steps in (10, 4, 25):
         other = sampler_with(case, spacing, steps)
         begins = other.timesteps[:: other.scheduler.order]

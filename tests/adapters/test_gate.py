@@ -10,7 +10,7 @@ from tiny_pipelines import adapter_use, add_random_adapter, tiny_flux, tiny_sd
 from trl_pgraft import GraftConfig, TimestepGate
 from trl_pgraft.adapters.guidance import TunedGuidance
 from trl_pgraft.adapters.lora import active_adapters
-from trl_pgraft.pipelines.introspection import introspect_denoiser_call
+from trl_pgraft.pipelines.introspection import introspect
 from trl_pgraft.pipelines.timesteps import tuned_levels
 
 
@@ -128,19 +128,20 @@ def test_bf16_timesteps_of_a_shifted_flow_schedule_switch_at_the_right_step_ever
     steps = 14
     flux = tiny_flux(shift=3.0).to(dtype=torch.bfloat16)
     arguments = {"num_inference_steps": steps, "guidance_scale": 1.0}
-    call = introspect_denoiser_call(flux, arguments)
+    introspection = introspect(flux, arguments)
+    call = introspection.call
     add_random_adapter(flux.transformer, std=0.01)
     at_its_own_level = []
-    for position in range(1, steps):
-        config = GraftConfig(tuned_fraction=position / steps, sample_num_steps=steps)
-        levels, switch = tuned_levels(config, flux, call, arguments)
+    for step_index in range(1, steps):
+        config = GraftConfig(tuned_fraction=step_index / steps, sample_num_steps=steps)
+        levels, switch = tuned_levels(config, introspection.sampler, call.clock)
         with (
             TimestepGate(flux.transformer, "pgraft", switch.switch_timestep, call.clock),
             adapter_use(flux.transformer) as use,
         ):
             flux(prompt=["a"], output_type="latent", generator=torch.Generator().manual_seed(0), **arguments)
-        assert levels.position == position
-        assert list(use.values()) == [True] * position + [False] * (steps - position)
+        assert levels.step_index == step_index
+        assert list(use.values()) == [True] * step_index + [False] * (steps - step_index)
         at_its_own_level.append(sum(1000 * t > switch.state_timestep for t in use))
     assert at_its_own_level != list(range(1, steps)), "a strict t > t_I would do here, so this test shows nothing"
 
@@ -239,7 +240,7 @@ def test_an_unknown_adapter_is_named(sd):
 
 @pytest.mark.parametrize("tuned_scale", [1.0, 5.0])
 def test_tuned_guidance_is_another_scale_above_the_switch(sd, tuned_scale):
-    call = introspect_denoiser_call(sd, {"guidance_scale": GUIDANCE})
+    call = introspect(sd, {"guidance_scale": GUIDANCE}).call
     expected = sample_by_hand(sd, guidance=lambda t: tuned_scale if t > SWITCH else GUIDANCE)
     hooks = hooks_of(sd.unet)
     with TunedGuidance(sd.unet, call, GUIDANCE, tuned_scale, SWITCH):
@@ -249,6 +250,6 @@ def test_tuned_guidance_is_another_scale_above_the_switch(sd, tuned_scale):
 
 
 def test_tuned_guidance_needs_both_branches_in_one_call(flux):
-    call = introspect_denoiser_call(flux, {"guidance_scale": GUIDANCE})
+    call = introspect(flux, {"guidance_scale": GUIDANCE}).call
     with pytest.raises(ValueError, match="tuned_guidance_scale"):
         TunedGuidance(flux.transformer, call, GUIDANCE, 1.0, SWITCH)

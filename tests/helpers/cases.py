@@ -16,7 +16,7 @@ from worked_overrides import overrides
 from trl_pgraft import GraftConfig, PGraftTrainer
 from trl_pgraft.pipelines.denoiser_format import DenoiserFormat
 from trl_pgraft.pipelines.inputs import as_batch, inputs_of, sampling_arguments, takes_prompts
-from trl_pgraft.pipelines.introspection import introspect_denoiser_call
+from trl_pgraft.pipelines.introspection import introspect
 
 
 SMALL = {"height": 16, "width": 16}
@@ -49,7 +49,7 @@ class Case:
 
     def learn(self, pipeline: Any, arguments: dict[str, Any]) -> Any:
         example = {name: as_batch([value]) for name, value in self.inputs(pipeline, arguments, [0])[0].items()}
-        return introspect_denoiser_call(pipeline, {**example, **arguments}, self.denoiser_format)
+        return introspect(pipeline, {**example, **arguments}, self.denoiser_format).call
 
 
 LENGTH = {"max_sequence_length": 24}

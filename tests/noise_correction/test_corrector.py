@@ -16,7 +16,7 @@ from trl_pgraft.noise_correction.correctors.network import make_network
 from trl_pgraft.noise_correction.correctors.transport import perturb, transport
 from trl_pgraft.pipelines.conditioning import record_conditioning
 from trl_pgraft.pipelines.denoiser_call import replay
-from trl_pgraft.pipelines.introspection import introspect_denoiser_call
+from trl_pgraft.pipelines.introspection import introspect
 
 
 class ExactCorrector:
@@ -100,7 +100,7 @@ def test_a_new_lora_corrects_nothing_and_a_trained_one_is_seen_by_no_one_else(ma
     pipeline = make()
     kwargs = {} if make is tiny_flow else {"height": 16, "width": 16, "guidance_scale": 1.0}
     denoiser = getattr(pipeline, "transformer", None) or pipeline.unet
-    call = introspect_denoiser_call(pipeline, kwargs)
+    call = introspect(pipeline, kwargs).call
     conditioning = record_conditioning(pipeline, call, ["a cat", "two"], kwargs).rows([0, 1], "cpu")
     noise = torch.randn(2, *shape)
     before = replay(denoiser, call, noise, torch.tensor([500, 200]), conditioning)

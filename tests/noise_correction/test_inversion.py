@@ -12,7 +12,7 @@ from tiny_transformers import tiny_sana, tiny_sd3
 from trl_pgraft import invert_flow
 from trl_pgraft.noise_correction.flow_sampler import FlowSampler, euler_steps
 from trl_pgraft.noise_correction.inversion import InversionError
-from trl_pgraft.pipelines.schedulers import sampler_of
+from trl_pgraft.pipelines.introspection import introspect
 
 
 # diffusers' flow scheduler steps in float32, so a pipeline's round trip cannot be closer than its rounding.
@@ -108,7 +108,7 @@ def test_velocities_that_are_not_finite_raise():
 
 
 def test_steps_are_those_of_the_pipelines_sigmas():
-    sampler = sampler_of(tiny_flux(shift=3.0), {**SIZE, "num_inference_steps": 5})
+    sampler = introspect(tiny_flux(shift=3.0), {**SIZE, "num_inference_steps": 5}).sampler
     expected = sampler.scheduler.sigmas.diff()
     torch.testing.assert_close(torch.tensor(euler_steps(sampler)), expected, rtol=0, atol=1e-7)
 
@@ -135,7 +135,7 @@ SANA = {"height": 32, "width": 32, "use_resolution_binning": False}
 @pytest.mark.parametrize("make, further", [(tiny_sd, {}), (tiny_sana, SANA)])
 def test_other_samplers_are_refused(make, further):
     with pytest.raises(ValueError, match="no Euler sampler of a flow"):
-        euler_steps(sampler_of(make(), {**SIZE, "num_inference_steps": 4, **further}))
+        euler_steps(introspect(make(), {**SIZE, "num_inference_steps": 4, **further}).sampler)
 
 
 def test_arguments_are_checked_first():

@@ -116,7 +116,7 @@ def test_a_step_is_trained_saved_loaded_and_gated(case, fraction, tmp_path):
         call_pipeline(pipeline, PROMPTS, [5, 6], {**arguments, "output_type": "pt"}, inputs)
     told = {trainer.policy.call.training_timestep(timestep): is_on for timestep, is_on in use.items()}
     assert told == {t: fraction == 1.0 or t > gate.switch_timestep for t in told}
-    assert list(told.values()).count(True) == (len(told) if fraction == 1.0 else trainer.policy.levels.position)
+    assert list(told.values()).count(True) == (len(told) if fraction == 1.0 else trainer.policy.levels.step_index)
     assert len(told) == len(pipeline.scheduler.timesteps[-len(told) :]) >= 3
 
 

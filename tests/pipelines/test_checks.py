@@ -15,7 +15,7 @@ from trl_pgraft import DenoiserFormat, GraftConfig, PGraftTrainer
 from trl_pgraft.adapters.lora import add_adapter
 from trl_pgraft.pipelines.checks import check_call, check_peft_config, warn_if_distilled
 from trl_pgraft.pipelines.inputs import sampling_arguments
-from trl_pgraft.pipelines.introspection import introspect_denoiser_call
+from trl_pgraft.pipelines.introspection import introspect
 
 
 LUMINA = CASES["Lumina 2"].kwargs
@@ -23,7 +23,7 @@ LUMINA = CASES["Lumina 2"].kwargs
 
 def warned(pipeline, **arguments):
     """Messages about few-step models."""
-    call = introspect_denoiser_call(pipeline, arguments)
+    call = introspect(pipeline, arguments).call
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warn_if_distilled(pipeline, call, arguments)
@@ -32,7 +32,7 @@ def warned(pipeline, **arguments):
 
 def learned(make, config, **kwargs):
     pipeline = make()
-    return introspect_denoiser_call(pipeline, sampling_arguments(config, pipeline, kwargs)), pipeline
+    return introspect(pipeline, sampling_arguments(config, pipeline, kwargs)).call, pipeline
 
 
 # Few-step distilled models.
@@ -188,7 +188,7 @@ def test_adapters_of_the_denoiser_are_taken(sd):
 
 def test_a_denoiser_that_takes_a_list_is_refused_without_an_override():
     with pytest.raises(ValueError, match=r"ZImageTransformer2DModel: its argument `x` is a list.*denoiser_format"):
-        introspect_denoiser_call(tiny_z_image(), {**SMALL, "guidance_scale": 3.0})
+        introspect(tiny_z_image(), {**SMALL, "guidance_scale": 3.0})
 
 
 def test_further_channels_are_refused_without_an_override():
@@ -197,7 +197,7 @@ def test_further_channels_are_refused_without_an_override():
     with pytest.raises(
         ValueError, match=r"`sample` has shape \(2, 9, 8, 8\) and its output \(2, 4, 8, 8\).*denoiser_f"
     ):
-        introspect_denoiser_call(tiny_inpainting(), {**SMALL, **inputs, "guidance_scale": 3.0})
+        introspect(tiny_inpainting(), {**SMALL, **inputs, "guidance_scale": 3.0})
 
 
 def test_a_changed_prediction_names_the_override():
@@ -206,8 +206,8 @@ def test_a_changed_prediction_names_the_override():
             return 2 * super().prediction(output)
 
     with pytest.raises(ValueError, match="something other than plus or minus.*Override DenoiserFormat.prediction"):
-        introspect_denoiser_call(ToyPipeline(sign=2))
-    assert introspect_denoiser_call(ToyPipeline(sign=-2), None, Doubled).sign == -1
+        introspect(ToyPipeline(sign=2))
+    assert introspect(ToyPipeline(sign=-2), None, Doubled).call.sign == -1
 
 
 def test_a_timestep_of_another_name_is_named_by_an_override():
@@ -226,8 +226,8 @@ def test_a_timestep_of_another_name_is_named_by_an_override():
             return self.toy(x, level, condition)
 
     with pytest.raises(ValueError, match="no argument `timestep`.*Override DenoiserFormat.of"):
-        introspect_denoiser_call(Toy())
-    assert introspect_denoiser_call(Toy(), None, overrides()["LevelFormat"]).clock == (-0.001, 1.0)
+        introspect(Toy())
+    assert introspect(Toy(), None, overrides()["LevelFormat"]).call.clock == (-0.001, 1.0)
 
 
 def test_three_branches_are_refused():
@@ -239,4 +239,4 @@ def test_three_branches_are_refused():
 
     pipeline._guided = guided
     with pytest.raises(ValueError, match="on 3 branches a step.*Switch further guidance off in pipeline_kwargs"):
-        introspect_denoiser_call(pipeline)
+        introspect(pipeline)

@@ -12,7 +12,7 @@ from torch import nn
 
 from trl_pgraft.pipelines.conditioning import record_conditioning
 from trl_pgraft.pipelines.denoiser_call import denoiser_of, replay
-from trl_pgraft.pipelines.introspection import introspect_denoiser_call
+from trl_pgraft.pipelines.introspection import introspect
 from trl_pgraft.pipelines.observe import observe_calls, record_trajectory
 
 
@@ -60,7 +60,7 @@ def recorded_predictions(pipeline, arguments):
 )
 def test_replay_is_the_pipelines_own_prediction(make, arguments):
     pipeline = make()
-    call = introspect_denoiser_call(pipeline, arguments)
+    call = introspect(pipeline, arguments).call
     conditioning = record_conditioning(pipeline, call, ["a cat", "two dogs"], arguments)
     prompts = [0, 1, 0]
     for latents, timestep, output in recorded_predictions(pipeline, arguments):
@@ -78,7 +78,7 @@ def test_replay_is_the_pipelines_own_prediction(make, arguments):
 
 
 def test_replay_takes_a_timestep_for_each_row_and_has_gradients(sd):
-    call = introspect_denoiser_call(sd, GUIDED)
+    call = introspect(sd, GUIDED).call
     conditioning = record_conditioning(sd, call, ["a cat", "a dog"], GUIDED)
     x_t, t = torch.randn(2, 4, 8, 8), torch.tensor([900.0, 17.0])
     together = replay(sd.unet, call, x_t, t, conditioning.rows([0, 1], "cpu"))
@@ -90,7 +90,7 @@ def test_replay_takes_a_timestep_for_each_row_and_has_gradients(sd):
 
 def test_replay_keeps_the_sign_of_the_scheduler():
     pipeline = ToyPipeline(sign=-1)
-    call = introspect_denoiser_call(pipeline)
+    call = introspect(pipeline).call
     x_t, t = torch.randn(2, 2, 4, 4), torch.tensor([400.0, 800.0])
     condition = {"condition": torch.tensor([1.0, 2.0])}
     expected = -pipeline.transformer(x_t, 1 - t / 1000, **condition)[0]
@@ -109,7 +109,7 @@ def test_arguments_beyond_the_signature_are_seen_as_they_were_given():
 
 
 def test_conditioning_is_recorded_without_sampling(sd):
-    call = introspect_denoiser_call(sd, GUIDED)
+    call = introspect(sd, GUIDED).call
     calls = []
     sd.unet.register_forward_hook(lambda *_: calls.append(1))
     record_conditioning(sd, call, ["a", "b"], GUIDED)
@@ -117,7 +117,7 @@ def test_conditioning_is_recorded_without_sampling(sd):
 
 
 def test_conditioning_rows_follow_the_prompts(sd):
-    call = introspect_denoiser_call(sd, GUIDED)
+    call = introspect(sd, GUIDED).call
     both = record_conditioning(sd, call, ["a cat", "a dog"], GUIDED)
     dog = record_conditioning(sd, call, ["a dog"], GUIDED)
     rows = both.rows([1, 1, 0], "cpu")["encoder_hidden_states"]
@@ -128,9 +128,9 @@ def test_conditioning_rows_follow_the_prompts(sd):
 @pytest.mark.parametrize("make", [tiny_sd, tiny_flux])
 def test_the_final_latents_are_recorded_after_the_last_step(make):
     pipeline = make()
-    call = introspect_denoiser_call(pipeline, GUIDED)
+    call = introspect(pipeline, GUIDED).call
     expected = run(pipeline, GUIDED)
-    with record_trajectory(pipeline, call, position=5, batch_size=3) as trajectory:
+    with record_trajectory(pipeline, call, step_index=5, batch_size=3) as trajectory:
         assert torch.equal(run(pipeline, GUIDED), expected), "observing changes nothing"
     assert torch.equal(trajectory.x_i, expected)
     assert trajectory.timesteps == pipeline.scheduler.timesteps.tolist()
@@ -139,27 +139,27 @@ def test_the_final_latents_are_recorded_after_the_last_step(make):
 
 def test_recording_leaves_the_samplers_own_noise_alone(sd):
     """Pipelines ask the signature of `scheduler.step` whether it takes `eta` and the samples' generators."""
-    call, stochastic = introspect_denoiser_call(sd, GUIDED), {**GUIDED, "eta": 1.0}
+    call, stochastic = introspect(sd, GUIDED).call, {**GUIDED, "eta": 1.0}
     expected = run(sd, stochastic)
-    with record_trajectory(sd, call, position=5, batch_size=3) as trajectory:
+    with record_trajectory(sd, call, step_index=5, batch_size=3) as trajectory:
         assert torch.equal(run(sd, stochastic), expected)
     assert torch.equal(trajectory.x_i, expected)
     assert not torch.allclose(expected, run(sd, GUIDED), atol=0.1)
 
 
-@pytest.mark.parametrize("position", [0, 3, 9])
+@pytest.mark.parametrize("step_index", [0, 3, 9])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_recorded_states_restart_the_sampler(sd, position, prediction_type):
-    """What is recorded at a position, put back at that timestep, leads to the same end."""
+def test_recorded_states_restart_the_sampler(sd, step_index, prediction_type):
+    """What is recorded at a step_index, put back at that timestep, leads to the same end."""
     sd.scheduler = DDIMScheduler.from_config(sd.scheduler.config, prediction_type=prediction_type)
     arguments = {**GUIDED, "num_inference_steps": 10}
-    call = introspect_denoiser_call(sd, arguments)
-    with record_trajectory(sd, call, position, batch_size=3) as trajectory:
+    call = introspect(sd, arguments).call
+    with record_trajectory(sd, call, step_index, batch_size=3) as trajectory:
         expected = run(sd, arguments)
     conditioning = record_conditioning(sd, call, PROMPTS, arguments)
     x_t = trajectory.x_i
     with torch.no_grad():
-        for t in sd.scheduler.timesteps[position:]:
+        for t in sd.scheduler.timesteps[step_index:]:
             c = replay(sd.unet, call, x_t, t.expand(3), conditioning.rows([0, 1, 2], "cpu"))
             u = replay(sd.unet, call, x_t, t.expand(3), conditioning.rows([0, 1, 2], "cpu", unconditional=True))
             x_t = sd.scheduler.step(u + 3.0 * (c - u), t, x_t).prev_sample
@@ -169,8 +169,8 @@ def test_recorded_states_restart_the_sampler(sd, position, prediction_type):
 @pytest.mark.parametrize("calls, conditional_first", [(1, True), (1, False), (2, True), (2, False)])
 def test_states_are_recorded_whatever_the_branches(calls, conditional_first):
     pipeline = ToyPipeline(conditional_first, calls)
-    call = introspect_denoiser_call(pipeline, {"guidance_scale": 2.0})
-    with record_trajectory(pipeline, call, position=0, batch_size=3) as trajectory:
+    call = introspect(pipeline, {"guidance_scale": 2.0}).call
+    with record_trajectory(pipeline, call, step_index=0, batch_size=3) as trajectory:
         pipeline(["a", "b", "c"], 4, 2.0, torch.Generator().manual_seed(1))
     expected = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(1))
     assert torch.equal(trajectory.x_i, expected)
@@ -178,8 +178,8 @@ def test_states_are_recorded_whatever_the_branches(calls, conditional_first):
 
 
 def test_an_exception_while_recording_leaves_nothing_behind(sd):
-    call = introspect_denoiser_call(sd, GUIDED)
-    with pytest.raises(KeyboardInterrupt), record_trajectory(sd, call, position=2, batch_size=3):
+    call = introspect(sd, GUIDED).call
+    with pytest.raises(KeyboardInterrupt), record_trajectory(sd, call, step_index=2, batch_size=3):
         run(sd, GUIDED)
         raise KeyboardInterrupt
     assert hooks_of(sd.unet) == (0, 0) and "step" not in vars(sd.scheduler)
@@ -188,8 +188,8 @@ def test_an_exception_while_recording_leaves_nothing_behind(sd):
 def test_a_scheduler_step_of_the_users_own_is_put_back(sd):
     original = sd.scheduler.step
     sd.scheduler.step = own = lambda *args, **kwargs: original(*args, **kwargs)
-    call = introspect_denoiser_call(sd, GUIDED)
-    with record_trajectory(sd, call, position=1, batch_size=3):
+    call = introspect(sd, GUIDED).call
+    with record_trajectory(sd, call, step_index=1, batch_size=3):
         run(sd, GUIDED)
     assert sd.scheduler.step is own
 

@@ -20,7 +20,7 @@ from trl_pgraft.pipelines.inputs import (
     prompt_arguments,
     sampling_arguments,
 )
-from trl_pgraft.pipelines.introspection import introspect_denoiser_call
+from trl_pgraft.pipelines.introspection import introspect
 
 
 GUIDED = {"num_inference_steps": 3, "guidance_scale": 3.0}
@@ -96,7 +96,7 @@ def test_each_prompt_has_its_own_negative_prompt(sd):
     for row, own in enumerate(inputs):
         alone = sample(sd, {**GUIDED, **own})[row]
         torch.testing.assert_close(together[row], alone, rtol=0, atol=1e-5)
-    call = introspect_denoiser_call(sd, GUIDED)
+    call = introspect(sd, GUIDED).call
     unconditional = record_conditioning(sd, call, PROMPTS, GUIDED, inputs).unconditional["encoder_hidden_states"]
     _, expected = sd.encode_prompt(PROMPTS, "cpu", 1, True, negative_prompt=["ugly", "a dog"])
     torch.testing.assert_close(unconditional, expected.detach())
@@ -127,9 +127,7 @@ def trained_with(make, dataset, folder):
     options = {"num_epochs": 1, "sample_num_steps": 4, "sample_guidance_scale": 3.0, "samples_per_prompt": 2}
     options |= {"sample_batch_size": 2, "acceptance_kwargs": {"k": 1}, "train_timestep_fraction": 0.25}
     config = GraftConfig(**options, output_dir=str(folder))
-    trainer = PGraftTrainer(
-        config, brightness, sd_pipeline=make(), train_dataset=datasets.Dataset.from_dict(dataset)
-    )
+    trainer = PGraftTrainer(config, brightness, sd_pipeline=make(), train_dataset=datasets.Dataset.from_dict(dataset))
     (metrics,) = trainer.train()
     return metrics["loss"], trainer
 
@@ -161,7 +159,7 @@ def test_further_prompts_are_trained_with(name, tmp_path):
 
 def test_a_second_prompt_reaches_its_text_encoder():
     for pipeline in (tiny_sdxl(), tiny_flux()):
-        call = introspect_denoiser_call(pipeline, GUIDED)
+        call = introspect(pipeline, GUIDED).call
         inputs = [{"prompt_2": "a house"}, {"prompt_2": "a tree"}]
         own = record_conditioning(pipeline, call, ["a cat", "a cat"], GUIDED, inputs).conditional
         same = record_conditioning(pipeline, call, ["a cat", "a cat"], GUIDED).conditional
@@ -172,13 +170,13 @@ def test_a_second_prompt_reaches_its_text_encoder():
 
 @pytest.mark.parametrize("negative", ["a", "a longer prompt", "of words"])
 def test_a_negative_prompt_may_be_the_one_that_is_asked_with(sd, negative):
-    assert introspect_denoiser_call(sd, {**GUIDED, "negative_prompt": negative}).conditional_branch == 1
+    assert introspect(sd, {**GUIDED, "negative_prompt": negative}).call.conditional_branch == 1
 
 
 def test_guidance_between_equal_branches_is_refused(sd):
     embeds, _ = embeddings_of(sd, ["a cat"])
     with pytest.raises(ValueError, match="both branches of its guided call are the same"):
-        introspect_denoiser_call(sd, {**GUIDED, "prompt_embeds": embeds, "negative_prompt_embeds": embeds})
+        introspect(sd, {**GUIDED, "prompt_embeds": embeds, "negative_prompt_embeds": embeds})
 
 
 def test_guidance_goes_where_the_pipeline_has_it():
@@ -314,10 +312,10 @@ def test_held_out_prompts_are_checked(tmp_path, eval_dataset, prompts, message):
 def test_steps_that_an_image_skips_are_not_tuned(tmp_path):
     """Of four steps the noisiest is not made at strength 0.75: two of the three others are tuned, up to its first."""
     trainer = make_trainer(CASES["image to image"], tmp_path, tuned_fraction=0.6)
-    assert trainer.policy.levels.position == 2
+    assert trainer.policy.levels.step_index == 2
     trainer.train()
     steps = trainer.pipeline.scheduler.timesteps.tolist()
     assert len(steps) == 4 and trainer.policy.levels.highest == steps[1]
     assert trainer.policy.switch.state_timestep == steps[3]
-    drawn = trainer.policy.levels.draw(100, torch.Generator().manual_seed(0))
+    drawn = trainer.policy.levels.sample(100, torch.Generator().manual_seed(0))
     assert drawn.max() <= steps[1] and drawn.min() > trainer.policy.switch.switch_timestep

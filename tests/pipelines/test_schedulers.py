@@ -33,8 +33,9 @@ from trl_pgraft import GraftConfig, TimestepGate
 from trl_pgraft.adapters.lora import active_adapters
 from trl_pgraft.pipelines.conditioning import record_conditioning
 from trl_pgraft.pipelines.denoiser_call import denoiser_of, replay
-from trl_pgraft.pipelines.introspection import introspect_denoiser_call
+from trl_pgraft.pipelines.introspection import introspect
 from trl_pgraft.pipelines.observe import record_trajectory
+from trl_pgraft.pipelines.schedulers import check_sampler
 from trl_pgraft.pipelines.timesteps import tuned_levels
 
 
@@ -85,11 +86,18 @@ def arguments_for(pipeline, steps=STEPS, guidance_scale=1.0):
     return {"num_inference_steps": steps, "guidance_scale": guidance_scale, **size}
 
 
+def checked_levels(config, pipeline, arguments):
+    introspection = introspect(pipeline, arguments)
+    levels, switch = tuned_levels(config, introspection.sampler, introspection.call.clock)
+    check_sampler(introspection.sampler, levels.step_index, config.sample_eta)
+    return levels, switch
+
+
 def levels_of(pipeline, fraction, call=None, **options):
     arguments = arguments_for(pipeline)
     config = GraftConfig(tuned_fraction=fraction, sample_num_steps=STEPS, **options)
-    call = call or introspect_denoiser_call(pipeline, arguments)
-    return call, *tuned_levels(config, pipeline, call, arguments)
+    call = call or introspect(pipeline, arguments).call
+    return call, *checked_levels(config, pipeline, arguments)
 
 
 def true_level(scheduler, timestep):
@@ -146,8 +154,8 @@ def shape_of(pipeline):
     return (16, 16) if type(pipeline).__name__ == "FluxPipeline" else (4, 8, 8)
 
 
-def state_at(pipeline, call, position, **options):
-    with record_trajectory(pipeline, call, position, BATCH) as trajectory:
+def state_at(pipeline, call, step_index, **options):
+    with record_trajectory(pipeline, call, step_index, BATCH) as trajectory:
         run(pipeline, **options)
     return trajectory.x_i, trajectory.timesteps
 
@@ -168,16 +176,16 @@ def test_recorded_states_follow_the_forward_kernel(name, spacing):
     c = torch.randn(shape_of(pipeline), generator=generator)
     noise = torch.randn(BATCH, *c.shape, generator=generator)
     with_constant_data(pipeline, c)
-    call = introspect_denoiser_call(pipeline, arguments_for(pipeline))
+    call = introspect(pipeline, arguments_for(pipeline)).call
     unit, timesteps = state_at(pipeline, call, 0, latents=torch.ones_like(noise))
     alpha_t, sigma_t = true_level(pipeline.scheduler, timesteps[0])
     start = (alpha_t * c + sigma_t * noise) / unit
     tolerance = (0.03 if case.is_stochastic else 0) + (0.01 if case.is_rounded else 2e-4)
     for fraction in (0.3, 0.8):
         _, levels, switch = levels_of(pipeline, fraction, call)
-        x_i, _ = state_at(pipeline, call, levels.position, latents=start)
+        x_i, _ = state_at(pipeline, call, levels.step_index, latents=start)
         alpha, sigma, rest = decompose(x_i, c.expand_as(x_i), noise)
-        assert timesteps[levels.position] == switch.state_timestep
+        assert timesteps[levels.step_index] == switch.state_timestep
         assert (rest > 0.05) == case.is_stochastic and (rest < 1e-4) == (not case.is_stochastic)
         assert (alpha, math.hypot(sigma, rest)) == pytest.approx(levels.level_i, abs=tolerance)
         assert levels.level_i[1] < sigma_t
@@ -191,9 +199,9 @@ def test_the_tuned_fraction_is_a_share_of_steps(name, spacing):
         call, levels, _ = levels_of(pipeline, fraction, call)
         steps = round(fraction * STEPS)
         calls = {"Heun": 2 * steps, "PNDM": steps + 1}
-        assert levels.position == next((count for kind, count in calls.items() if kind in name), steps)
+        assert levels.step_index == next((count for kind, count in calls.items() if kind in name), steps)
         if hasattr(pipeline.scheduler, "sigmas"):
-            ratio = float(pipeline.scheduler.sigmas[levels.position])
+            ratio = float(pipeline.scheduler.sigmas[levels.step_index])
             sigma = ratio if case.is_flow else math.sin(math.atan(ratio))
             assert levels.level_i[1] == pytest.approx(sigma, abs=0.007 if case.is_rounded else 1e-4)
 
@@ -225,8 +233,8 @@ def test_the_gate_switches_at_the_right_call(name, spacing):
     call, levels, switch = levels_of(pipeline, 0.5)
     add_random_adapter(denoiser_of(pipeline))
     timesteps, is_on = calls_under_the_gate(pipeline, call, switch.switch_timestep, STEPS)
-    assert timesteps[levels.position] == pytest.approx(switch.state_timestep, rel=1e-6)
-    assert sum(is_on) == levels.position
+    assert timesteps[levels.step_index] == pytest.approx(switch.state_timestep, rel=1e-6)
+    assert sum(is_on) == levels.step_index
     check_calls_around(pipeline, timesteps, is_on, switch)
     for other_number in (4, 23):
         timesteps, is_on = calls_under_the_gate(pipeline, call, switch.switch_timestep, other_number)
@@ -237,10 +245,10 @@ def test_midpoints_begin_no_step():
     """KDPM2's second call lies between two steps' timesteps: only `scheduler.order` tells that it begins none."""
     pipeline = tiny_sd(KDPM2DiscreteScheduler(**BETAS, steps_offset=1))
     call, levels, switch = levels_of(pipeline, 0.7)
-    assert levels.position == 14
+    assert levels.step_index == 14
     add_random_adapter(pipeline.unet)
     timesteps, is_on = calls_under_the_gate(pipeline, call, switch.switch_timestep, STEPS)
-    assert len(set(timesteps)) == len(timesteps) == 2 * STEPS - 1 and sum(is_on) == levels.position
+    assert len(set(timesteps)) == len(timesteps) == 2 * STEPS - 1 and sum(is_on) == levels.step_index
     check_calls_around(pipeline, timesteps, is_on, switch)
 
 
@@ -250,7 +258,7 @@ def test_without_the_pipeline_the_gate_goes_by_each_calls_noise_level():
     call, levels, switch = levels_of(pipeline, 0.5)
     add_random_adapter(pipeline.unet)
     timesteps, is_on = calls_under_the_gate(pipeline, call, switch.switch_timestep, STEPS, False)
-    assert is_on == [t > switch.switch_timestep for t in timesteps] and sum(is_on) == levels.position - 1
+    assert is_on == [t > switch.switch_timestep for t in timesteps] and sum(is_on) == levels.step_index - 1
 
 
 def test_a_failed_trajectory_does_not_spoil_the_next_ones_gate():
@@ -264,7 +272,7 @@ def test_a_failed_trajectory_does_not_spoil_the_next_ones_gate():
             run(pipeline, batch=1, callback_on_step_end=interrupted_late)
         seen.clear()
         run(pipeline, batch=1)
-    assert sum(is_on for _, is_on in seen) == levels.position
+    assert sum(is_on for _, is_on in seen) == levels.step_index
 
 
 def interrupted_late(pipeline, step, timestep, kwargs):
@@ -302,30 +310,30 @@ def test_dynamic_shifting_follows_the_images_size():
     """The level is that of the pipeline's own call: larger images have noisier states at the same step."""
     shift = {"base_image_seq_len": 16, "max_image_seq_len": 256, "base_shift": 0.5, "max_shift": 2.0}
     flux = pipeline_of("flow Euler, dynamic shift", None, **shift)
-    call = introspect_denoiser_call(flux, arguments_for(flux))
+    call = introspect(flux, arguments_for(flux)).call
     config = GraftConfig(tuned_fraction=0.5, sample_num_steps=STEPS)
     levels = []
     for size in (16, 64):
         arguments = {**arguments_for(flux), "height": size, "width": size}
-        tuned, switch = tuned_levels(config, flux, call, arguments)
-        with record_trajectory(flux, call, tuned.position, 1) as trajectory:
+        tuned, switch = checked_levels(config, flux, arguments)
+        with record_trajectory(flux, call, tuned.step_index, 1) as trajectory:
             flux(prompt=["a"], output_type="latent", **arguments)
-        assert trajectory.timesteps[tuned.position] == switch.state_timestep
+        assert trajectory.timesteps[tuned.step_index] == switch.state_timestep
         levels.append(tuned.level_i[1])
     assert levels[1] > levels[0] + 0.1
 
 
 @torch.no_grad()
-def restarted(pipeline, call, x_i, position, rows):
-    """Continue from x_I with the pipeline's scheduler set anew to begin at `position`."""
+def restarted(pipeline, call, x_i, step_index, rows):
+    """Continue from x_I with the pipeline's scheduler set anew to begin at `step_index`."""
     scheduler = copy.deepcopy(pipeline.scheduler)
     timesteps = scheduler.timesteps
     scheduler.set_timesteps(STEPS)
     assert torch.equal(scheduler.timesteps, timesteps)
-    scheduler.set_begin_index(position)
+    scheduler.set_begin_index(step_index)
     scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
-    x = x_i / scale(torch.ones_like(x_i), timesteps[position])
-    for t in timesteps[position:]:
+    x = x_i / scale(torch.ones_like(x_i), timesteps[step_index])
+    for t in timesteps[step_index:]:
         prediction = replay(denoiser_of(pipeline), call, scale(x, t), t.expand(len(x)), rows)
         x = scheduler.step(prediction, t, x, return_dict=False)[0]
     return x
@@ -338,10 +346,10 @@ def test_states_of_one_step_solvers_restart_the_sampler(name):
     call, levels, _ = levels_of(pipeline, 0.5)
     rows = record_conditioning(pipeline, call, ["a"], arguments_for(pipeline)).rows([0] * 4, "cpu")
     errors = []
-    for position in (levels.position, levels.position - 1):
-        with record_trajectory(pipeline, call, position, 4) as trajectory:
+    for step_index in (levels.step_index, levels.step_index - 1):
+        with record_trajectory(pipeline, call, step_index, 4) as trajectory:
             expected = run(pipeline, batch=4)
-        end = restarted(pipeline, call, trajectory.x_i, levels.position, rows)
+        end = restarted(pipeline, call, trajectory.x_i, levels.step_index, rows)
         errors.append((end - expected).abs().max().item())
     assert errors[0] < 1e-4 < 1e-3 < errors[1]
 
@@ -351,7 +359,7 @@ def refused(scheduler, match, fraction=0.5, steps=STEPS):
     arguments = arguments_for(pipeline, steps)
     config = GraftConfig(tuned_fraction=fraction, sample_num_steps=steps)
     with pytest.raises(ValueError, match=match):
-        tuned_levels(config, pipeline, introspect_denoiser_call(pipeline, arguments), arguments)
+        checked_levels(config, pipeline, arguments)
 
 
 @pytest.mark.parametrize(
@@ -360,13 +368,15 @@ def refused(scheduler, match, fraction=0.5, steps=STEPS):
 def test_levels_that_are_not_those_told_to_the_denoiser_are_refused(kind, options):
     """With linspace these two step by `1000 // steps`, but the next timestep is further away."""
     scheduler = kind(**BETAS, **options, steps_offset=1, timestep_spacing="linspace")
-    refused(scheduler, f"{kind.__name__} .*linspace.*other levels than it tells.*'leading' or 'trailing'", 0.8)
+    refused(
+        scheduler, f"{kind.__name__} .*linspace.*other levels than those of the denoiser.*'leading' or 'trailing'", 0.8
+    )
 
 
 def test_a_recorded_state_near_its_level_is_taken():
     pipeline = tiny_sd(DDIMScheduler(**BETAS, clip_sample=False, steps_offset=1, timestep_spacing="linspace"))
     _, levels, _ = levels_of(pipeline, 0.1)
-    assert levels.position == 1, "after one step the error is still small"
+    assert levels.step_index == 1, "after one step the error is still small"
 
 
 def test_runge_kutta_warm_ups_are_refused():
@@ -377,10 +387,10 @@ def test_of_steps_at_one_rounded_timestep_the_last_begins_below_it():
     """50 Karras sigmas share timesteps at the clean end; the gate goes by timesteps, so x_I and switch do too."""
     pipeline = pipeline_of("DPM++ Karras", None)
     arguments, config = arguments_for(pipeline, 50), GraftConfig(tuned_fraction=0.96, sample_num_steps=50)
-    levels, switch = tuned_levels(config, pipeline, introspect_denoiser_call(pipeline, arguments), arguments)
+    levels, switch = checked_levels(config, pipeline, arguments)
     timesteps = pipeline.scheduler.timesteps.tolist()
-    assert timesteps[levels.position - 1] == timesteps[levels.position] == switch.state_timestep
-    assert timesteps[levels.position + 1] < switch.state_timestep < switch.switch_timestep
+    assert timesteps[levels.step_index - 1] == timesteps[levels.step_index] == switch.state_timestep
+    assert timesteps[levels.step_index + 1] < switch.state_timestep < switch.switch_timestep
 
 
 def test_a_scheduler_that_fails_in_its_steps_is_refused():
@@ -400,10 +410,9 @@ def warnings_of(scheduler, fraction=0.5, eta=0.0):
     pipeline = pipeline_with(scheduler, type(scheduler).__name__.startswith("Flow"))
     arguments = {**arguments_for(pipeline), **({"eta": eta} if pipeline.__class__.__name__ != "FluxPipeline" else {})}
     config = GraftConfig(tuned_fraction=fraction, sample_num_steps=STEPS, sample_eta=eta)
-    call = introspect_denoiser_call(pipeline, arguments)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        tuned_levels(config, pipeline, call, arguments)
+        checked_levels(config, pipeline, arguments)
     return [str(w.message) for w in caught if "trl_pgraft" in w.filename]
 
 

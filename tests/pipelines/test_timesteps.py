@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler
 
 from trl_pgraft import GraftConfig
 from trl_pgraft.core.noise_schedules import CLEAN, NoiseSchedule
-from trl_pgraft.pipelines.introspection import introspect_denoiser_call
+from trl_pgraft.pipelines.introspection import introspect
 from trl_pgraft.pipelines.timesteps import TunedLevels, tuned_levels
 
 
@@ -17,7 +17,7 @@ VP = NoiseSchedule.from_scheduler(DDIMScheduler())
 
 
 def levels(schedule, switch, grid=None):
-    return TunedLevels(schedule, CLEAN, switch, position=5, grid=grid)
+    return TunedLevels(schedule, CLEAN, switch, step_index=5, grid=grid)
 
 
 def generator():
@@ -27,7 +27,8 @@ def generator():
 def levels_of(pipeline, fraction, steps=10, **options):
     arguments = {"num_inference_steps": steps, "guidance_scale": 3.0}
     config = GraftConfig(tuned_fraction=fraction, sample_num_steps=steps, **options)
-    return tuned_levels(config, pipeline, introspect_denoiser_call(pipeline, arguments), arguments)
+    introspection = introspect(pipeline, arguments)
+    return tuned_levels(config, introspection.sampler, introspection.call.clock)
 
 
 @pytest.mark.parametrize("switch", [None, 0.0, 400.0, 400.5, 998.2])
@@ -80,20 +81,20 @@ def test_bins_split_the_tuned_range():
 
 
 @pytest.mark.parametrize("fixture", ["sd", "flux"])
-@pytest.mark.parametrize("fraction, position", [(0.5, 5), (0.3, 3), (0.01, 1), (0.96, 10), (1.0, 10)])
-def test_the_switch_lies_between_the_last_tuned_and_the_first_reference_step(fixture, fraction, position, request):
+@pytest.mark.parametrize("fraction, step_index", [(0.5, 5), (0.3, 3), (0.01, 1), (0.96, 10), (1.0, 10)])
+def test_the_switch_lies_between_the_last_tuned_and_the_first_reference_step(fixture, fraction, step_index, request):
     pipeline = request.getfixturevalue(fixture)
     tuned, switch = levels_of(pipeline, fraction)
     steps = pipeline.scheduler.timesteps.tolist()
-    assert tuned.position == position and len(steps) == 10
-    if position == 10:
+    assert tuned.step_index == step_index and len(steps) == 10
+    if step_index == 10:
         assert tuned.switch_timestep is switch.switch_timestep is switch.state_timestep is None
         assert tuned.level_i == CLEAN
     else:
-        assert switch.switch_timestep == tuned.switch_timestep == (steps[position - 1] + steps[position]) / 2
-        assert switch.state_timestep == steps[position]
+        assert switch.switch_timestep == tuned.switch_timestep == (steps[step_index - 1] + steps[step_index]) / 2
+        assert switch.state_timestep == steps[step_index]
         alpha, sigma = tuned.level_i
-        t = steps[position]
+        t = steps[step_index]
         expected = (1 - t / 1000) if fixture == "flux" else pipeline.scheduler.alphas_cumprod[int(t)].item() ** 0.5
         assert alpha == pytest.approx(expected, abs=1e-6)
         assert switch.switch_log_snr < 2 * math.log(alpha / sigma), "the switch is noisier than x_I"

@@ -8,7 +8,6 @@ from trl_pgraft.pipelines.tree import (
     find_batch_axes,
     map_tree,
     merge_axes,
-    put_on,
     same_shapes,
     take_rows,
 )
@@ -80,9 +79,3 @@ def test_rows_are_chosen_one_by_one():
 def test_shapes_are_compared_throughout():
     assert same_shapes(recording(3), recording(3)) and not same_shapes(recording(3), recording(2))
     assert not same_shapes({"mask": None}, {"mask": torch.ones(1)}) and not same_shapes({"a": 1}, {"b": 1})
-
-
-def test_tensors_are_detached_wherever_they_are():
-    tree = {"a": [torch.ones(2, requires_grad=True)], "b": ("text", 3)}
-    found = put_on(tree, "cpu")
-    assert not found["a"][0].requires_grad and found["b"] == ("text", 3)

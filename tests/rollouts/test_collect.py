@@ -10,7 +10,7 @@ from trl_pgraft import GraftConfig, TimestepGate
 from trl_pgraft.core.seeding import seed_of
 from trl_pgraft.pipelines.denoiser_call import denoiser_of
 from trl_pgraft.pipelines.inputs import call_pipeline, sampling_arguments
-from trl_pgraft.pipelines.introspection import introspect_denoiser_call
+from trl_pgraft.pipelines.introspection import introspect
 from trl_pgraft.rollouts.batch import Drawn
 from trl_pgraft.rollouts.collect import draw
 from trl_pgraft.rollouts.prompts import form_groups, samples_of
@@ -30,7 +30,7 @@ def samples(count=24, *seed_parts):
 
 
 def draw_with(pipeline, batch_size, wanted, arguments=ARGUMENTS, position=2, **options):
-    call = introspect_denoiser_call(pipeline, arguments)
+    call = introspect(pipeline, arguments).call
     batches = [drawn for _, drawn in draw(pipeline, call, wanted, position, batch_size, arguments, **options)]
     images, states = (torch.cat([getattr(drawn, name) for drawn in batches]) for name in ("images", "x_i"))
     return Drawn(images, states, sum(drawn.denoiser_calls for drawn in batches))
@@ -118,14 +118,14 @@ def test_gates_and_adapters_take_part(sd):
 
 def test_finished_batches_are_handed_over_in_order(sd):
     wanted = samples(7 * 2)
-    seen = list(draw(sd, introspect_denoiser_call(sd, ARGUMENTS), wanted, 2, 5, ARGUMENTS))
+    seen = list(draw(sd, introspect(sd, ARGUMENTS).call, wanted, 2, 5, ARGUMENTS))
     assert [s for batch, _ in seen for s in batch] == wanted
     assert [len(drawn.images) for _, drawn in seen] == [5, 5, 4]
 
 
 @pytest.mark.parametrize("batches", [1, 2])
 def test_nothing_is_left_behind_between_batches_or_after_the_last(sd, batches):
-    drawing = draw(sd, introspect_denoiser_call(sd, ARGUMENTS), samples(4), 2, 2, ARGUMENTS)
+    drawing = draw(sd, introspect(sd, ARGUMENTS).call, samples(4), 2, 2, ARGUMENTS)
     for _ in range(batches):
         next(drawing)
     assert len(sd.unet._forward_pre_hooks) == len(sd.unet._forward_hooks) == 0
@@ -133,7 +133,7 @@ def test_nothing_is_left_behind_between_batches_or_after_the_last(sd, batches):
 
 
 def test_an_exception_in_the_denoiser_leaves_nothing_behind(sd):
-    call = introspect_denoiser_call(sd, ARGUMENTS)
+    call = introspect(sd, ARGUMENTS).call
 
     def fail(*_):
         raise FloatingPointError("broken on purpose")

@@ -10,7 +10,7 @@ from trl_pgraft import GraftConfig, renoise
 from trl_pgraft.adapters.lora import active_adapters, adapter_parameters, add_adapter
 from trl_pgraft.pipelines.conditioning import record_conditioning
 from trl_pgraft.pipelines.denoiser_call import replay
-from trl_pgraft.pipelines.introspection import introspect_denoiser_call
+from trl_pgraft.pipelines.introspection import introspect
 from trl_pgraft.pipelines.timesteps import tuned_levels
 from trl_pgraft.training.finetuner import FineTuningReport, count_microbatches, fit
 from trl_pgraft.training.graft_loss import GraftLoss
@@ -24,8 +24,9 @@ STEPS = 10
 
 def loss_of(pipeline, guidance_loss="corrected", guidance=GUIDANCE, adapters=("pgraft",), **options):
     arguments = {"num_inference_steps": STEPS, "guidance_scale": guidance}
-    call = introspect_denoiser_call(pipeline, arguments)
-    levels, _ = tuned_levels(GraftConfig(sample_num_steps=STEPS), pipeline, call, arguments)
+    introspection = introspect(pipeline, arguments)
+    call = introspection.call
+    levels, _ = tuned_levels(GraftConfig(sample_num_steps=STEPS), introspection.sampler, call.clock)
     return GraftLoss(
         denoiser=pipeline.unet,
         call=call,

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import CASES, make_trainer
 from peft import LNTuningConfig, LoraConfig
 from tiny_pipelines import ATTENTION
 
@@ -9,7 +10,7 @@ from trl_pgraft import GraftConfig, estimate_memory
 from trl_pgraft.adapters.lora import adapter_parameters, add_adapter, full_copy_config
 from trl_pgraft.pipelines.conditioning import record_conditioning
 from trl_pgraft.pipelines.denoiser_call import replay
-from trl_pgraft.pipelines.introspection import introspect_denoiser_call
+from trl_pgraft.pipelines.introspection import introspect
 
 
 GUIDED = {"num_inference_steps": 3, "guidance_scale": 3.0}
@@ -50,7 +51,7 @@ def test_activations_are_a_lower_bound(sd):
     found = estimate(sd, config, train_batch_size=2).activations
     sd.unet.requires_grad_(False)
     add_adapter(sd.unet, config, "pgraft")
-    call = introspect_denoiser_call(sd, GUIDED)
+    call = introspect(sd, GUIDED).call
     conditioning = record_conditioning(sd, call, ["a", "b"], GUIDED).rows([0, 1], "cpu")
     weights = {p.untyped_storage().data_ptr() for p in sd.unet.parameters()}
     kept = {}
@@ -90,7 +91,7 @@ def test_of_an_offloaded_pipeline_the_denoiser_alone_counts(sd):
     assert (found.adapter, found.activations) == (plain.adapter, plain.activations)
 
 
-def test_asking_leaves_the_pipeline_alone(sd):
+def test_estimating_leaves_the_pipeline_alone(sd):
     estimate(sd)
     assert not hasattr(sd.unet, "peft_config")
     assert all(not m._forward_pre_hooks and not m._forward_hooks for m in sd.unet.modules())
@@ -100,3 +101,11 @@ def test_asking_leaves_the_pipeline_alone(sd):
 def test_the_size_of_images_counts(sd, size):
     found = estimate_memory(sd, GraftConfig(), pipeline_kwargs={"height": size, "width": size})
     assert (found.activations > estimate(sd).activations) == (size == 32)
+
+
+def test_activations_of_a_denoiser_that_reads_values_are_unknown(tmp_path):
+    """Lumina 2 reads the lengths of prompts from their masks, which have no values without its weights."""
+    trainer = make_trainer(CASES["Lumina 2"], tmp_path)
+    found = trainer.finetuner.memory
+    assert found.activations is None and "activations unknown" in str(found)
+    assert found.total == found.pipeline + found.adapter + found.gradients + found.optimizer

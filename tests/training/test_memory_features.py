@@ -278,7 +278,7 @@ def test_a_compiled_denoiser_is_trained_alike(make_trainer, tmp_path, graphs, ho
     plain, trainer = make_trainer("plain", tiny_flux(), **options), make_trainer("compiled", compiled(how), **options)
     assert not graphs, "asking how the pipeline calls its denoiser compiles nothing"
     assert trainer.finetuner.memory == plain.finetuner.memory
-    assert trainer.policy.drawn_by() == plain.policy.drawn_by()
+    assert trainer.policy.sampled_by() == plain.policy.sampled_by()
     for each in (plain, trainer):
         each.train()
     assert True in graphs and False in graphs, "fitted and sampled with what was compiled"

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The policy: the denoiser with the adapter that is trained, how it samples, and how it samples."""
+"""The policy: a pipeline with the adapter that is trained, and how it samples."""
 
 import copy
 import math
@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from diffusers import DiffusionPipeline
 from peft import LNTuningConfig, PeftConfig
 
 from ..config import GraftConfig
@@ -22,9 +23,9 @@ from ..pipelines.denoiser_call import denoiser_of
 from ..pipelines.denoiser_format import DenoiserFormat, uncompiled
 from ..pipelines.fingerprint import fingerprint_of, sampling_fingerprint
 from ..pipelines.inputs import as_batch, inputs_of, sampling_arguments
-from ..pipelines.introspection import introspect_denoiser_call
+from ..pipelines.introspection import introspect
 from ..pipelines.placement import check_adaptable, place_pipeline, weights_dtype
-from ..pipelines.schedulers import prediction_type_of, sampler_of
+from ..pipelines.schedulers import check_sampler, prediction_type_of
 from ..pipelines.timesteps import tuned_levels
 from .files import load_adapter_weights, put_adapter
 from .gate import TimestepGate, gate_on
@@ -43,17 +44,23 @@ from .lora import (
 from .warm_start import StartingAdapter, read_starting_adapter
 
 
+class PipelineWrapper(Protocol):
+    """A hand-made pipeline around a diffusers pipeline, such as DDPO's; `use_lora=False` on it trains all weights."""
+
+    sd_pipeline: DiffusionPipeline
+
+
 class Policy:
     """
     A pipeline with the adapter that is trained.
 
     Args:
-        sd_pipeline (`DiffusionPipeline`, or a wrapper with one as its `sd_pipeline`):
-            What to tune. Its `use_lora=False` asks for a trained copy of all weights of the denoiser.
+        sd_pipeline (`DiffusionPipeline` or [`PipelineWrapper`]):
+            The pipeline to fine-tune. With `use_lora=False` on it a copy of all weights of its denoiser is trained.
         config ([`GraftConfig`]):
-            How to sample and fit.
+            Sampling, guidance and rank.
         accelerator (`Accelerator`):
-            Where to.
+            The device of this process, and the precision of frozen weights.
         peft_config (`PeftConfig`, `str` or `Path`, *optional*):
             The adapter, or the folder or repository of one to go on from; a LoRA on the attention projections where
             it is not given.
@@ -62,7 +69,7 @@ class Policy:
         denoiser_format (`type`, *optional*):
             Subclass of [`DenoiserFormat`], for a denoiser that the default does not serve.
         example (`dict`, *optional*):
-            Further columns of one prompt, with which the pipeline is asked how it calls its denoiser.
+            Further columns of one prompt, which the pipeline may need to be called at all.
 
     Raises:
         `ValueError`: the pipeline and the adapter do not fit together.
@@ -70,7 +77,7 @@ class Policy:
 
     def __init__(
         self,
-        sd_pipeline: Any,
+        sd_pipeline: DiffusionPipeline | PipelineWrapper | None,
         config: GraftConfig,
         accelerator: Accelerator,
         peft_config: PeftConfig | str | Path | None = None,
@@ -90,15 +97,17 @@ class Policy:
         self.arguments = sampling_arguments(config, self.pipeline, pipeline_kwargs)
         own = {name: as_batch([value]) for name, value in self.inputs_of(example or {}).items()}
         self.example_arguments = {**own, **self.arguments}
-        self.call = introspect_denoiser_call(self.pipeline, self.example_arguments, denoiser_format)
+        self.introspection = introspect(self.pipeline, self.example_arguments, denoiser_format)
+        self.call = self.introspection.call
         check_call(self.call, config, self.pipeline)
         warn_if_distilled(self.pipeline, self.call, self.arguments)
         self.prediction_type = prediction_type_of(self.pipeline.scheduler)
-        self.levels, self.switch = tuned_levels(config, self.pipeline, self.call, self.example_arguments)
+        self.levels, self.switch = tuned_levels(config, self.introspection.sampler, self.call.clock)
+        check_sampler(self.introspection.sampler, self.levels.step_index, config.sample_eta)
         _hand_over(self.switch, sd_pipeline)
         if self.start is not None:
-            self.start.check_level(self.switch, config, lambda: sampler_of(self.pipeline, self.example_arguments))
-        self.fingerprint = sampling_fingerprint(self.pipeline, self.arguments, self.levels.position)
+            self.start.check_level(self.switch, config, lambda: self.introspection.sampler)
+        self.fingerprint = sampling_fingerprint(self.pipeline, self.arguments, self.levels.step_index)
 
     def inputs_of(self, columns: dict[str, Any]) -> dict[str, Any]:
         """What the pipeline is handed of a prompt's further columns."""
@@ -106,7 +115,7 @@ class Policy:
 
     @property
     def has_adapter(self) -> bool:
-        """Whether there is a policy apart from the reference: with a control adapter, after the first round."""
+        """Whether there is a policy apart from the reference: with a control adapter, after the first iteration."""
         return ADAPTER_NAME in getattr(self.denoiser, "peft_config", {})
 
     def _choose_adapter(self, peft_config: PeftConfig | str | Path | None) -> PeftConfig:
@@ -145,14 +154,14 @@ class Policy:
             add_adapter(self.denoiser, copy.deepcopy(self.peft_config), ADAPTER_NAME, seed)
         make_trainable(self.denoiser, ADAPTER_NAME)
 
-    def load_adapter(self, folder: Any) -> None:
+    def load_adapter(self, folder: str | Path) -> None:
         """Put the adapter of a folder in the place of the one that is there, for further training."""
         if self.has_adapter:
             remove_adapter(self.denoiser, ADAPTER_NAME)
         load_adapter_weights(self.denoiser, folder, ADAPTER_NAME)
 
-    def drawn_by(self) -> str:
-        """Tells what samples are drawn by: model, scheduler and arguments, and the adapter bit for bit."""
+    def sampled_by(self) -> str:
+        """Identifies what samples: model, scheduler and arguments, and the adapter bit for bit."""
         weights = {}
         if self.has_adapter and self.config.sample_from == "policy":
             weights = {name: p for name, p in self.denoiser.named_parameters() if f".{ADAPTER_NAME}." in name}
@@ -169,7 +178,7 @@ class Policy:
         return (self.call.guidance_scale or math.nan) if scale is None else scale
 
     @contextmanager
-    def sampler(self, reference: bool = False) -> Iterator[Any]:
+    def sampler(self, reference: bool = False) -> Iterator[DiffusionPipeline]:
         """The pipeline as the policy samples with it, gate and guidance included, or as the reference does."""
         called = denoiser_of(self.pipeline)
         with ExitStack() as stack:
@@ -186,14 +195,14 @@ class Policy:
             yield self.pipeline
 
 
-def _checked_pipeline(sd_pipeline: Any) -> Any:
+def _checked_pipeline(sd_pipeline: DiffusionPipeline | PipelineWrapper | None) -> DiffusionPipeline:
     if sd_pipeline is None:
         raise ValueError("sd_pipeline is required: the diffusers pipeline to fine-tune.")
     return getattr(sd_pipeline, "sd_pipeline", sd_pipeline)
 
 
 def _check_no_gate(denoiser: torch.nn.Module) -> None:
-    """Another gate would switch its adapter also where the reference is asked, and refuses batches of training."""
+    """Another gate would switch its adapter in the reference too, and refuses batches of training."""
     gate = gate_on(denoiser)
     if gate is not None:
         raise ValueError(
@@ -203,12 +212,12 @@ def _check_no_gate(denoiser: torch.nn.Module) -> None:
         )
 
 
-def _hand_over(switch: SwitchLevel, sd_pipeline: Any) -> None:
-    """Tell a pipeline that samples with its adapter where that switches, unless it was trained for another level."""
-    known = getattr(sd_pipeline, "switch", None)
-    if known is not None and known.switch_timestep != switch.switch_timestep:
+def _hand_over(switch: SwitchLevel, sd_pipeline: DiffusionPipeline | PipelineWrapper) -> None:
+    """Set the switch of a wrapper that samples with its adapter, unless it was trained for another level."""
+    own = getattr(sd_pipeline, "switch", None)
+    if own is not None and own.switch_timestep != switch.switch_timestep:
         raise ValueError(
-            f"sd_pipeline: its adapter switches at timestep {known.switch_timestep}, this configuration at "
+            f"sd_pipeline: its adapter switches at timestep {own.switch_timestep}, this configuration at "
             f"{switch.switch_timestep}. Keep the tuned_fraction and sample_num_steps that it was trained with."
         )
     if hasattr(sd_pipeline, "switch"):

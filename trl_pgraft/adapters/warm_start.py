@@ -20,7 +20,7 @@ from ..pipelines.denoiser_call import denoiser_of
 from ..pipelines.denoiser_format import uncompiled
 from ..pipelines.fingerprint import fingerprint_of
 from ..pipelines.schedulers import Sampler
-from ..pipelines.timesteps import levels_of_sampler
+from ..pipelines.timesteps import tuned_levels
 from .files import CORRECTOR_FILE, LORA_FILE, PEFT_FILES, SWITCH_FILE, clean, read_adapter, read_switch, redacted
 from .lora import ADAPTER_NAME, AdapterSwitch, active_adapters, remove_adapter, tuner_layers
 
@@ -186,7 +186,7 @@ def _remedy(switch: SwitchLevel, config: GraftConfig, sampler: Callable[[], Samp
     steps = len(sampler.step_starts())
     for tuned in range(1, steps):
         tried.tuned_fraction = tuned / steps
-        if same_level(levels_of_sampler(tried, sampler)[1], switch):
+        if same_level(tuned_levels(tried, sampler)[1], switch):
             return f"Set tuned_fraction={tried.tuned_fraction:.4g}."
     return (
         f"None of this sampler's {steps} steps has that level: keep the scheduler, the sample_num_steps and the "

@@ -111,7 +111,7 @@ def _losses(trainer: PilotSource, loss: GraftLoss, pilot: Pilot, rows: torch.Ten
         # The same noise at every candidate, so that the curves differ by the candidate alone.
         generator = torch.Generator().manual_seed(seed_of(pilot.samples[row].seed, "difficulty"))
         noise.append(torch.randn(TIMESTEPS_PER_STATE, *states.shape[1:], generator=generator))
-        timesteps.append(loss.levels.draw(TIMESTEPS_PER_STATE, generator).sort().values)
+        timesteps.append(loss.levels.sample(TIMESTEPS_PER_STATE, generator).sort().values)
     prompts = torch.tensor([pilot.samples[row].group.index for row in rows.tolist()])
     x_i = states.to(trainer.accelerator.device).repeat_interleave(TIMESTEPS_PER_STATE, 0)
     values = loss(

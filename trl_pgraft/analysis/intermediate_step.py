@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from ..pipelines.placement import on_device
-from ..pipelines.schedulers import sampler_of
 from ..pipelines.timesteps import TunedLevels, tuned_levels
 from ..rollouts.prompts import PromptGroup, form_groups
 from .gradients import LEAST_PARTS, pilot_adapter, pilot_loss, to_learn
@@ -30,7 +29,7 @@ class Candidate:
 
     @property
     def position(self) -> int:
-        return self.levels.position
+        return self.levels.step_index
 
     def to_row(self) -> dict[str, Any]:
         log_snr = None if self.timestep is None else self.levels.schedule.log_snr(self.timestep).item()
@@ -171,7 +170,7 @@ def _check(trainer: PilotSource, completions: int) -> None:
 
 def _candidates(trainer: PilotSource, fractions: Sequence[float] | None) -> list[Candidate]:
     """Candidates, noisiest first."""
-    steps = len(sampler_of(trainer.pipeline, trainer.policy.arguments).step_starts())
+    steps = len(trainer.policy.introspection.sampler.step_starts())
     if fractions is None:
         count = min(10, steps)
         fractions = [round(steps * (i + 1) / count) / steps for i in range(count)]
@@ -193,7 +192,7 @@ def _candidates(trainer: PilotSource, fractions: Sequence[float] | None) -> list
 def _candidate(trainer: PilotSource, fraction: float) -> Candidate:
     config = copy.copy(trainer.config)
     config.tuned_fraction = fraction
-    levels, switch = tuned_levels(config, trainer.pipeline, trainer.policy.call, trainer.policy.arguments)
+    levels, switch = tuned_levels(config, trainer.policy.introspection.sampler, trainer.policy.call.clock)
     return Candidate(fraction, switch.state_timestep, levels)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from diffusers import DiffusionPipeline
 
 from ..core.losses import guided as guide
@@ -15,10 +16,8 @@ from ..core.noise_schedules import NoiseSchedule
 from ..pipelines.conditioning import Conditioning, record_conditioning
 from ..pipelines.denoiser_call import DenoiserCall, denoiser_of, replay
 from ..pipelines.denoiser_format import DenoiserFormat
-from ..pipelines.introspection import introspect_denoiser_call
-from ..pipelines.observe import calls_of_first_step
-from ..pipelines.schedulers import Sampler, sampler_of
-from ..pipelines.tree import put_on
+from ..pipelines.introspection import introspect
+from ..pipelines.schedulers import Sampler
 
 
 ROUNDING = 1e-5  # of noise levels, which are sums of float32 step sizes
@@ -65,7 +64,7 @@ class FlowSampler:
         denoiser_format: type[DenoiserFormat] | None = None,
     ) -> "FlowSampler":
         """
-        Introspect a pipeline. Costs some ten denoiser calls for one image.
+        Introspect a pipeline, see [`introspect`].
 
         Args:
             pipeline, kwargs, guided:
@@ -76,15 +75,15 @@ class FlowSampler:
         Raises:
             `ValueError`: the scheduler's step is not Euler's, or `guided` is set and the call has no guidance.
         """
-        sampler = sampler_of(pipeline, kwargs)
+        introspection = introspect(pipeline, kwargs, denoiser_format)
+        call, sampler = introspection.call, introspection.sampler
         steps = euler_steps(sampler)
-        call = introspect_denoiser_call(pipeline, kwargs, denoiser_format)
         if guided and not (call.is_guided and call.guidance_scale is not None):
             raise ValueError(
                 f"guided=True: {type(pipeline).__name__} with these pipeline_kwargs does not guide by u + w (c - u). "
                 "Ask for guidance in pipeline_kwargs, or leave `guided` out."
             )
-        like = call.format.latents(calls_of_first_step(pipeline, 1, [""], kwargs)[0])[:1]
+        like = call.format.latents(introspection.first_step[0])[:1]
         return cls(pipeline, kwargs, call, sampler, steps, like, guided)
 
     @property
@@ -114,8 +113,8 @@ class FlowSampler:
         """The sampler's velocity, for [`invert`], of samples that have the rows of `conditioning`."""
         denoiser, device = denoiser_of(self.pipeline), self.like.device
         on_device = Conditioning(
-            put_on(conditioning.conditional, device),
-            put_on(conditioning.unconditional, device),
+            send_to_device(conditioning.conditional, device),
+            send_to_device(conditioning.unconditional, device),
             conditioning.batch_axes,
         )
 

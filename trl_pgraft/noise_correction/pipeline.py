@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 
@@ -17,9 +18,8 @@ from ..hub.push import push_corrector_to_hub
 from ..pipelines.denoiser_call import DenoiserCall, branches_of
 from ..pipelines.denoiser_format import DenoiserFormat
 from ..pipelines.inputs import input_names, parameters_of
-from ..pipelines.introspection import introspect_denoiser_call
-from ..pipelines.observe import first_calls
-from ..pipelines.tree import put_on
+from ..pipelines.introspection import introspect
+from ..pipelines.recording import first_calls
 from .correctors import Corrector, load_corrector
 
 
@@ -140,7 +140,7 @@ class NoiseCorrectedPipeline:
         latents = call.format.latents(calls[0])
         count = len(latents) * call.calls_per_step // call.branches
         branch = branches_of(calls, call.format, call.batch_axes, count)[call.conditional_branch]
-        return self.corrector.correct(latents[:count], call, put_on(branch, latents.device), steps)
+        return self.corrector.correct(latents[:count], call, send_to_device(branch, latents.device), steps)
 
     def _call_with(self, arguments: dict[str, Any]) -> DenoiserCall:
         """How the pipeline calls its denoiser with these settings; introspected once for each."""
@@ -148,7 +148,7 @@ class NoiseCorrectedPipeline:
         settings = {name: value for name, value in arguments.items() if name not in ignored}
         key = repr(sorted(settings.items()))
         if key not in self._calls:
-            self._calls[key] = introspect_denoiser_call(self.pipeline, settings, self._format)
+            self._calls[key] = introspect(self.pipeline, settings, self._format).call
         return self._calls[key]
 
     def save_pretrained(self, folder: str | Path) -> None:

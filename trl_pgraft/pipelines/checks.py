@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What is asked of a pipeline before anything is drawn: refusals in words, and a warning about distilled models."""
+"""Checks of a pipeline before anything is sampled: refusals in words, and a warning about distilled models."""
 
 import re
 import warnings
 from typing import Any
 
 import torch
-from diffusers import LCMScheduler, TCDScheduler
+from diffusers import DiffusionPipeline, LCMScheduler, TCDScheduler
 from peft import PeftConfig
 
 from ..config import GraftConfig
@@ -26,7 +26,7 @@ def guides_plainly(call: DenoiserCall) -> bool:
     return not call.is_guided or call.guidance_scale is not None
 
 
-def check_call(call: DenoiserCall, config: GraftConfig, pipeline: Any) -> None:
+def check_call(call: DenoiserCall, config: GraftConfig, pipeline: DiffusionPipeline) -> None:
     """
     Check that what the configuration does with guidance fits how the pipeline guides.
 
@@ -41,12 +41,12 @@ def check_call(call: DenoiserCall, config: GraftConfig, pipeline: Any) -> None:
         )
     if guides_plainly(call):
         return
-    asked = {
+    needing = {
         f"guidance_loss={config.guidance_loss!r}": config.guidance_loss != "conditional",
         f"tuned_guidance_scale={config.tuned_guidance_scale}": config.tuned_guidance_scale is not None,
         "control_adapter=True": config.control_adapter,
     }
-    named = [name for name, is_asked in asked.items() if is_asked]
+    named = [name for name, is_set in needing.items() if is_set]
     if named:
         raise ValueError(
             f"{', '.join(named)}: {type(pipeline).__name__} combines its two branches otherwise than as "
@@ -56,7 +56,7 @@ def check_call(call: DenoiserCall, config: GraftConfig, pipeline: Any) -> None:
         )
 
 
-def warn_if_distilled(pipeline: Any, call: DenoiserCall, arguments: dict[str, Any]) -> None:
+def warn_if_distilled(pipeline: DiffusionPipeline, call: DenoiserCall, arguments: dict[str, Any]) -> None:
     """Warn where scheduler or guidance show a few-step distilled model, and say what the risk is."""
     steps = arguments.get("num_inference_steps", 0)
     spacing = getattr(pipeline.scheduler.config, "timestep_spacing", None)
@@ -78,12 +78,12 @@ def warn_if_distilled(pipeline: Any, call: DenoiserCall, arguments: dict[str, An
     )
 
 
-def check_peft_config(pipeline: Any, peft_config: PeftConfig) -> None:
+def check_peft_config(pipeline: DiffusionPipeline, peft_config: PeftConfig) -> None:
     """
     Check that an adapter's modules are the denoiser's, and that without it the denoiser is what it was.
 
     Raises:
-        `ValueError`: they are a text encoder's, or nobody's; or more than the adapter is changed.
+        `ValueError`: its modules are a text encoder's, or no component has them; or it changes more than the adapter.
     """
     _check_that_it_can_be_taken_out(peft_config)
     targets = getattr(peft_config, "target_modules", None)
@@ -93,15 +93,15 @@ def check_peft_config(pipeline: Any, peft_config: PeftConfig) -> None:
         return
     encoders = {n: m for n, m in pipeline.components.items() if n.startswith("text_encoder") and m is not None}
     found = [name for name, module in encoders.items() if _has_any(module, targets)]
-    asked = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+    wanted = targets if isinstance(targets, str) else ", ".join(sorted(targets))
     if found:
         raise ValueError(
-            f"peft_config: target_modules {asked} are modules of {' and '.join(found)}. An "
+            f"peft_config: target_modules {wanted} are modules of {' and '.join(found)}. An "
             "adapter on a text encoder is not supported: the conditioning is recorded once for each prompt, and "
             "cannot be switched at a noise level, because the text is encoded before the first step. Name modules of "
             f"the {type(denoiser_of(pipeline)).__name__}."
         )
-    raise ValueError(f"peft_config: {type(denoiser_of(pipeline)).__name__} has no modules {asked}.")
+    raise ValueError(f"peft_config: {type(denoiser_of(pipeline)).__name__} has no modules {wanted}.")
 
 
 def _check_that_it_can_be_taken_out(peft_config: PeftConfig) -> None:

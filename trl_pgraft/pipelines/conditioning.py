@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
+from diffusers import DiffusionPipeline
 
 from .denoiser_call import DenoiserCall, branches_of
-from .observe import calls_of_first_step
-from .tree import put_on, take_rows
+from .recording import calls_of_first_step
+from .tree import take_rows
 
 
 @dataclass(frozen=True)
@@ -34,20 +36,24 @@ class Conditioning:
     def rows(self, indices: Sequence[int], device: torch.device | str, unconditional: bool = False) -> dict[str, Any]:
         """Denoiser arguments of the prompts at `indices`, on `device`."""
         branch = self.unconditional if unconditional else self.conditional
-        return put_on(take_rows(branch, self.batch_axes, torch.as_tensor(indices).tolist()), device)
+        return send_to_device(take_rows(branch, self.batch_axes, torch.as_tensor(indices).tolist()), device)
 
 
 def record_conditioning(
-    pipeline: Any,
+    pipeline: DiffusionPipeline,
     call: DenoiserCall,
     prompts: Sequence[str],
     pipeline_kwargs: dict[str, Any] | None = None,
     inputs: Sequence[dict[str, Any]] | None = None,
 ) -> Conditioning:
     """
-    Record the denoiser's conditioning for `prompts` without sampling: the pipeline is left at its denoiser's door.
+    Record the denoiser's conditioning for `prompts` without sampling: the pipeline is left when it calls its denoiser.
 
     Args:
+        pipeline (`DiffusionPipeline`):
+            The pipeline.
+        call ([`DenoiserCall`]):
+            How it calls its denoiser.
         prompts (`Sequence[str]`):
             `P` prompts; row `i` of the result belongs to prompt `i`.
         pipeline_kwargs (`dict`, *optional*):
@@ -56,6 +62,6 @@ def record_conditioning(
             `P` dicts of each prompt's own inputs of the pipeline.
     """
     calls = calls_of_first_step(pipeline, call.calls_per_step, prompts, pipeline_kwargs or {}, inputs)
-    parts = [put_on(part, "cpu") for part in branches_of(calls, call.format, call.batch_axes, len(prompts))]
+    parts = [send_to_device(part, "cpu") for part in branches_of(calls, call.format, call.batch_axes, len(prompts))]
     unconditional = parts[1 - call.conditional_branch] if call.is_guided else None
     return Conditioning(parts[call.conditional_branch], unconditional, call.batch_axes)

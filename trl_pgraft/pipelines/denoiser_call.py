@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 
 from .denoiser_format import DenoiserFormat
 from .tree import take_rows
@@ -20,7 +21,7 @@ from .tree import take_rows
 @dataclass(frozen=True)
 class DenoiserCall:
     """
-    How one pipeline calls its denoiser, as [`introspect_denoiser_call`] found it.
+    How one pipeline calls its denoiser, as [`introspect`] found it.
 
     Args:
         format ([`DenoiserFormat`]):
@@ -28,7 +29,7 @@ class DenoiserCall:
         timestep_dtype (`torch.dtype`):
             Precision the pipeline's own timesteps come in.
         clock (`tuple[float, float]`):
-            `(scale, offset)`: the denoiser is told `scale * t + offset` at the scheduler's training timestep `t`.
+            `(scale, offset)`: the denoiser is given `scale * t + offset` at the scheduler's training timestep `t`.
         sign (`int`):
             +1 or -1: the scheduler is given `sign * output`.
         calls_per_step (`int`):
@@ -75,7 +76,7 @@ class DenoiserCall:
         return (denoiser_timestep - offset) / scale
 
 
-def denoiser_name_of(pipeline: Any) -> str:
+def denoiser_name_of(pipeline: DiffusionPipeline) -> str:
     """Attribute under which `pipeline` keeps its denoiser: `"transformer"` or `"unet"`."""
     for name in ("transformer", "unet"):
         if isinstance(getattr(pipeline, name, None), torch.nn.Module):
@@ -86,7 +87,7 @@ def denoiser_name_of(pipeline: Any) -> str:
     )
 
 
-def denoiser_of(pipeline: Any) -> torch.nn.Module:
+def denoiser_of(pipeline: DiffusionPipeline) -> torch.nn.Module:
     """What `pipeline` calls to predict noise, data or velocity: a module, or what `torch.compile` made of it."""
     return getattr(pipeline, denoiser_name_of(pipeline))
 

@@ -3,6 +3,7 @@
 """Where noisy latents, timestep and prediction are in a denoiser's arguments and output; a subclass overrides it."""
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,20 @@ class DenoiserFormat:
 def uncompiled(denoiser: torch.nn.Module) -> torch.nn.Module:
     """The module that `torch.compile` wrapped: with its own signature, names of parameters, and PEFT's attributes."""
     return extract_model_from_parallel(denoiser, keep_torch_compile=False)
+
+
+def named_arguments(denoiser: torch.nn.Module) -> Callable[..., dict[str, Any]]:
+    """A function that gives the arguments of a call of the denoiser by their names, positional ones included."""
+    signature = inspect.signature(type(uncompiled(denoiser)).forward)
+    further = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
+
+    def named(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        arguments = dict(signature.bind(denoiser, *args, **kwargs).arguments)
+        arguments.pop(next(iter(signature.parameters)))  # self
+        extra = arguments.pop(further, {})
+        return {**arguments, **extra}
+
+    return named
 
 
 def argument_names(denoiser: torch.nn.Module) -> tuple[str, str]:

@@ -7,17 +7,28 @@ import json
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from .denoiser_call import denoiser_of
 
 
-def sampling_fingerprint(pipeline: Any, arguments: dict[str, Any], position: int, own: str = "pgraft") -> str:
+def sampling_fingerprint(
+    pipeline: DiffusionPipeline, arguments: dict[str, Any], step_index: int, own: str = "pgraft"
+) -> str:
     """
-    Short hash of what the law of recorded states depends on: model, scheduler, sampling arguments and position.
+    Short hash of what the law of recorded states depends on: model, scheduler, sampling arguments and step index.
 
-    The model enters by its configuration and a sum over its base weights, so that a fine-tuned copy is told apart.
-    Adapters whose names begin with `own` are this package's and do not count.
+    Args:
+        pipeline (`DiffusionPipeline`):
+            The pipeline. Its scheduler enters by its configuration and its denoiser by a sum over the base weights,
+            so that a fine-tuned copy has another hash.
+        arguments (`dict`):
+            Arguments of the sampling call.
+        step_index (`int`):
+            Number of denoiser calls before the recorded state.
+        own (`str`, *optional*, defaults to `"pgraft"`):
+            Adapters whose names begin so are this package's, and do not count.
     """
     denoiser = denoiser_of(pipeline)
     # Whatever adapters the pipeline came with are the model's; those of this package are not.
@@ -28,7 +39,7 @@ def sampling_fingerprint(pipeline: Any, arguments: dict[str, Any], position: int
         {k: str(v) for k, v in sorted(pipeline.scheduler.config.items()) if not k.startswith("_")},
         {k: stable(v) for k, v in sorted(arguments.items())},
         f"{weights:.3e}",
-        position,
+        step_index,
     ]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 

@@ -7,22 +7,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 
+from ..config import GraftConfig
 from .placement import device_of
 
 
-def parameters_of(pipeline: Any) -> dict[str, inspect.Parameter]:
+def parameters_of(pipeline: DiffusionPipeline) -> dict[str, inspect.Parameter]:
     """Parameters of the pipeline's call by name."""
     return dict(inspect.signature(pipeline.__call__).parameters)
 
 
-def takes_prompts(pipeline: Any) -> bool:
+def takes_prompts(pipeline: DiffusionPipeline) -> bool:
     """Whether the pipeline's call has a prompt; unconditional and class-conditional ones have none."""
     parameters = parameters_of(pipeline)
     return "prompt" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def input_names(pipeline: Any) -> set[str]:
+def input_names(pipeline: DiffusionPipeline) -> set[str]:
     """
     Parameters of the pipeline's call that may differ from prompt to prompt, by the names that diffusers gives them.
 
@@ -40,7 +42,7 @@ def input_names(pipeline: Any) -> set[str]:
     return {name for name in parameters_of(pipeline) if is_input(name) and name not in ("prompt", "system_prompt")}
 
 
-def inputs_of(pipeline: Any, columns: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
+def inputs_of(pipeline: DiffusionPipeline, columns: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
     """
     Those of a prompt's further columns that the pipeline is handed.
 
@@ -57,7 +59,7 @@ def inputs_of(pipeline: Any, columns: dict[str, Any], arguments: dict[str, Any])
 
 
 def prompt_arguments(
-    pipeline: Any,
+    pipeline: DiffusionPipeline,
     prompts: Sequence[str],
     arguments: dict[str, Any],
     inputs: Sequence[dict[str, Any]] | None = None,
@@ -92,7 +94,7 @@ def prompt_arguments(
     return call
 
 
-def _check_required(pipeline: Any, call: dict[str, Any]) -> None:
+def _check_required(pipeline: DiffusionPipeline, call: dict[str, Any]) -> None:
     needed = {n for n in input_names(pipeline) if parameters_of(pipeline)[n].default is inspect.Parameter.empty}
     missing = sorted(needed - call.keys())
     if missing:
@@ -102,7 +104,7 @@ def _check_required(pipeline: Any, call: dict[str, Any]) -> None:
         )
 
 
-def check_held_out(pipeline: Any, example: dict[str, Any], held_out: dict[str, Any]) -> None:
+def check_held_out(pipeline: DiffusionPipeline, example: dict[str, Any], held_out: dict[str, Any]) -> None:
     """
     Check that held-out prompts have the images, labels and the like that the pipeline is handed in training.
 
@@ -141,7 +143,7 @@ def as_batch(values: list[Any]) -> Any:
     return torch.stack(values) if isinstance(values[0], torch.Tensor) else values
 
 
-def _placed(value: Any, pipeline: Any) -> Any:
+def _placed(value: Any, pipeline: DiffusionPipeline) -> Any:
     """Tensors where the pipeline computes and in its precision, which not every pipeline sees to."""
     if not isinstance(value, torch.Tensor):
         return value
@@ -156,8 +158,10 @@ def _repeated(value: Any, count: int) -> Any:
     return value if value is None or isinstance(value, torch.Tensor) else [value] * count
 
 
-def sampling_arguments(config: Any, pipeline: Any, pipeline_kwargs: dict[str, Any] | None) -> dict[str, Any]:
-    """Keyword arguments of the pipeline call that `config` asks for, among those that the pipeline takes."""
+def sampling_arguments(
+    config: GraftConfig, pipeline: DiffusionPipeline, pipeline_kwargs: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Keyword arguments of the pipeline call as `config` sets them, those that the pipeline takes."""
     given, taken = pipeline_kwargs or {}, parameters_of(pipeline)
     wanted = {
         "num_inference_steps": config.sample_num_steps,
@@ -182,7 +186,7 @@ def _guidance_argument(parameters: dict[str, inspect.Parameter]) -> str:
 
 
 def call_pipeline(
-    pipeline: Any,
+    pipeline: DiffusionPipeline,
     prompts: Sequence[str],
     seeds: Sequence[int],
     arguments: dict[str, Any],

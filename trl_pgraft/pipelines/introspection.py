@@ -1,132 +1,182 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Find out how a pipeline calls its denoiser, by asking it: what one call does not tell, several calls do.
+"""Determine how a pipeline calls its denoiser, from recordings: what one call does not show, several calls do.
 
-The batch axes come from calls for two and for three prompts, the conditional branch from a call without guidance,
-clock and sign from what the scheduler is given beside it.
+The denoiser itself makes one call for one image, at the smallest size that the pipeline takes, which shows the layout
+of its output. All else is recorded with a stand-in in its place: arguments, branches, guidance scale and timesteps of
+every step at the real size, batch axes from two and three prompts, the conditional branch from an unguided call.
 """
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
 
-from .denoiser_call import DenoiserCall, branches_of, denoiser_of, prediction_of
+from .denoiser_call import DenoiserCall, branches_of, denoiser_name_of, denoiser_of, prediction_of
 from .denoiser_format import DenoiserFormat
 from .inputs import parameters_of
-from .observe import (
-    CallRecorded,
-    calls_of_first_step,
-    observe_calls,
-    observe_steps,
-    require_a_call,
-    run_until_recorded,
-)
-from .schedulers import run_on_known_data, sampler_of
+from .recording import Step, calls_of_first_step, first_output, record_call
+from .schedulers import Sampler, run_on_known_data, sampler_of
+from .stand_in import Answer, answer_like, answered_by
 from .tree import find_batch_axes, merge_axes
 
 
 # Of different lengths, because some pipelines pass a mask only where there is padding.
 PROBE_PROMPTS = ["a", "a longer prompt", "of words"]
 GUIDANCE_ARGUMENTS = ("true_cfg_scale", "guidance_scale")
+SMALL_EDGES = (16, 32, 64, 128, 256)
 
 
-def introspect_denoiser_call(
-    pipeline: Any, pipeline_kwargs: dict[str, Any] | None = None, denoiser_format: type[DenoiserFormat] | None = None
-) -> DenoiserCall:
+@dataclass(frozen=True)
+class StepFacts:
     """
-    Find out how `pipeline` calls its denoiser, by running it for one, two and three prompts, guided and unguided.
+    What one step of a pipeline call showed.
 
-    Costs about six denoiser calls for one image.
+    Args:
+        timestep (`float`):
+            The scheduler's training timestep.
+        denoiser_timestep (`float` or `None`):
+            The timestep on the denoiser's own clock; `None` where another model made the step.
+        branches (`int`):
+            Rows that the denoiser was given for one image: 1 without classifier-free guidance, 2 with it.
+        guidance_scale (`float` or `None`):
+            w of `u + w (c - u)`, 1.0 without guidance; `None` where the branches are combined otherwise.
+    """
+
+    timestep: float
+    denoiser_timestep: float | None
+    branches: int
+    guidance_scale: float | None
+
+
+@dataclass(frozen=True)
+class Introspection:
+    """
+    What was determined of a pipeline call with certain arguments.
+
+    Args:
+        call ([`DenoiserCall`]):
+            How the pipeline calls its denoiser.
+        sampler ([`Sampler`]):
+            A copy of its scheduler, with the timesteps of the call.
+        first_step (`list[dict]`):
+            Named arguments of the denoiser's calls in the first step of one image, at the size of the call.
+        steps (`list[StepFacts]`):
+            Timesteps and guidance of every step.
+    """
+
+    call: DenoiserCall
+    sampler: Sampler
+    first_step: list[dict[str, Any]]
+    steps: list[StepFacts]
+
+
+def introspect(
+    pipeline: DiffusionPipeline,
+    pipeline_kwargs: dict[str, Any] | None = None,
+    denoiser_format: type[DenoiserFormat] | None = None,
+) -> Introspection:
+    """
+    Determine how `pipeline` calls its denoiser, by recording it for one, two and three prompts.
+
+    Costs one denoiser call for one image of the smallest size that the pipeline takes.
 
     Args:
         pipeline (`DiffusionPipeline`):
-            What to ask.
+            The pipeline; its components and its scheduler stay as they are.
         pipeline_kwargs (`dict`, *optional*):
             Arguments of the sampling call: guidance scale, size, and what it is handed beside a prompt.
         denoiser_format (`type`, *optional*):
             Subclass of [`DenoiserFormat`] for a denoiser that the default does not serve.
 
     Raises:
-        `ValueError`: where the pipeline breaks one of the rules, naming it.
+        `ValueError`: the pipeline breaks one of the rules of docs/models.md; the message names it.
     """
-    kwargs = {**(pipeline_kwargs or {}), "num_inference_steps": _probe_steps(pipeline, pipeline_kwargs or {})}
+    kwargs = pipeline_kwargs or {}
     format = (denoiser_format or DenoiserFormat).of(denoiser_of(pipeline))
-    run_on_known_data(sampler_of(pipeline, pipeline_kwargs or {}))  # refuses schedulers that the rest would stumble on
-    step = _first_step(pipeline, PROBE_PROMPTS[:1], kwargs)
-    branches = _count_branches(step, format, pipeline)
-    off = {} if branches == 1 else _guidance_off(pipeline, kwargs, format)
-    unguided = {**kwargs, **off}
-    axes = _batch_axes(pipeline, kwargs, len(step.calls), format)
-    probe = _two_steps(pipeline, unguided, format)
-    conditional = 0 if branches == 1 else _conditional_branch(pipeline, kwargs, unguided, axes, format)
-    sign = _sign(probe, pipeline)
-    scale = _guidance_scale(step, format, conditional, sign, kwargs.get(*off)) if off else 1.0
-    return DenoiserCall(
+    with answered_by(pipeline, _smallest_answer(pipeline, kwargs, format), format.latents_name):
+        recording = record_call(pipeline, PROBE_PROMPTS[:1], kwargs, steps=1)
+        sampler, step = sampler_of(recording), recording.first
+        run_on_known_data(sampler)  # refuses schedulers that the rest would stumble on
+        branches = _count_branches(step, format, pipeline)
+        off, unguided = ({}, step) if branches == 1 else _guidance_off(pipeline, kwargs, format)
+        axes = _batch_axes(pipeline, kwargs, len(step.calls), format)
+        conditional = _conditional_branch(pipeline, kwargs, off, (step, unguided), axes, format) if off else 0
+        sign, nominal = _sign(unguided, format, pipeline), kwargs.get(*off) if off else None
+
+        def facts(step: Step) -> StepFacts:
+            shown = float(format.timestep(step.calls[0]).flatten()[0]) if step.calls else None
+            rows = sum(len(format.latents(call)) for call in step.calls)
+            scale = _guidance_scale(step, format, conditional, sign, nominal) if rows == 2 else 1.0
+            return StepFacts(step.timestep, shown, rows, scale)
+
+        count = len(sampler.timesteps)  # left after the last of them, so that no image is decoded
+        steps = record_call(pipeline, PROBE_PROMPTS[:1], kwargs, count, facts).measured
+    call = DenoiserCall(
         format=format,
         timestep_dtype=format.timestep(step.calls[0]).dtype,
-        clock=_fit_clock(probe, pipeline.scheduler),
+        clock=_fit_clock(steps, pipeline),
         sign=sign,
         calls_per_step=len(step.calls),
         branches=branches,
         conditional_branch=conditional,
         batch_axes=axes,
-        guidance_scale=scale,
+        guidance_scale=steps[0].guidance_scale,
     )
+    return Introspection(call, sampler, step.calls, steps)
 
 
-@dataclass
-class _Step:
-    """Named arguments and outputs of all denoiser calls of a step, and what the scheduler was given."""
-
-    calls: list[dict[str, Any]] = field(default_factory=list)
-    outputs: list[Any] = field(default_factory=list)
-    model_output: torch.Tensor | None = None
-    timestep: float = math.nan
-
-
-def _first_step(pipeline: Any, prompts: list[str], kwargs: dict[str, Any]) -> _Step:
-    """What happens in the first step of a pipeline call."""
-    step = _Step()
-
-    def stop(timestep: Any, model_output: torch.Tensor, **_: Any) -> None:
-        step.timestep, step.model_output = float(timestep), model_output
-        raise CallRecorded
-
-    handle = denoiser_of(pipeline).register_forward_hook(lambda module, args, output: step.outputs.append(output))
-    try:
-        with observe_calls(denoiser_of(pipeline), step.calls.append), observe_steps(pipeline.scheduler, stop):
-            run_until_recorded(pipeline, prompts, kwargs)
-    finally:
-        handle.remove()
-    require_a_call(pipeline, step.calls)
-    return step
-
-
-def _probe_steps(pipeline: Any, kwargs: dict[str, Any]) -> int:
-    """Steps to ask for so that two are made, where an image is started from and only a share of them is."""
-    parameter = parameters_of(pipeline).get("strength")
-    strength = kwargs.get("strength", parameter.default if parameter else None)
-    return 2 if not isinstance(strength, float) or strength <= 0 else math.ceil(2 / strength)
-
-
-def _count_branches(step: _Step, format: DenoiserFormat, pipeline: Any) -> int:
-    _check_latents(step, format, pipeline)
-    branches = sum(len(format.latents(call)) for call in step.calls)
-    if branches > 2:
+def _smallest_answer(pipeline: DiffusionPipeline, kwargs: dict[str, Any], format: DenoiserFormat) -> Answer | None:
+    """The stand-in's output, in the layout of one call that the denoiser computes at the smallest size it takes."""
+    *smaller, own = _smaller_arguments(pipeline, kwargs)
+    for arguments in smaller:
+        try:
+            given, output = first_output(pipeline, PROBE_PROMPTS[:1], arguments)
+            break
+        except Exception:  # whatever a pipeline raises at a size that it does not take
+            continue
+    else:
+        given, output = first_output(pipeline, PROBE_PROMPTS[:1], own)
+    if not given:
         raise ValueError(
-            f"{type(pipeline).__name__} calls its denoiser on {branches} branches a step; classifier-free guidance "
-            "with two (conditional, unconditional) is what can be trained. Switch further guidance off in "
-            "pipeline_kwargs."
+            f"{type(pipeline).__name__} made an image without calling its `{denoiser_name_of(pipeline)}`: there is no "
+            "denoiser call to record."
         )
-    return branches
+    _check_latents(given, output, format, pipeline)
+    return answer_like(given[format.latents_name], output)
 
 
-def _check_latents(step: _Step, format: DenoiserFormat, pipeline: Any) -> None:
+def _smaller_arguments(pipeline: DiffusionPipeline, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Arguments of ever larger images, those of the call itself last."""
+    images = {name: value for name, value in kwargs.items() if _are_images(value)}
+    parameters = parameters_of(pipeline)
+    own_edge = kwargs.get("height") or math.inf
+    for edge in SMALL_EDGES if images or "height" in parameters else ():
+        if edge < own_edge:
+            # Binned to a resolution of training, a small size would not stay small.
+            small = {"height": edge, "width": edge, "num_frames": 1, "use_resolution_binning": False}
+            resized = {name: _resized(value, edge) for name, value in images.items()}
+            yield {**kwargs, **{name: value for name, value in small.items() if name in parameters}, **resized}
+    yield kwargs
+
+
+def _are_images(value: Any) -> bool:
+    values = value if isinstance(value, list) else [value]
+    return bool(values) and all(isinstance(image, Image.Image) for image in values)
+
+
+def _resized(value: Any, edge: int) -> Any:
+    return [_resized(image, edge) for image in value] if isinstance(value, list) else value.resize((edge, edge))
+
+
+def _check_latents(given: dict[str, Any], returned: Any, format: DenoiserFormat, pipeline: DiffusionPipeline) -> None:
     """The rule on latents: a tensor, of which the prediction has the shape, or more channels (learned variance)."""
     override = "Override DenoiserFormat and pass it as denoiser_format (docs/models.md has examples)."
-    latents, output = format.latents(step.calls[0]), format.prediction(step.outputs[0])
+    latents, output = format.latents(given), format.prediction(returned)
     denoiser = type(denoiser_of(pipeline)).__name__
     for found, what in ((latents, f"argument `{format.latents_name}`"), (output, "output")):
         if not isinstance(found, torch.Tensor):
@@ -143,21 +193,36 @@ def _check_latents(step: _Step, format: DenoiserFormat, pipeline: Any) -> None:
         )
 
 
-def _guidance_off(pipeline: Any, kwargs: dict[str, Any], format: DenoiserFormat) -> dict[str, float]:
-    """The argument and value, at 1.0 or else at 0.0, that switch guidance off, so that one branch is left."""
+def _count_branches(step: Step, format: DenoiserFormat, pipeline: DiffusionPipeline) -> int:
+    branches = sum(len(format.latents(call)) for call in step.calls)
+    if branches > 2:
+        raise ValueError(
+            f"{type(pipeline).__name__} calls its denoiser on {branches} branches a step; classifier-free guidance "
+            "with two (conditional, unconditional) is what can be trained. Switch further guidance off in "
+            "pipeline_kwargs."
+        )
+    return branches
+
+
+def _guidance_off(
+    pipeline: DiffusionPipeline, kwargs: dict[str, Any], format: DenoiserFormat
+) -> tuple[dict[str, float], Step]:
+    """The argument and value, 1.0 or else 0.0, that switch guidance off, so that one branch is left; and that step."""
     names = [name for name in GUIDANCE_ARGUMENTS if name in parameters_of(pipeline)]
     for off in ({name: value} for value in (1.0, 0.0) for name in names):
-        step = _first_step(pipeline, PROBE_PROMPTS[:1], {**kwargs, **off})
+        step = record_call(pipeline, PROBE_PROMPTS[:1], {**kwargs, **off}, steps=1).first
         if sum(len(format.latents(call)) for call in step.calls) == 1:
-            return off
+            return off, step
     raise ValueError(
         f"{type(pipeline).__name__} calls its denoiser on two branches, and setting {' or '.join(names) or 'nothing'} "
-        "to 1.0 leaves both, so the conditional branch cannot be told. Sample without guidance: switch it off in "
-        "pipeline_kwargs."
+        "to 1.0 leaves both, so the conditional branch cannot be determined. Sample without guidance: switch it off "
+        "in pipeline_kwargs."
     )
 
 
-def _batch_axes(pipeline: Any, kwargs: dict[str, Any], calls: int, format: DenoiserFormat) -> dict[str, Any]:
+def _batch_axes(
+    pipeline: DiffusionPipeline, kwargs: dict[str, Any], calls: int, format: DenoiserFormat
+) -> dict[str, Any]:
     """Batch axes of the conditioning, from the arguments of calls for two and for three prompts."""
     two, three = (
         [
@@ -173,22 +238,29 @@ def _batch_axes(pipeline: Any, kwargs: dict[str, Any], calls: int, format: Denoi
                 axes = merge_axes(axes, {name: find_batch_axes(for_two[name], for_three[name])})
             except ValueError as error:
                 raise ValueError(
-                    f"{type(pipeline).__name__}: the batch axis of its denoiser's argument `{name}` cannot be told, "
-                    f"because {error}. Override DenoiserFormat.conditioning (docs/models.md)."
+                    f"{type(pipeline).__name__}: the batch axis of its denoiser's argument `{name}` cannot be "
+                    f"determined, because {error}. Override DenoiserFormat.conditioning (docs/models.md)."
                 ) from error
     return axes or {}
 
 
 def _conditional_branch(
-    pipeline: Any, kwargs: dict[str, Any], unguided: dict[str, Any], axes: dict[str, Any], format: DenoiserFormat
+    pipeline: DiffusionPipeline,
+    kwargs: dict[str, Any],
+    off: dict[str, float],
+    first: tuple[Step, Step],
+    axes: dict[str, Any],
+    format: DenoiserFormat,
 ) -> int:
-    """Index of the branch that equals the recording with guidance off."""
+    """Index of the branch that equals the recording with guidance off; `first` has both for the first prompt."""
     for prompt in PROBE_PROMPTS:
-        step, plain = (_first_step(pipeline, [prompt], arguments) for arguments in (kwargs, unguided))
+        guided, plain = first
+        if prompt != PROBE_PROMPTS[0]:
+            guided, plain = (record_call(pipeline, [prompt], {**kwargs, **own}, steps=1).first for own in ({}, off))
         wanted = format.conditioning(plain.calls[0])
         matches = [
             index
-            for index, part in enumerate(branches_of(step.calls, format, axes, 1))
+            for index, part in enumerate(branches_of(guided.calls, format, axes, 1))
             if all(_equal(part[name], wanted[name]) for name in part)
         ]
         if len(matches) == 1:
@@ -196,9 +268,9 @@ def _conditional_branch(
         if not matches:
             raise ValueError(
                 f"{type(pipeline).__name__}: no branch of its guided call equals its call with guidance off, so the "
-                "conditional branch cannot be told. Sample without guidance (sample_guidance_scale=1.0)."
+                "conditional branch cannot be determined. Sample without guidance (sample_guidance_scale=1.0)."
             )
-        # The negative prompt may be the very prompt that was asked with.
+        # The negative prompt may be the very prompt of this recording.
     raise ValueError(
         f"{type(pipeline).__name__}: both branches of its guided call are the same, so there is no guidance to train "
         "with. Give negative inputs that differ from the prompt's, or sample with sample_guidance_scale=1.0."
@@ -206,7 +278,7 @@ def _conditional_branch(
 
 
 def _guidance_scale(
-    step: _Step, format: DenoiserFormat, conditional: int, sign: int, given: float | None
+    step: Step, format: DenoiserFormat, conditional: int, sign: int, given: float | None
 ) -> float | None:
     """w of `u + w (c - u)`, fitted to what the scheduler was given; `None` where it is something else."""
     latents = [format.latents(call) for call in step.calls]
@@ -218,7 +290,7 @@ def _guidance_scale(
     residual = (u + scale * (c - u) - combined).norm()
     tolerance = 1e-4 * (combined - u).norm()
     if given is not None:
-        # Some pipelines add w (c - u) to c. In half precision only these values tell guidance from what resembles it.
+        # Some pipelines add w (c - u) to c. In half precision only these values identify guidance.
         rounding = torch.finfo(outputs[0].dtype).eps / 2 * scale.abs() * parts.norm()
         for nominal in (given, given + 1):
             if math.isclose(scale, nominal, rel_tol=1e-2) and residual <= tolerance + rounding:
@@ -226,64 +298,31 @@ def _guidance_scale(
     return float(scale) if residual <= tolerance else None
 
 
-@dataclass
-class _Probe:
-    scheduler_timesteps: list[float]
-    denoiser_timesteps: list[float]
-    x_t: torch.Tensor | None = None
-    output: torch.Tensor | None = None
-    model_output: torch.Tensor | None = None
-
-
-def _two_steps(pipeline: Any, kwargs: dict[str, Any], format: DenoiserFormat) -> _Probe:
-    """Run two unguided steps; keep both clocks, and what the scheduler was given of the first prediction."""
-    denoiser = denoiser_of(pipeline)
-    probe = _Probe([], [])
-
-    def on_denoiser(arguments: dict[str, Any]) -> None:
-        probe.x_t = format.latents(arguments)
-        probe.denoiser_timesteps.append(float(format.timestep(arguments).flatten()[0]))
-
-    def on_output(module: torch.nn.Module, args: tuple, output: Any) -> None:
-        if probe.model_output is None:
-            probe.output = prediction_of(format, output, probe.x_t)
-
-    def on_step(timestep: Any, model_output: torch.Tensor, **_: Any) -> None:
-        probe.model_output = model_output if probe.model_output is None else probe.model_output
-        probe.scheduler_timesteps.append(float(timestep))
-        if len(probe.scheduler_timesteps) == 2:
-            raise CallRecorded
-
-    handle = denoiser.register_forward_hook(on_output)
-    try:
-        with observe_calls(denoiser, on_denoiser), observe_steps(pipeline.scheduler, on_step):
-            run_until_recorded(pipeline, PROBE_PROMPTS[:1], kwargs)
-    finally:
-        handle.remove()
-    return probe
-
-
-def _fit_clock(probe: _Probe, scheduler: Any) -> tuple[float, float]:
-    """Affine map between the two clocks; a well-known one where it fits, because bf16 timesteps are rounded."""
-    total = float(scheduler.config.num_train_timesteps)
-    # Another denoiser may make the second step.
-    pairs = list(zip(probe.scheduler_timesteps, probe.denoiser_timesteps, strict=False))
+def _fit_clock(steps: list[StepFacts], pipeline: DiffusionPipeline) -> tuple[float, float]:
+    """Affine map between the two clocks; a common one where it fits, because bf16 timesteps are rounded."""
+    total = float(pipeline.scheduler.config.num_train_timesteps)
+    pairs = [(step.timestep, step.denoiser_timestep) for step in steps if step.denoiser_timestep is not None]
     for scale, offset in ((1.0, 0.0), (1 / total, 0.0), (-1 / total, 1.0)):
         span = abs(scale) * total
         if all(abs(scale * t + offset - m) < 5e-3 * span for t, m in pairs):
             return scale, offset
-    (t_0, m_0), (t_1, m_1) = pairs
+    (t_0, m_0), (t_1, m_1) = pairs[0], pairs[-1]
+    if t_0 == t_1:
+        raise ValueError(
+            f"{type(pipeline).__name__}: its denoiser is given {m_0:g} at timestep {t_0:g}, and one step does not "
+            "determine its clock. Sample with at least two steps."
+        )
     scale = (m_1 - m_0) / (t_1 - t_0)
     return scale, m_0 - scale * t_0
 
 
-def _sign(probe: _Probe, pipeline: Any) -> int:
+def _sign(step: Step, format: DenoiserFormat, pipeline: DiffusionPipeline) -> int:
+    """+1 or -1 by which the scheduler is given the output of an unguided step."""
+    output = prediction_of(format, step.outputs[0], format.latents(step.calls[0]))
     # A learned variance may go to the scheduler beside the prediction.
-    given = probe.model_output[:, : probe.output.shape[1]]
+    given = step.model_output[:, : output.shape[1]]
     for sign in (1, -1):
-        if probe.output.shape == given.shape and torch.allclose(
-            sign * probe.output.float(), given.float(), rtol=1e-2, atol=1e-3
-        ):
+        if output.shape == given.shape and torch.allclose(sign * output.float(), given.float(), rtol=1e-2, atol=1e-3):
             return sign
     raise ValueError(
         f"{type(pipeline).__name__} gives `scheduler.step` something other than plus or minus its denoiser's output; "

@@ -4,17 +4,17 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.hooks import CpuOffload
 from accelerate.utils import has_compiled_regions, is_compiled_module
+from diffusers import DiffusionPipeline
 
 from .denoiser_format import uncompiled
 
 
-def offload_device(pipeline: Any) -> torch.device | None:
+def offload_device(pipeline: DiffusionPipeline) -> torch.device | None:
     """The device that `enable_model_cpu_offload` moves modules to for their calls; `None` where it is off."""
     # accelerate keeps the hook of a module under this name, and diffusers looks there too; the pipeline's own list of
     # its hooks is private.
@@ -22,14 +22,17 @@ def offload_device(pipeline: Any) -> torch.device | None:
     return next((torch.device(hook.execution_device) for hook in hooks if isinstance(hook, CpuOffload)), None)
 
 
-def device_of(pipeline: Any) -> torch.device:
+def device_of(pipeline: DiffusionPipeline) -> torch.device:
     """Where the pipeline computes, also where its modules are offloaded."""
     return offload_device(pipeline) or pipeline.device
 
 
 @contextmanager
 def on_device(
-    pipeline: Any, denoiser: torch.nn.Module, accelerator: Accelerator, optimizer: torch.optim.Optimizer | None = None
+    pipeline: DiffusionPipeline,
+    denoiser: torch.nn.Module,
+    accelerator: Accelerator,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> Iterator[None]:
     """
     Keep an offloaded denoiser on the device inside the block, for training; do nothing where it is not offloaded.
@@ -93,7 +96,7 @@ def weights_dtype(accelerator: Accelerator) -> torch.dtype | None:
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
 
 
-def place_pipeline(pipeline: Any, device: torch.device, dtype: torch.dtype | None = None) -> None:
+def place_pipeline(pipeline: DiffusionPipeline, device: torch.device, dtype: torch.dtype | None = None) -> None:
     """
     Move the pipeline to the device, or leave it offloaded; its weights frozen, in `dtype` where that is given, and
     without its own progress bars.

@@ -2,8 +2,7 @@
 
 """What a pipeline's scheduler does between its steps: where steps begin, and at which noise level states lie.
 
-The scheduler is asked, not known by name: a copy of it, set as the pipeline has set it, is run on data whose exact
-denoiser is known.
+No scheduler is special: a copy of it, set as the pipeline has set it, is run on data whose exact denoiser is known.
 """
 
 import copy
@@ -16,8 +15,7 @@ import torch
 
 from ..core.noise_schedules import NoiseSchedule, expand
 from ..core.parameterizations import check_prediction_type, combine
-from .denoiser_call import denoiser_of
-from .observe import CallRecorded, observe_calls, observe_steps, require_a_call, run_until_recorded
+from .recording import Recording
 
 
 @dataclass(frozen=True)
@@ -61,33 +59,19 @@ class Sampler:
         if extra > 1:
             raise ValueError(
                 f"{self.description} makes {extra} denoiser calls more than its {steps} steps: some of them begin no "
-                "step, and which cannot be told. Use DDIMScheduler or DPMSolverMultistepScheduler; with PNDMScheduler "
-                "set `skip_prk_steps=True`."
+                "step, and which cannot be determined. Use DDIMScheduler or DPMSolverMultistepScheduler; with "
+                "PNDMScheduler set `skip_prk_steps=True`."
             )
         last_of = {self.timesteps[call]: call for call in range(0, len(self.timesteps), order)}
         return sorted(last_of.values())
 
 
-def sampler_of(pipeline: Any, pipeline_kwargs: dict[str, Any]) -> Sampler:
-    """The sampler that `pipeline` uses with these arguments; costs one denoiser step."""
-    copies: list[Any] = []
-    first: dict[str, Any] = {}
-
-    def on_call(_: dict[str, Any]) -> None:
-        if not copies:
-            copies.append(copy.deepcopy(pipeline.scheduler))
-            vars(copies[0]).pop("step", None)  # the observer's
-
-    def on_step(**seen: Any) -> None:
-        first.update(seen)
-        raise CallRecorded
-
-    with observe_calls(denoiser_of(pipeline), on_call), observe_steps(pipeline.scheduler, on_step):
-        run_until_recorded(pipeline, ["a"], pipeline_kwargs)
-    require_a_call(pipeline, copies)
-    timesteps = [float(timestep) for timestep in copies[0].timesteps]
+def sampler_of(recording: Recording) -> Sampler:
+    """The sampler of a recorded pipeline call."""
+    timesteps = [float(timestep) for timestep in recording.scheduler.timesteps]
     # Image-to-image starts in the midst of the scheduler's timesteps.
-    return Sampler(copies[0], timesteps[timesteps.index(float(first["timestep"])) :], first["options"])
+    first = timesteps.index(recording.first.timestep)
+    return Sampler(recording.scheduler, timesteps[first:], recording.first.options)
 
 
 @dataclass(frozen=True)
@@ -112,30 +96,30 @@ _SHAPE = (2, 3, 148, 148)
 _LEVEL_TOLERANCE = 0.02
 
 
-def check_sampler(sampler: Sampler, position: int, eta: float) -> None:
+def check_sampler(sampler: Sampler, step_index: int, eta: float) -> None:
     """
-    Refuse a sampler whose states are not what P-GRAFT takes them for, and warn of noise that nobody asked for.
+    Refuse a sampler whose states are not at the noise levels of their timesteps, and warn of unexpected noise.
 
     Args:
         sampler ([`Sampler`]):
             From [`sampler_of`].
-        position (`int`):
+        step_index (`int`):
             Denoiser call that x_I enters; the number of calls is the final state.
         eta (`float`):
-            The stochasticity that was asked for.
+            The configured stochasticity.
 
     Raises:
         `ValueError`: as [`run_on_known_data`], or x_I of a deterministic sampler is not at its timestep's level.
     """
     known = run_on_known_data(sampler)
-    is_intermediate = position < len(sampler.timesteps)
+    is_intermediate = step_index < len(sampler.timesteps)
     _warn_of_noise(sampler, known.is_stochastic, is_intermediate, eta)
     if is_intermediate:
-        _check_level(sampler, position, known)
+        _check_level(sampler, step_index, known)
 
 
-def _check_level(sampler: Sampler, position: int, known: KnownRun) -> None:
-    timestep, measured = sampler.timesteps[position], known.levels[position]
+def _check_level(sampler: Sampler, step_index: int, known: KnownRun) -> None:
+    timestep, measured = sampler.timesteps[step_index], known.levels[step_index]
     expected = [value.item() for value in NoiseSchedule.from_scheduler(sampler.scheduler)(timestep)]
     error = max(abs(one - other) for one, other in zip(expected, measured, strict=True))
     if error <= _LEVEL_TOLERANCE:
@@ -147,9 +131,9 @@ def _check_level(sampler: Sampler, position: int, known: KnownRun) -> None:
     )
     if not known.is_stochastic:
         raise ValueError(
-            f"{found}: the scheduler steps to other levels than it tells the denoiser, by up to {error:.2f} (at most "
-            f"{_LEVEL_TOLERANCE} is accepted). Use timestep_spacing 'leading' or 'trailing', or more steps, or "
-            "DPMSolverMultistepScheduler."
+            f"{found}: the scheduler steps to other levels than those of the denoiser's timesteps, by up to "
+            f"{error:.2f} (at most {_LEVEL_TOLERANCE} is accepted). Use timestep_spacing 'leading' or 'trailing', or "
+            "more steps, or DPMSolverMultistepScheduler."
         )
     warnings.warn(
         f"{found}: it adds more or less noise than such data ask for. If it has a `variance_type`, 'fixed_small' is "
@@ -181,14 +165,14 @@ def run_on_known_data(sampler: Sampler) -> KnownRun:
     """
     Run the scheduler, without a model, on data that are always c, once for c = 1 and once for c = -1.
 
-    The exact denoiser is told the timestep t and finds the noise `(x_t - alpha_t c) / sigma_t`. A trajectory that
-    starts on the forward kernel stays on `x_t = alpha_t c + sigma_t noise` if the scheduler goes to the levels that it
-    tells the denoiser; so half the difference of the means is alpha and the standard deviation is sigma.
+    The exact denoiser is given the timestep t and finds the noise `(x_t - alpha_t c) / sigma_t`. A trajectory that
+    starts on the forward kernel stays on `x_t = alpha_t c + sigma_t noise` if the scheduler goes to the levels of
+    its timesteps; so half the difference of the means is alpha and the standard deviation is sigma.
 
     Raises:
         `ValueError`: the scheduler is not supported, fails, or its states are not finite.
     """
-    sampler.step_starts()  # raises where steps cannot be told
+    sampler.step_starts()  # raises where steps cannot be determined
     scheduler, device = copy.deepcopy(sampler.scheduler), sampler.scheduler.timesteps.device
     schedule = NoiseSchedule.from_scheduler(scheduler)
     kind = prediction_type_of(scheduler)

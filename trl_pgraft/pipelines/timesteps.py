@@ -3,21 +3,19 @@
 """The noise levels that a configuration tunes: where x_I is recorded, where the adapter switches, what is trained."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from ..config import GraftConfig
 from ..core.noise_schedules import CLEAN, Level, NoiseSchedule
 from ..core.switch_level import SwitchLevel
-from .denoiser_call import DenoiserCall
-from .schedulers import Sampler, check_sampler, sampler_of
+from .schedulers import Sampler
 
 
 @dataclass(frozen=True)
 class TunedLevels:
     """
-    Noise levels that are fine-tuned, and how training timesteps are drawn from them.
+    Noise levels that are fine-tuned, and how training timesteps are sampled from them.
 
     Args:
         schedule ([`NoiseSchedule`]):
@@ -26,10 +24,10 @@ class TunedLevels:
             Level of the states x_I.
         switch_timestep (`float` or `None`):
             Timesteps above it are tuned; `None`: all.
-        position (`int`):
+        step_index (`int`):
             Denoiser calls of a trajectory that come before x_I: the number of tuned steps where a step is one call.
         grid (`list[float]` or `None`):
-            Timesteps to draw from; `None`: all of the tuned range.
+            Timesteps to sample from; `None`: all of the tuned range.
         first (`float` or `None`):
             Noisiest tuned timestep, where the sampler starts from an image; `None`: pure noise.
     """
@@ -37,7 +35,7 @@ class TunedLevels:
     schedule: NoiseSchedule
     level_i: Level
     switch_timestep: float | None
-    position: int
+    step_index: int
     grid: list[float] | None = None
     first: float | None = None
 
@@ -55,9 +53,9 @@ class TunedLevels:
             return self.first
         return self.schedule.num_train_timesteps - (0 if self.schedule.is_flow else 1)
 
-    def draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
+    def sample(self, count: int, generator: torch.Generator) -> torch.Tensor:
         """`count` training timesteps, stratified over the tuned levels in random order; shape `(count,)`, float64."""
-        # In float64, where index + u stays below index + 1: the lower end is never drawn.
+        # In float64, where index + u stays below index + 1: the lower end is never sampled.
         index = torch.randperm(count, generator=generator).double()
         strata = (index + torch.rand(count, generator=generator)) / count
         if self.grid is not None:
@@ -73,54 +71,38 @@ class TunedLevels:
 
 
 def tuned_levels(
-    config: GraftConfig, pipeline: Any, call: DenoiserCall, arguments: dict[str, Any]
-) -> tuple[TunedLevels, SwitchLevel]:
-    """
-    Tuned noise levels of a pipeline's sampler, and the switch that is stored with the adapter.
-
-    Args:
-        config ([`GraftConfig`]):
-            `tuned_fraction`, `timestep_sampling`, `sample_eta` and `tuned_guidance_scale` count.
-        pipeline (`DiffusionPipeline`):
-            Asked for its sampler.
-        call ([`DenoiserCall`]):
-            The denoiser's clock.
-        arguments (`dict`):
-            Arguments of the sampling call.
-
-    Raises:
-        `ValueError`: the scheduler is not supported, or its states are not at the levels that it tells the denoiser.
-    """
-    sampler = sampler_of(pipeline, arguments)
-    levels, switch = levels_of_sampler(config, sampler, call.clock)
-    check_sampler(sampler, levels.position, config.sample_eta)
-    return levels, switch
-
-
-def levels_of_sampler(
     config: GraftConfig, sampler: Sampler, clock: tuple[float, float] = (1.0, 0.0)
 ) -> tuple[TunedLevels, SwitchLevel]:
     """
-    As [`tuned_levels`], of a [`Sampler`] and without checking its states.
+    Tuned noise levels of a sampler, and the switch that is stored with the adapter.
 
     `tuned_fraction` is a share of the sampler's steps; a step may make several denoiser calls. The switch lies midway
-    between the last tuned and the first reference timestep, because pipelines round timesteps.
+    between the last tuned and the first reference timestep, because pipelines round timesteps. That the sampler's
+    states are at these levels is for [`check_sampler`] to verify.
+
+    Args:
+        config ([`GraftConfig`]):
+            `tuned_fraction`, `timestep_sampling` and `tuned_guidance_scale` count.
+        sampler ([`Sampler`]):
+            The pipeline's scheduler and timesteps.
+        clock (`tuple[float, float]`, *optional*, defaults to `(1.0, 0.0)`):
+            `(scale, offset)` of the denoiser's own clock, see [`DenoiserCall`].
     """
     schedule = NoiseSchedule.from_scheduler(sampler.scheduler)
     timesteps, starts = sampler.timesteps, sampler.step_starts()
     tuned_steps = max(1, round(config.tuned_fraction * len(starts)))
-    position = [*starts, len(timesteps)][tuned_steps]
-    state = timesteps[position] if tuned_steps < len(starts) else None
-    tuned = sorted({t for t in timesteps[:position] if state is None or t > state}, reverse=True)
+    step_index = [*starts, len(timesteps)][tuned_steps]
+    state = timesteps[step_index] if tuned_steps < len(starts) else None
+    tuned = sorted({t for t in timesteps[:step_index] if state is None or t > state}, reverse=True)
     starts_late = len(timesteps) < len(sampler.scheduler.timesteps)
     further = {
         "grid": tuned if config.timestep_sampling == "sampler" else None,
         "first": timesteps[0] if starts_late else None,
     }
     if state is None:
-        return TunedLevels(schedule, CLEAN, None, position, **further), SwitchLevel(None, None, None, clock)
+        return TunedLevels(schedule, CLEAN, None, step_index, **further), SwitchLevel(None, None, None, clock)
     switch = (tuned[-1] + state) / 2
     alpha, sigma = schedule(state)
-    levels = TunedLevels(schedule, (alpha.item(), sigma.item()), switch, position, **further)
+    levels = TunedLevels(schedule, (alpha.item(), sigma.item()), switch, step_index, **further)
     log_snr = schedule.log_snr(switch).item()
     return levels, SwitchLevel(switch, log_snr, state, clock, config.tuned_guidance_scale)

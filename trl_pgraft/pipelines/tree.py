@@ -76,15 +76,6 @@ def take_rows(tree: Any, axes: Any, rows: Sequence[int]) -> Any:
     return map_tree(take, tree, axes)
 
 
-def put_on(tree: Any, device: torch.device | str) -> Any:
-    """All tensors of a tree on `device`, without their graph."""
-    if isinstance(tree, torch.Tensor):
-        return tree.detach().to(device)
-    if isinstance(tree, dict):
-        return {name: put_on(value, device) for name, value in tree.items()}
-    return type(tree)(put_on(value, device) for value in tree) if isinstance(tree, list | tuple) else tree
-
-
 def choose_rows(mask: torch.Tensor, chosen: Any, other: Any, axes: Any) -> Any:
     """
     Rows of `chosen` where `mask`, of `other` elsewhere.

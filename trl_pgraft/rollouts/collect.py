@@ -77,11 +77,11 @@ def _check_trajectory(trajectory: Trajectory, pipeline: Any) -> None:
     if trajectory.x_i is None:
         raise ValueError(
             f"{type(pipeline).__name__} made {len(trajectory.timesteps)} steps and none at position "
-            f"{trajectory.position}, where its state was to be recorded. Does its `{name}` run at every step?"
+            f"{trajectory.step_index}, where its state was to be recorded. Does its `{name}` run at every step?"
         )
     if trajectory.steps_without:
         raise ValueError(
-            f"{type(pipeline).__name__} made {trajectory.steps_without} of the first {trajectory.position} steps "
+            f"{type(pipeline).__name__} made {trajectory.steps_without} of the first {trajectory.step_index} steps "
             f"without its `{name}`, which is what is tuned. Where another model takes over at low noise, choose a "
             "tuned_fraction that ends before it does."
         )
@@ -188,7 +188,7 @@ class RolloutCollector:
         samples = samples_of(groups, config.seed, epoch)
         own = samples[self._own_share(len(samples))]
         unfinished = UnfinishedRound(
-            self.unfinished / f"round_{epoch:04d}", self.policy.drawn_by(), [reward.name for reward in self.rewards]
+            self.unfinished / f"round_{epoch:04d}", self.policy.sampled_by(), [reward.name for reward in self.rewards]
         )
         with self.policy.sampler(reference=config.sample_from == "reference"):
             batches = self.draw_and_score(own, unfinished)
@@ -239,7 +239,7 @@ class RolloutCollector:
     def _draw(self, samples: Sequence[Sample]) -> Iterator[tuple[Sequence[Sample], Drawn]]:
         policy, size = self.policy, self.config.sample_batch_size
         progress = self.accelerator.is_local_main_process
-        return draw(policy.pipeline, policy.call, samples, policy.levels.position, size, policy.arguments, progress)
+        return draw(policy.pipeline, policy.call, samples, policy.levels.step_index, size, policy.arguments, progress)
 
     def make_scorer(self, in_threads: bool = False) -> Scorer:
         """A scorer of this run's rewards, with threads where asked."""

@@ -170,7 +170,7 @@ def _losses(
 def _draw_row(loss: GraftLoss, seed: int, k: int, count: int, shape: torch.Size) -> tuple[torch.Tensor, Any, bool]:
     """Timestep, noise and caption dropout of a row's k-th use in a pass: functions of its seed alone."""
     generator = torch.Generator().manual_seed(seed)
-    timestep = loss.levels.draw(count, generator)[k]
+    timestep = loss.levels.sample(count, generator)[k]
     generator.manual_seed(seed + k + 1)
     dropped = bool(torch.rand((), generator=generator) < loss.caption_dropout)
     return timestep, torch.randn(shape, generator=generator), dropped
@@ -201,7 +201,7 @@ class Finetuner:
     def __init__(self, policy: Policy, config: GraftConfig, accelerator: Accelerator):
         self.policy, self.config, self.accelerator = policy, config, accelerator
         self.memory = estimate_memory(
-            policy.pipeline, config, policy.peft_config, policy.example_arguments, policy.call
+            policy.pipeline, config, policy.peft_config, policy.example_arguments, policy.introspection
         )
         accelerator.print(self.memory)
         self.has_control = config.control_adapter

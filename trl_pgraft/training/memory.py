@@ -3,22 +3,21 @@
 """How much memory a run needs at the least, from the loaded pipeline and the configuration, before it starts."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import convert_to_fp32, send_to_device
+from diffusers import DiffusionPipeline
 from peft import PeftConfig
 
 from ..adapters.lora import ADAPTER_NAME, adapter_parameters, add_adapter, default_lora_config, tuner_layers
 from ..config import GraftConfig
-from ..pipelines.denoiser_call import DenoiserCall, denoiser_of
+from ..pipelines.denoiser_call import denoiser_of
 from ..pipelines.denoiser_format import uncompiled
 from ..pipelines.inputs import sampling_arguments
-from ..pipelines.introspection import introspect_denoiser_call
+from ..pipelines.introspection import Introspection, introspect
 from ..pipelines.placement import offload_device
-from ..pipelines.schedulers import sampler_of
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,9 @@ class MemoryEstimate:
             Their gradients.
         optimizer (`int`):
             AdamW's two moments, of one byte a value with `train_use_8bit_adam`.
-        activations (`int`):
+        activations (`int` or `None`):
             What the adapted layers keep of one microbatch for the backward pass; 0 with gradient checkpointing, which
-            computes it again.
+            computes it again; `None` where the denoiser cannot be followed without its values.
         is_full_copy (`bool`, *optional*, defaults to `False`):
             Whether the adapter is a copy of all weights of the denoiser.
     """
@@ -47,12 +46,13 @@ class MemoryEstimate:
     adapter: int
     gradients: int
     optimizer: int
-    activations: int
+    activations: int | None
     is_full_copy: bool = False
 
     @property
     def total(self) -> int:
-        return self.pipeline + self.adapter + self.gradients + self.optimizer + self.activations
+        """Their sum; unknown activations count as none."""
+        return self.pipeline + self.adapter + self.gradients + self.optimizer + (self.activations or 0)
 
     def __str__(self) -> str:
         names = ("pipeline", "adapter", "gradients", "optimizer", "activations")
@@ -69,14 +69,14 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    pipeline: Any,
+    pipeline: DiffusionPipeline,
     config: GraftConfig,
     peft_config: PeftConfig | None = None,
     pipeline_kwargs: dict[str, Any] | None = None,
-    call: DenoiserCall | None = None,
+    introspection: Introspection | None = None,
 ) -> MemoryEstimate:
     """
-    Estimate the memory of fine-tuning `pipeline`, with one sampling step and without making the adapter.
+    Estimate the memory of fine-tuning `pipeline`, without making the adapter or an image.
 
     Args:
         pipeline (`DiffusionPipeline`):
@@ -87,24 +87,26 @@ def estimate_memory(
             The adapter; the trainer's default where not given.
         pipeline_kwargs (`dict`, *optional*):
             Further arguments of the pipeline call, such as `height`.
-        call ([`DenoiserCall`], *optional*):
-            How the pipeline calls its denoiser, where that is known.
+        introspection ([`Introspection`], *optional*):
+            What was determined of this pipeline call; it is recorded where not given.
     """
-    denoiser, arguments = uncompiled(denoiser_of(pipeline)), sampling_arguments(config, pipeline, pipeline_kwargs)
+    denoiser = uncompiled(denoiser_of(pipeline))
     peft_config = peft_config or default_lora_config(denoiser, config.lora_rank)
-    call = call or introspect_denoiser_call(pipeline, arguments)
-    # The model without weights says how many an adapter of any kind has, and where.
+    introspection = introspection or introspect(pipeline, sampling_arguments(config, pipeline, pipeline_kwargs))
+    # Models without weights show how many an adapter of any kind has and where, and what its layers are given.
     with torch.device("meta"):
-        shell = type(denoiser).from_config(denoiser.config)
+        shell, plain = (type(denoiser).from_config(denoiser.config) for _ in range(2))
     # Not on the meta device, where some adapters (BOFT) cannot be made: PEFT puts them beside their layers by itself.
     add_adapter(shell, copy.deepcopy(peft_config), ADAPTER_NAME, seed=0)
     trained = sum(parameter.numel() for parameter in adapter_parameters(shell, ADAPTER_NAME))
     layers = {id(layer) for layer in tuner_layers(shell, ADAPTER_NAME)}
-    adapted = [denoiser.get_submodule(path) for path, module in shell.named_modules() if id(module) in layers]
-    with _input_bytes(adapted) as kept:
-        sampler_of(pipeline, arguments)  # makes one step
-    passes = 2 if call.is_guided and config.guidance_loss == "combined" else 1
-    activations = 0 if config.gradient_checkpointing else sum(kept) // call.branches * config.train_batch_size * passes
+    adapted = [plain.get_submodule(path) for path, module in shell.named_modules() if id(module) in layers]
+    passes = 2 if introspection.call.is_guided and config.guidance_loss == "combined" else 1
+    activations: int | None = 0
+    if not config.gradient_checkpointing:
+        kept = _input_sizes(plain, adapted, introspection.first_step)
+        images = config.train_batch_size * passes
+        activations = kept and kept * denoiser.dtype.itemsize // introspection.call.branches * images
     modules = [m for m in pipeline.components.values() if isinstance(m, torch.nn.Module)]
     modules = modules if offload_device(pipeline) is None else [denoiser]
     weights = {id(p): p.numel() * p.element_size() for module in modules for p in module.parameters()}
@@ -118,9 +120,11 @@ def estimate_memory(
     )
 
 
-@contextmanager
-def _input_bytes(modules: list[torch.nn.Module]) -> Iterator[list[int]]:
-    """Sizes of what these modules are given inside the block; what several are given in turn is kept once."""
+def _input_sizes(denoiser: torch.nn.Module, modules: list[torch.nn.Module], calls: list[dict[str, Any]]) -> int | None:
+    """
+    Numbers that `modules` of a float32 denoiser on the meta device are given in these calls; what several are given in
+    turn counts once. `None` where the denoiser reads values of its arguments, which have none there.
+    """
     sizes: list[int] = []
     last = None
 
@@ -128,18 +132,23 @@ def _input_bytes(modules: list[torch.nn.Module]) -> Iterator[list[int]]:
         nonlocal last
         given = args[0] if args else next(iter(kwargs.values()))
         if given is not last:
-            sizes.append(given.numel() * given.element_size())
+            sizes.append(given.numel())
         last = given
 
-    handles = [module.register_forward_pre_hook(before_call, with_kwargs=True) for module in modules]
+    for module in modules:
+        module.register_forward_pre_hook(before_call, with_kwargs=True)
     try:
-        yield sizes
-    finally:
-        for handle in handles:
-            handle.remove()
+        with torch.no_grad():
+            for call in calls:
+                denoiser(**convert_to_fp32(send_to_device(call, "meta")))
+    except (RuntimeError, NotImplementedError, ValueError, TypeError):
+        return None
+    return sum(sizes)
 
 
-def _readable(count: int) -> str:
+def _readable(count: int | None) -> str:
+    if count is None:
+        return "unknown"
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:.1f} {unit}"

@@ -8,27 +8,22 @@ every step at the real size, batch axes from two and three prompts, the conditio
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
 
-from .denoiser_call import DenoiserCall, branches_of, denoiser_name_of, denoiser_of, prediction_of
+from .denoiser_call import DenoiserCall, branches_of, denoiser_of, prediction_of
 from .denoiser_format import DenoiserFormat
 from .inputs import parameters_of
-from .recording import Step, calls_of_first_step, first_output, record_call
+from .recording import PROBE_PROMPTS, Step, calls_of_first_step, record_call
 from .schedulers import Sampler, run_on_known_data, sampler_of
-from .stand_in import Answer, answer_like, answered_by
+from .stand_in import answered_by, smallest_answer
 from .tree import find_batch_axes, merge_axes
 
 
-# Of different lengths, because some pipelines pass a mask only where there is padding.
-PROBE_PROMPTS = ["a", "a longer prompt", "of words"]
 GUIDANCE_ARGUMENTS = ("true_cfg_scale", "guidance_scale")
-SMALL_EDGES = (16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -98,7 +93,7 @@ def introspect(
     """
     kwargs = pipeline_kwargs or {}
     format = (denoiser_format or DenoiserFormat).of(denoiser_of(pipeline))
-    with answered_by(pipeline, _smallest_answer(pipeline, kwargs, format), format.latents_name):
+    with answered_by(pipeline, smallest_answer(pipeline, kwargs, format), format.latents_name):
         recording = record_call(pipeline, PROBE_PROMPTS[:1], kwargs, steps=1)
         sampler, step = sampler_of(recording), recording.first
         run_on_known_data(sampler)  # refuses schedulers that the rest would stumble on
@@ -128,69 +123,6 @@ def introspect(
         guidance_scale=steps[0].guidance_scale,
     )
     return Introspection(call, sampler, step.calls, steps)
-
-
-def _smallest_answer(pipeline: DiffusionPipeline, kwargs: dict[str, Any], format: DenoiserFormat) -> Answer | None:
-    """The stand-in's output, in the layout of one call that the denoiser computes at the smallest size it takes."""
-    *smaller, own = _smaller_arguments(pipeline, kwargs)
-    for arguments in smaller:
-        try:
-            given, output = first_output(pipeline, PROBE_PROMPTS[:1], arguments)
-            break
-        except Exception:  # whatever a pipeline raises at a size that it does not take
-            continue
-    else:
-        given, output = first_output(pipeline, PROBE_PROMPTS[:1], own)
-    if not given:
-        raise ValueError(
-            f"{type(pipeline).__name__} made an image without calling its `{denoiser_name_of(pipeline)}`: there is no "
-            "denoiser call to record."
-        )
-    _check_latents(given, output, format, pipeline)
-    return answer_like(given[format.latents_name], output)
-
-
-def _smaller_arguments(pipeline: DiffusionPipeline, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Arguments of ever larger images, those of the call itself last."""
-    images = {name: value for name, value in kwargs.items() if _are_images(value)}
-    parameters = parameters_of(pipeline)
-    own_edge = kwargs.get("height") or math.inf
-    for edge in SMALL_EDGES if images or "height" in parameters else ():
-        if edge < own_edge:
-            # Binned to a resolution of training, a small size would not stay small.
-            small = {"height": edge, "width": edge, "num_frames": 1, "use_resolution_binning": False}
-            resized = {name: _resized(value, edge) for name, value in images.items()}
-            yield {**kwargs, **{name: value for name, value in small.items() if name in parameters}, **resized}
-    yield kwargs
-
-
-def _are_images(value: Any) -> bool:
-    values = value if isinstance(value, list) else [value]
-    return bool(values) and all(isinstance(image, Image.Image) for image in values)
-
-
-def _resized(value: Any, edge: int) -> Any:
-    return [_resized(image, edge) for image in value] if isinstance(value, list) else value.resize((edge, edge))
-
-
-def _check_latents(given: dict[str, Any], returned: Any, format: DenoiserFormat, pipeline: DiffusionPipeline) -> None:
-    """The rule on latents: a tensor, of which the prediction has the shape, or more channels (learned variance)."""
-    override = "Override DenoiserFormat and pass it as denoiser_format (docs/models.md has examples)."
-    latents, output = format.latents(given), format.prediction(returned)
-    denoiser = type(denoiser_of(pipeline)).__name__
-    for found, what in ((latents, f"argument `{format.latents_name}`"), (output, "output")):
-        if not isinstance(found, torch.Tensor):
-            raise ValueError(
-                f"{denoiser}: its {what} is a {type(found).__name__}, where noisy latents and prediction must be "
-                f"tensors. {override}"
-            )
-    shape, expected = output.shape, latents.shape
-    if shape[0] != expected[0] or shape[2:] != expected[2:] or shape[1] < expected[1]:
-        raise ValueError(
-            f"{denoiser}: its argument `{format.latents_name}` has shape {tuple(expected)} and its output "
-            f"{tuple(shape)}; the noisy latents must have the prediction's shape. An inpainting model takes further "
-            f"channels there. {override}"
-        )
 
 
 def _count_branches(step: Step, format: DenoiserFormat, pipeline: DiffusionPipeline) -> int:

@@ -16,6 +16,10 @@ from .inputs import prompt_arguments
 from .observe import observe_calls, observe_steps
 
 
+# Of different lengths, because some pipelines pass a mask only where there is padding.
+PROBE_PROMPTS = ["a", "a longer prompt", "of words"]
+
+
 class CallRecorded(Exception):
     """Leaves a pipeline once what was to be recorded has been seen."""
 

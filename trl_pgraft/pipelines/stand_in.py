@@ -3,19 +3,87 @@
 """A stand-in for a denoiser: it returns noise in the denoiser's layout, so that recording a call costs no model."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 
-from .denoiser_call import denoiser_of
-from .denoiser_format import named_arguments, uncompiled
+from .denoiser_call import denoiser_name_of, denoiser_of
+from .denoiser_format import DenoiserFormat, named_arguments, uncompiled
+from .inputs import parameters_of
+from .recording import PROBE_PROMPTS, first_output
 
 
 # From the latents argument of a call to what the denoiser would return, or at least to something of its shape.
 Answer = Callable[[Any], Any]
+SMALL_EDGES = (16, 32, 64, 128, 256)  # pixels
+
+
+def smallest_answer(pipeline: DiffusionPipeline, kwargs: dict[str, Any], format: DenoiserFormat) -> Answer | None:
+    """The stand-in's output, in the layout of one call that the denoiser computes at the smallest size it takes."""
+    *smaller, own = _smaller_arguments(pipeline, kwargs)
+    for arguments in smaller:
+        try:
+            given, output = first_output(pipeline, PROBE_PROMPTS[:1], arguments)
+            break
+        except Exception:  # whatever a pipeline raises at a size that it does not take
+            continue
+    else:
+        given, output = first_output(pipeline, PROBE_PROMPTS[:1], own)
+    if not given:
+        raise ValueError(
+            f"{type(pipeline).__name__} made an image without calling its `{denoiser_name_of(pipeline)}`: there is no "
+            "denoiser call to record."
+        )
+    _check_latents(given, output, format, pipeline)
+    return answer_like(given[format.latents_name], output)
+
+
+def _smaller_arguments(pipeline: DiffusionPipeline, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Arguments of ever larger images, those of the call itself last."""
+    images = {name: value for name, value in kwargs.items() if _are_images(value)}
+    parameters = parameters_of(pipeline)
+    own_edge = kwargs.get("height") or math.inf
+    for edge in SMALL_EDGES if images or "height" in parameters else ():
+        if edge < own_edge:
+            # Binned to a resolution of training, a small size would not stay small.
+            small = {"height": edge, "width": edge, "num_frames": 1, "use_resolution_binning": False}
+            resized = {name: _resized(value, edge) for name, value in images.items()}
+            yield {**kwargs, **{name: value for name, value in small.items() if name in parameters}, **resized}
+    yield kwargs
+
+
+def _are_images(value: Any) -> bool:
+    values = value if isinstance(value, list) else [value]
+    return bool(values) and all(isinstance(image, Image.Image) for image in values)
+
+
+def _resized(value: Any, edge: int) -> Any:
+    return [_resized(image, edge) for image in value] if isinstance(value, list) else value.resize((edge, edge))
+
+
+def _check_latents(given: dict[str, Any], returned: Any, format: DenoiserFormat, pipeline: DiffusionPipeline) -> None:
+    """The rule on latents: a tensor, of which the prediction has the shape, or more channels (learned variance)."""
+    override = "Override DenoiserFormat and pass it as denoiser_format (docs/models.md has examples)."
+    latents, output = format.latents(given), format.prediction(returned)
+    denoiser = type(denoiser_of(pipeline)).__name__
+    for found, what in ((latents, f"argument `{format.latents_name}`"), (output, "output")):
+        if not isinstance(found, torch.Tensor):
+            raise ValueError(
+                f"{denoiser}: its {what} is a {type(found).__name__}, where noisy latents and prediction must be "
+                f"tensors. {override}"
+            )
+    shape, expected = output.shape, latents.shape
+    if shape[0] != expected[0] or shape[2:] != expected[2:] or shape[1] < expected[1]:
+        raise ValueError(
+            f"{denoiser}: its argument `{format.latents_name}` has shape {tuple(expected)} and its output "
+            f"{tuple(shape)}; the noisy latents must have the prediction's shape. An inpainting model takes further "
+            f"channels there. {override}"
+        )
 
 
 def answer_like(given: Any, returned: Any) -> Answer | None:

@@ -190,7 +190,7 @@ class Policy:
                 off = without_adapters(self.denoiser, [ADAPTER_NAME])
                 stack.enter_context(off if reference else TimestepGate(called, *where))
             if self.config.tuned_guidance_scale is not None and not reference:
-                scales = (self.call.guidance_scale, self.tuned_guidance_scale)
+                scales = (self.call.guidance_scale or math.nan, self.tuned_guidance_scale)
                 stack.enter_context(TunedGuidance(called, self.call, *scales, self.switch.switch_timestep))
             yield self.pipeline
 

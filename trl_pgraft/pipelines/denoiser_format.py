@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
+from diffusers import ModelMixin
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class DenoiserFormat:
         return output[0] if isinstance(output, tuple) else output.sample
 
 
-def uncompiled(denoiser: torch.nn.Module) -> torch.nn.Module:
+def uncompiled(denoiser: torch.nn.Module) -> ModelMixin:
     """The module that `torch.compile` wrapped: with its own signature, names of parameters, and PEFT's attributes."""
     return extract_model_from_parallel(denoiser, keep_torch_compile=False)
 
@@ -64,7 +65,7 @@ def uncompiled(denoiser: torch.nn.Module) -> torch.nn.Module:
 def named_arguments(denoiser: torch.nn.Module) -> Callable[..., dict[str, Any]]:
     """A function that gives the arguments of a call of the denoiser by their names, positional ones included."""
     signature = inspect.signature(type(uncompiled(denoiser)).forward)
-    further = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
+    further = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
 
     def named(*args: Any, **kwargs: Any) -> dict[str, Any]:
         arguments = dict(signature.bind(denoiser, *args, **kwargs).arguments)

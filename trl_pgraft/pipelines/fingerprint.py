@@ -4,6 +4,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -44,12 +45,12 @@ def sampling_fingerprint(
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
 
-def fingerprint_of(tensors: dict[str, torch.Tensor]) -> str:
+def fingerprint_of(tensors: Mapping[str, torch.Tensor]) -> str:
     """Short hash of tensors, bit for bit, and of their names."""
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

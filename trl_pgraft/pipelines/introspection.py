@@ -105,7 +105,7 @@ def introspect(
 
         def facts(step: Step) -> StepFacts:
             shown = float(format.timestep(step.calls[0]).flatten()[0]) if step.calls else None
-            rows = sum(len(format.latents(call)) for call in step.calls)
+            rows = _rows(step, format)
             scale = _guidance_scale(step, format, conditional, sign, nominal) if rows == 2 else 1.0
             return StepFacts(step.timestep, shown, rows, scale)
 
@@ -125,8 +125,13 @@ def introspect(
     return Introspection(call, sampler, step.calls, steps)
 
 
+def _rows(step: Step, format: DenoiserFormat) -> int:
+    """Rows of latents that the denoiser was given in a step: of one image, its branches."""
+    return sum(format.latents(call).shape[0] for call in step.calls)
+
+
 def _count_branches(step: Step, format: DenoiserFormat, pipeline: DiffusionPipeline) -> int:
-    branches = sum(len(format.latents(call)) for call in step.calls)
+    branches = _rows(step, format)
     if branches > 2:
         raise ValueError(
             f"{type(pipeline).__name__} calls its denoiser on {branches} branches a step; classifier-free guidance "
@@ -143,7 +148,7 @@ def _guidance_off(
     names = [name for name in GUIDANCE_ARGUMENTS if name in parameters_of(pipeline)]
     for off in ({name: value} for value in (1.0, 0.0) for name in names):
         step = record_call(pipeline, PROBE_PROMPTS[:1], {**kwargs, **off}, steps=1).first
-        if sum(len(format.latents(call)) for call in step.calls) == 1:
+        if _rows(step, format) == 1:
             return off, step
     raise ValueError(
         f"{type(pipeline).__name__} calls its denoiser on two branches, and setting {' or '.join(names) or 'nothing'} "

@@ -109,9 +109,9 @@ def place_pipeline(pipeline: DiffusionPipeline, device: torch.device, dtype: tor
         # To the device of this process, where the pipeline may have named the first of all.
         pipeline.enable_model_cpu_offload(device=device)
         # diffusers takes an index of 0 for none, and stays with the one that the pipeline named before.
-        if (offload_device(pipeline).index or 0) != (device.index or 0):
+        if (device_of(pipeline).index or 0) != (device.index or 0):
             raise ValueError(
-                f"sd_pipeline: enable_model_cpu_offload() named {offload_device(pipeline)}, and this process trains "
+                f"sd_pipeline: enable_model_cpu_offload() named {device_of(pipeline)}, and this process trains "
                 f"on {device}. Load the pipeline anew and call it with device={str(device)!r}."
             )
     pipeline.set_progress_bar_config(disable=True)

@@ -64,7 +64,7 @@ class Recording:
             or all residuals of a ControlNet, would not fit.
     """
 
-    first: Step | None = None
+    first: Step = field(default_factory=Step)
     scheduler: Any = None
     measured: list[Any] = field(default_factory=list)
 
@@ -113,7 +113,8 @@ def record_call(
                 f"`{denoiser_name_of(pipeline)}`: there is no denoiser call to record."
             )
         step.timestep, step.model_output, step.options = float(timestep), model_output, options
-        recording.first = recording.first or step
+        if not recording.measured:
+            recording.first = step
         recording.measured.append(measure(step))
         step = Step()
         if len(recording.measured) == steps:

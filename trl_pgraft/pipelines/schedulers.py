@@ -182,11 +182,12 @@ def run_on_known_data(sampler: Sampler) -> KnownRun:
     noise = ((noise - noise.mean()) / noise.std(correction=0)).expand(_SHAPE).to(device)
     c = torch.tensor([1.0, -1.0], device=device).reshape(2, 1, 1, 1).expand(_SHAPE)
     options, untouched = _step_options(sampler, generator), generator.get_state()
-    x, levels = None, []
+    x = torch.empty(0)
+    levels: list[tuple[float, float]] = []
     for t in scheduler.timesteps[-len(sampler.timesteps) :]:
         level = schedule(t)
         alpha, sigma = (expand(value, c) for value in level)
-        if x is None:
+        if not levels:
             x = (alpha * c + sigma * noise) / scale_input(torch.ones_like(c), t)
         x_t = scale_input(x, t)
         levels.append(_level_of(x_t))

@@ -137,8 +137,9 @@ def answered_by(pipeline: DiffusionPipeline, answer: Answer | None, latents_name
     denoisers run as before.
     """
     with ExitStack() as stack:
-        for denoiser in _denoisers(pipeline) if answer is not None else ():
-            stack.enter_context(_replaced_forward(denoiser, answer, latents_name))
+        if answer is not None:
+            for denoiser in _denoisers(pipeline):
+                stack.enter_context(_replaced_forward(denoiser, answer, latents_name))
         yield
 
 
@@ -157,7 +158,7 @@ def _replaced_forward(denoiser: torch.nn.Module, answer: Answer, latents_name: s
     def forward(*args: Any, **kwargs: Any) -> Any:
         return answer(named(*args, **kwargs)[latents_name])
 
-    denoiser.forward = forward  # type: ignore[method-assign]
+    denoiser.forward = forward
     try:
         yield
     finally:

@@ -95,14 +95,12 @@ def tuned_levels(
     state = timesteps[step_index] if tuned_steps < len(starts) else None
     tuned = sorted({t for t in timesteps[:step_index] if state is None or t > state}, reverse=True)
     starts_late = len(timesteps) < len(sampler.scheduler.timesteps)
-    further = {
-        "grid": tuned if config.timestep_sampling == "sampler" else None,
-        "first": timesteps[0] if starts_late else None,
-    }
+    grid = tuned if config.timestep_sampling == "sampler" else None
+    first = timesteps[0] if starts_late else None
     if state is None:
-        return TunedLevels(schedule, CLEAN, None, step_index, **further), SwitchLevel(None, None, None, clock)
+        return TunedLevels(schedule, CLEAN, None, step_index, grid, first), SwitchLevel(None, None, None, clock)
     switch = (tuned[-1] + state) / 2
     alpha, sigma = schedule(state)
-    levels = TunedLevels(schedule, (alpha.item(), sigma.item()), switch, step_index, **further)
+    levels = TunedLevels(schedule, (alpha.item(), sigma.item()), switch, step_index, grid, first)
     log_snr = schedule.log_snr(switch).item()
     return levels, SwitchLevel(switch, log_snr, state, clock, config.tuned_guidance_scale)

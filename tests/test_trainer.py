@@ -668,7 +668,7 @@ def test_a_run_is_not_resumed_with_another_adapter(config):
         return LoraConfig(r=rank, target_modules=["to_q", "to_k"])
 
     make_trainer(config(), peft_config=lora(2)).train()
-    with pytest.raises(ValueError, match="adapter was .*'r': 2.* and is .*'r': 4"):
+    with pytest.raises(ValueError, match="adapter's r was 2 and is 4"):
         make_trainer(config(resume_from_checkpoint=True), peft_config=lora(4))
     assert make_trainer(config(resume_from_checkpoint=True), peft_config=lora(2)).state.epoch == 1
 

@@ -134,6 +134,18 @@ def plain_fields(config: "DataclassInstance", without: Collection[str] = ()) -> 
     return {name: getattr(v, "__name__", str(v)) if callable(v) else v for name, v in values.items()}
 
 
+def default_values(config: "DataclassInstance") -> dict[str, Any]:
+    r"""
+    Defaults of a configuration's fields, by name.
+
+    Args:
+        config (`DataclassInstance`):
+            The configuration, whose values do not matter.
+    """
+    fields = dataclasses.fields(config)
+    return {f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for f in fields}
+
+
 @dataclass
 class GraftConfig:
     r"""

@@ -529,7 +529,7 @@ class PGraftTrainer:
             return
         checkpoint = find_checkpoint(source)
         with reading(checkpoint):
-            check_same_run(checkpoint, self._run())
+            check_same_run(checkpoint, self._run(), self.config, self.policy.peft_config)
             self.state = load_trainer_state(checkpoint)
             if (checkpoint / "adapter_config.json").is_file():
                 self.finetuner.load_adapter(checkpoint)

@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 import torch
+from peft import LoraConfig
 from tiny_pipelines import add_random_adapter, tiny_sd
 
-from trl_pgraft import SwitchLevel
+from trl_pgraft import GraftConfig, SwitchLevel
 from trl_pgraft.adapters.files import load_adapter_weights, read_switch
 from trl_pgraft.adapters.lora import adapter_parameters
 from trl_pgraft.training.checkpoints import (
@@ -25,6 +26,7 @@ from trl_pgraft.training.checkpoints import (
 
 
 SWITCH = SwitchLevel(500.0, -0.5, 450.0)
+CONFIGS = (GraftConfig(), LoraConfig())
 
 
 def optimizer_of(parameters):
@@ -150,9 +152,9 @@ def test_the_oldest_checkpoints_go_first(tmp_path):
 def test_a_run_of_other_values_is_told_apart(tmp_path):
     run = {"seed": 0, "acceptance": "top_k", "rewards": {"red": 1.0}}
     path = save_checkpoint(tmp_path, None, SWITCH, None, None, TrainerState(epoch=1), run)
-    check_same_run(path, dict(run))
+    check_same_run(path, dict(run), *CONFIGS)
     with pytest.raises(ChangedRunError, match="seed was 0 and is 1; rewards was {'red': 1.0} and is {}"):
-        check_same_run(path, {**run, "seed": 1, "rewards": {}})
+        check_same_run(path, {**run, "seed": 1, "rewards": {}}, *CONFIGS)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "nonsense"])
@@ -166,7 +168,7 @@ def test_a_checkpoint_that_cannot_be_read_is_named_and_left_alone(tmp_path, dama
     before = sorted((p.name, p.read_bytes()) for p in path.iterdir())
     with pytest.raises(ValueError, match="checkpoint_1 cannot be read .*left as it was|checkpoint_0") as error:
         with reading(path):
-            check_same_run(path, {"seed": 0})
+            check_same_run(path, {"seed": 0}, *CONFIGS)
             load_trainer_state(path)
     assert "checkpoint_1" in str(error.value) and "checkpoint_0" in str(error.value)
     assert before == sorted((p.name, p.read_bytes()) for p in path.iterdir())
@@ -175,4 +177,4 @@ def test_a_checkpoint_that_cannot_be_read_is_named_and_left_alone(tmp_path, dama
 def test_a_changed_run_is_not_taken_for_an_unreadable_checkpoint(tmp_path):
     path = save(tmp_path, 1)
     with pytest.raises(ChangedRunError), reading(path):
-        check_same_run(path, {"seed": 1})
+        check_same_run(path, {"seed": 1}, *CONFIGS)

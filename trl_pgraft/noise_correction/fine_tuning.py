@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from ..config import default_values
 from ..core.seeding import seed_of
 from ..pipelines.conditioning import Conditioning
 from ..pipelines.denoiser_call import DenoiserCall
@@ -203,7 +204,7 @@ class CorrectorFit:
         with safe_open(self.path, framework="pt") as file:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        refuse_changes(self.path, json.loads(metadata["run"]), self._run())
+        refuse_changes(self.path, json.loads(metadata["run"]), self._run(), default_values(self.config))
         self.step = int(metadata["step"])
         for i, parameter in enumerate(self.parameters):
             parameter.data.copy_(tensors[f"parameter.{i}"])

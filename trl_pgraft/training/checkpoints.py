@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..adapters.files import save_pgraft_adapter
+from ..config import GraftConfig, default_values
 from ..core.switch_level import SwitchLevel
 
 
@@ -144,7 +145,7 @@ class ChangedRunError(ValueError):
     """A checkpoint was written by a run of another configuration."""
 
 
-def check_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
+def check_same_run(checkpoint: Path, run: dict[str, Any], config: GraftConfig, peft_config: PeftConfig) -> None:
     """
     Check that a checkpoint was written by a run whose results depend on the same values.
 
@@ -153,19 +154,35 @@ def check_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
             The checkpoint.
         run (`dict`):
             Values by name, as given to [`save_checkpoint`].
+        config ([`GraftConfig`]):
+            The present configuration. A field that the checkpoint lacks counts as the field's default.
+        peft_config (`PeftConfig`):
+            The present adapter's configuration, to which the same applies.
 
     Raises:
         `ChangedRunError`: they differ; the message names each.
     """
-    refuse_changes(checkpoint, json.loads((checkpoint / "run.json").read_text()), run)
+    stored = json.loads((checkpoint / "run.json").read_text())
+    defaults = {**default_values(config), "adapter": _comparable(default_values(peft_config))}
+    refuse_changes(checkpoint, *map(_with_adapter_spread, (stored, run, defaults)))
 
 
-def refuse_changes(checkpoint: Path, stored: dict[str, Any], run: dict[str, Any]) -> None:
-    """Raise [`ChangedRunError`] where what a checkpoint says of its run differs from the present one."""
+def _with_adapter_spread(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with those of the adapter under a name each."""
+    adapter = {f"adapter's {name}": value for name, value in values.get("adapter", {}).items()}
+    return {**{name: value for name, value in values.items() if name != "adapter"}, **adapter}
+
+
+def refuse_changes(checkpoint: Path, stored: dict[str, Any], run: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """
+    Raise [`ChangedRunError`] where the run of `checkpoint` had other values (`stored`) than the present `run` has. A
+    field that was added since then counts as its value in `defaults`.
+    """
     now = json.loads(json.dumps(run, default=str))
-    names = [name for name in {**stored, **now} if stored.get(name) != now.get(name)]
+    was = {**{name: value for name, value in defaults.items() if name in now}, **stored}
+    names = [name for name in {**stored, **now} if was.get(name) != now.get(name)]
     if names:
-        changes = "; ".join(f"{name} was {stored.get(name)!r} and is {now.get(name)!r}" for name in names)
+        changes = "; ".join(f"{name} was {was.get(name)!r} and is {now.get(name)!r}" for name in names)
         raise ChangedRunError(
             f"resume_from: {checkpoint} is of another run: {changes}. Resume with what it was written with, or start "
             "a new run in another output_dir."
@@ -174,7 +191,11 @@ def refuse_changes(checkpoint: Path, stored: dict[str, Any], run: dict[str, Any]
 
 def adapter_values(peft_config: PeftConfig) -> dict[str, Any]:
     """What an adapter's configuration says of the adapter, in values that can be compared after a resume."""
-    values = {name: sorted(v) if isinstance(v, set) else v for name, v in peft_config.to_dict().items()}
+    return _comparable(peft_config.to_dict())
+
+
+def _comparable(values: dict[str, Any]) -> dict[str, Any]:
+    values = {name: sorted(v) if isinstance(v, set) else v for name, v in values.items()}
     return {name: v if isinstance(v, str | int | float | list | None) else str(v) for name, v in values.items()
             if name not in ("peft_version", "base_model_name_or_path", "inference_mode")}  # fmt: skip
 

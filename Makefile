@@ -21,6 +21,7 @@ test-slow: $(INSTALLED)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 # torch first: what comes after is content with it, and does not fetch another build.
 $(INSTALLED): setup.cfg pyproject.toml

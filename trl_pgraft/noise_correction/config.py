@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Configuration of [`NoiseCorrectionTrainer`]."""
+"""The configuration of [`NoiseCorrectionTrainer`]: its fields with their descriptions, and their ranges."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -103,7 +103,7 @@ class NoiseCorrectedPipeline:
             super().__setattr__(name, value)
 
     def to(self, *args: Any, **kwargs: Any) -> "NoiseCorrectedPipeline":
-        """Move the pipeline as its own `to` does; the corrector follows in the next call."""
+        """Move the pipeline by its own `to(*args, **kwargs)`; the corrector follows in the next call."""
         self.pipeline.to(*args, **kwargs)
         return self
 

@@ -625,13 +625,6 @@ def test_the_newest_checkpoint_is_taken_and_old_ones_are_removed(config):
     assert older.state.epoch == 3 and not equal(adapter_of(older), adapter_of(trainer))
 
 
-def test_checkpoints_follow_save_freq_and_the_last_round_is_saved(config):
-    trainer = make_trainer(config(num_epochs=3, save_freq=2))
-    trainer.train()
-    names = sorted(path.name for path in (trainer.output_dir / "checkpoints").iterdir())
-    assert names == ["checkpoint_1", "checkpoint_2"]
-
-
 def test_a_new_run_in_a_used_folder_puts_the_old_one_aside(config):
     make_trainer(config(num_epochs=3)).train()
     with pytest.warns(UserWarning, match="earlier run.*checkpoints, metrics.jsonl, samples moved to .*previous_1"):

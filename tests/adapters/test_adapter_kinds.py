@@ -5,11 +5,11 @@
 import peft
 import pytest
 import torch
+from runs import adapter_of, brightness
 from tiny_pipelines import ATTENTION, tiny_flux, tiny_sd
 from tiny_transformers import tiny_qwen_image
 
 from trl_pgraft import PGraftTrainer, load_pgraft_adapter
-from trl_pgraft.adapters.lora import adapter_parameters
 
 
 KINDS = {
@@ -29,9 +29,6 @@ KINDS = {
 def make_trainer(config):
     """Makes a trainer of a small configuration in a folder, on a pipeline with an adapter of some kind."""
 
-    def brightness(images, prompts, metadata):
-        return images.mean((1, 2, 3)), {}
-
     def make(folder, pipeline, peft_config, **options):
         settings = config(output_dir=str(folder), **options)
         return PGraftTrainer(settings, brightness, lambda: ("a cat", {}), pipeline, peft_config=peft_config)
@@ -44,17 +41,13 @@ def sample(pipeline):
     return pipeline("a dog", num_inference_steps=4, generator=generator, output_type="pt").images
 
 
-def trained(trainer):
-    return [p.detach().clone() for p in adapter_parameters(trainer.denoiser, "pgraft")]
-
-
 @pytest.mark.parametrize("make", [tiny_sd, tiny_flux])
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_of_every_kind_are_trained_saved_and_loaded(tmp_path, make_trainer, kind, make):
     trainer = make_trainer(tmp_path, make(), KINDS[kind])
-    before = trained(trainer)
+    before = adapter_of(trainer)
     trainer.train()
-    moved = [not torch.equal(new, old) for new, old in zip(trained(trainer), before, strict=True)]
+    moved = [not torch.equal(new, old) for new, old in zip(adapter_of(trainer), before, strict=True)]
     assert all(moved) and len(moved) > 0
     with trainer.sampler() as pipeline:
         expected = sample(pipeline)
@@ -80,7 +73,7 @@ def test_runs_with_other_adapters_resume(tmp_path, make_trainer, kind):
     resumed = make_trainer(tmp_path / "parts", tiny_sd(), KINDS[kind], num_epochs=2, resume_from_checkpoint=True)
     assert resumed.state.epoch == 1
     resumed.train()
-    for found, expected in zip(trained(resumed), trained(whole), strict=True):
+    for found, expected in zip(adapter_of(resumed), adapter_of(whole), strict=True):
         assert torch.equal(found, expected)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
 from peft import get_peft_model
+from runs import adapter_of, brightness
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import ATTENTION, add_random_adapter, tiny_ddpm, tiny_flux, tiny_sd
 
@@ -23,17 +24,9 @@ from trl_pgraft.adapters.warm_start import read_starting_adapter
 SETTINGS = {"sample_num_steps": 4, "tuned_fraction": 0.5}
 
 
-def brightness(images, prompts, metadata):
-    return images.mean((1, 2, 3)), {}
-
-
 def make_trainer(config, start=None, pipeline=None, **options):
     pipeline = pipeline or tiny_sd()
     return PGraftTrainer(config, brightness, lambda: ("a cat", {}), pipeline, peft_config=start, **options)
-
-
-def weights_of(trainer):
-    return [p.detach().clone() for p in adapter_parameters(trainer.denoiser, "pgraft")]
 
 
 def sample(pipeline):
@@ -87,10 +80,10 @@ def test_it_starts_as_the_adapter_and_its_reference_is_the_pipeline_without(conf
     assert torch.equal(sampled(trainer, reference=True), base)
     new = make_trainer(config(**SETTINGS))
     assert trainer.policy.fingerprint == new.policy.fingerprint
-    before, optimized = weights_of(trainer), trainer.finetuner.optimizer.param_groups[0]["params"]
+    before, optimized = adapter_of(trainer), trainer.finetuner.optimizer.param_groups[0]["params"]
     assert [id(p) for p in optimized] == [id(p) for p in adapter_parameters(trainer.denoiser, "pgraft")]
     trainer.train()
-    assert not any(torch.equal(old, new) for old, new in zip(before, weights_of(trainer), strict=True))
+    assert not any(torch.equal(old, new) for old, new in zip(before, adapter_of(trainer), strict=True))
     assert torch.equal(sampled(trainer, reference=True), base)
 
 
@@ -131,9 +124,9 @@ def test_a_copy_of_all_weights_is_continued(config, tmp_path):
     second = make_trainer(config(**SETTINGS), first.adapter_dir)
     assert torch.equal(sampled(second), sampled(first)) and second.policy.is_full
     assert torch.equal(sampled(second, reference=True), sample(tiny_sd()))
-    before = weights_of(second)
+    before = adapter_of(second)
     second.train()
-    assert not any(torch.equal(old, new) for old, new in zip(before, weights_of(second), strict=True))
+    assert not any(torch.equal(old, new) for old, new in zip(before, adapter_of(second), strict=True))
 
 
 @pytest.mark.parametrize("fraction, start", [(0.5, "pgraft"), (1.0, "plain")])
@@ -301,7 +294,7 @@ def test_a_resumed_run_goes_on_from_its_checkpoint(config, pgraft, tmp_path, con
     )  # fmt: skip
     assert resumed.state.epoch == 1
     resumed.train()
-    for found, expected in zip(weights_of(resumed), weights_of(whole), strict=True):
+    for found, expected in zip(adapter_of(resumed), adapter_of(whole), strict=True):
         assert torch.equal(found, expected)
 
 

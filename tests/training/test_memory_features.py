@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.utils import compile_regions
+from runs import brightness
 from safetensors.torch import load_file
 from tiny_pipelines import adapter_use, add_random_adapter, tiny_flux, tiny_sd
 
@@ -19,10 +20,6 @@ from trl_pgraft.pipelines.placement import device_of, offload_device
 
 
 LORA_OF_4096 = 256  # bitsandbytes keeps the moments of smaller weights in float32: 256 * 16 features are just enough
-
-
-def brightness(images, prompts, metadata):
-    return images.mean((1, 2, 3)), {}
 
 
 @pytest.fixture

@@ -49,11 +49,21 @@ class DenoiserFormat:
         return {n: value for n, value in arguments.items() if n not in (self.latents_name, self.timestep_name)}
 
     def arguments(self, x_t: torch.Tensor, timestep: torch.Tensor, conditioning: dict[str, Any]) -> dict[str, Any]:
-        """The named arguments of a call with these latents and timesteps: the inverse of the three methods above."""
+        """
+        The named arguments of a call: the inverse of the three methods above.
+
+        Args:
+            x_t (`torch.Tensor` of shape `(B, ...)`):
+                Noisy latents, in the layout of [`~DenoiserFormat.latents`].
+            timestep (`torch.Tensor` of shape `(B,)`):
+                Timesteps on the denoiser's own clock.
+            conditioning (`dict`):
+                What else the call takes, with `B` rows, as [`~DenoiserFormat.conditioning`] returned it.
+        """
         return {self.latents_name: x_t, self.timestep_name: timestep, **conditioning}
 
     def prediction(self, output: Any) -> torch.Tensor:
-        """The prediction in what the denoiser returns, in the layout of [`~DenoiserFormat.latents`]."""
+        """The prediction in the denoiser's `output`, in the layout of [`~DenoiserFormat.latents`]."""
         return output[0] if isinstance(output, tuple) else output.sample
 
 

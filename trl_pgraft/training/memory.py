@@ -30,9 +30,9 @@ class MemoryEstimate:
             Weights of all components, in the precision they are in; with `enable_model_cpu_offload` of the denoiser
             alone, which is what a fit has on the device.
         adapter (`int`):
-            Trainable weights, float32.
+            Weights of the adapter, which are in float32.
         gradients (`int`):
-            Their gradients.
+            Gradients of the adapter's weights, in float32.
         optimizer (`int`):
             AdamW's two moments, of one byte a value with `train_use_8bit_adam`.
         activations (`int` or `None`):

@@ -88,7 +88,8 @@ def record_call(
         pipeline_kwargs (`dict`):
             Arguments of the sampling call.
         steps (`int`, *optional*):
-            Number of steps after which the pipeline is left; all where not given.
+            Number of steps after which the pipeline is left; all where not given. With 0 it is left after the first
+            call of its denoiser, which is then all that `first` has.
         measure (`Callable`, *optional*):
             `measure(step)`, called after each step; its results are the recording's `measured`.
         seed (`int`, *optional*, defaults to `0`):
@@ -120,8 +121,14 @@ def record_call(
         if len(recording.measured) == steps:
             raise CallRecorded
 
+    def on_output(module: torch.nn.Module, args: tuple, output: Any) -> None:
+        step.outputs.append(output)
+        if steps == 0:
+            recording.first = step
+            raise CallRecorded
+
     denoiser = denoiser_of(pipeline)
-    handle = denoiser.register_forward_hook(lambda module, args, output: step.outputs.append(output))
+    handle = denoiser.register_forward_hook(on_output)
     try:
         with observe_calls(denoiser, on_call), observe_steps(pipeline.scheduler, on_step):
             run_until_recorded(pipeline, prompts, pipeline_kwargs, seed=seed)
@@ -153,26 +160,6 @@ def first_calls(pipeline: DiffusionPipeline, count: int, run: Callable[[], None]
     with observe_calls(denoiser_of(pipeline), stop_at_last), until_recorded(pipeline):
         run()
     return calls
-
-
-def first_output(
-    pipeline: DiffusionPipeline, prompts: Sequence[str], pipeline_kwargs: dict[str, Any]
-) -> tuple[dict[str, Any], Any]:
-    """Named arguments and output of the first denoiser call, which is computed; the pipeline is left after it."""
-    calls: list[dict[str, Any]] = []
-    outputs: list[Any] = []
-
-    def stop(module: torch.nn.Module, args: tuple, output: Any) -> None:
-        outputs.append(output)
-        raise CallRecorded
-
-    handle = denoiser_of(pipeline).register_forward_hook(stop)
-    try:
-        with observe_calls(denoiser_of(pipeline), calls.append):
-            run_until_recorded(pipeline, prompts, pipeline_kwargs)
-    finally:
-        handle.remove()
-    return (calls[0], outputs[0]) if outputs else ({}, None)
 
 
 def run_until_recorded(

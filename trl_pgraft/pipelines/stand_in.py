@@ -12,10 +12,10 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from .denoiser_call import denoiser_name_of, denoiser_of
+from .denoiser_call import denoiser_of
 from .denoiser_format import DenoiserFormat, named_arguments, uncompiled
 from .inputs import parameters_of
-from .recording import PROBE_PROMPTS, first_output
+from .recording import PROBE_PROMPTS, record_call
 
 
 # From the latents argument of a call to what the denoiser would return, or at least to something of its shape.
@@ -28,17 +28,13 @@ def smallest_answer(pipeline: DiffusionPipeline, kwargs: dict[str, Any], format:
     *smaller, own = _smaller_arguments(pipeline, kwargs)
     for arguments in smaller:
         try:
-            given, output = first_output(pipeline, PROBE_PROMPTS[:1], arguments)
+            step = record_call(pipeline, PROBE_PROMPTS[:1], arguments, steps=0).first
             break
         except Exception:  # whatever a pipeline raises at a size that it does not take
             continue
     else:
-        given, output = first_output(pipeline, PROBE_PROMPTS[:1], own)
-    if not given:
-        raise ValueError(
-            f"{type(pipeline).__name__} made an image without calling its `{denoiser_name_of(pipeline)}`: there is no "
-            "denoiser call to record."
-        )
+        step = record_call(pipeline, PROBE_PROMPTS[:1], own, steps=0).first
+    given, output = step.calls[0], step.outputs[0]
     _check_latents(given, output, format, pipeline)
     return answer_like(given[format.latents_name], output)
 

@@ -24,8 +24,9 @@ from .hub.cards import GRID_FILE, facts_of, label_of, some_prompts, write_adapte
 from .hub.publisher import Publisher
 from .pipelines.denoiser_format import DenoiserFormat
 from .pipelines.inputs import check_held_out, takes_prompts
+from .pipelines.pixels import to_uint8
 from .report.grids import before_after_grid, image_grid
-from .rewards.registry import choose_rewards
+from .rewards.conventions import choose_rewards
 from .rollouts.batch import Batch
 from .rollouts.collect import RolloutCollector
 from .rollouts.dataset import check_samples, example_columns
@@ -347,7 +348,7 @@ class PGraftTrainer:
         """
         scorer = self.collector.make_scorer(is_async)
         for images, prompts, metadata in prompt_image_pairs:
-            images = images if images.dtype == torch.uint8 else (images * 255).round().to(torch.uint8)
+            images = images if images.dtype == torch.uint8 else to_uint8(images)
             scorer.add(images, list(prompts), {"metadata": list(metadata)})
         return zip(*(as_ddpo(*result, self.rewards) for result in scorer.results()), strict=True)
 

@@ -134,7 +134,7 @@ def test_none_leaves_a_sample_out():
     assert table[[0, 2], 0].tolist() == [1.0, 0.0] and table[1, 0].isnan()
 
 
-def test_a_registered_reward_is_known_by_its_name(registry):
+def test_a_registered_reward_is_found_by_its_name(registry):
     register_reward("red")(redness)
     assert get_reward("red") is redness and "red" in list_rewards()
     assert trl_reward("red", 2.0).name == "red" and trl_reward("red", 2.0).weight == 2.0
@@ -246,13 +246,13 @@ def test_a_reward_that_hangs_is_left_behind():
         return [0.0] * len(prompts)
 
     started = time.monotonic()
-    with pytest.raises(RewardError, match=r"'hangs' .*'a cat'.*no answer within 0.05 s.*in 2 attempts"):
+    with pytest.raises(RewardError, match=r"'hangs' .*'a cat'.*no result within 0.05 s.*in 2 attempts"):
         score(trl_reward(hangs), batch(), PROMPTS, {}, Patience(retries=1, timeout=0.05))
     release.set()
     assert time.monotonic() - started < 10
 
 
-def test_within_the_time_the_answer_counts_and_an_exception_is_the_functions_own():
+def test_within_the_time_the_result_counts_and_an_exception_is_the_functions_own():
     images = batch()
     expected = score(trl_reward(redness), images, PROMPTS, {})[0]
     assert score(trl_reward(redness), images, PROMPTS, {}, Patience(timeout=30))[0] == expected
@@ -319,7 +319,7 @@ def test_results_come_in_the_order_of_the_batches(workers):
     assert [len(infos) for _, infos in results] == [2] * 5
 
 
-def test_scoring_overlaps_where_asked():
+def test_scoring_overlaps_with_several_threads():
     both_at_work = threading.Barrier(2, timeout=5)
 
     def meets(*, prompts, images):

@@ -14,8 +14,9 @@ from ..adapters.policy import Policy
 from ..config import GraftConfig
 from ..core.parameterizations import predicted_original
 from ..core.seeding import seed_of
-from ..pipelines.inputs import prompt_arguments, to_uint8
+from ..pipelines.inputs import prompt_arguments
 from ..pipelines.observe import observe_steps, record_trajectory
+from ..pipelines.pixels import to_uint8
 from ..rewards import Reward
 from ..rollouts.batch import collate
 from ..rollouts.collect import RolloutCollector
@@ -163,7 +164,7 @@ def _finish(
         inputs = [trainer.policy.inputs_of(sample.group.columns) for sample in batch]
         prompts = [sample.group.prompt for sample in batch]
         arguments = prompt_arguments(trainer.pipeline, prompts, {**trainer.policy.arguments, **own}, inputs)
-        yield rows, to_uint8(trainer.pipeline(**arguments).images)
+        yield rows, to_uint8(trainer.pipeline(**arguments).images).cpu()
 
 
 def _score(trainer: PilotSource, pilot: Pilot, batches: Iterator[tuple[slice, torch.Tensor]]) -> torch.Tensor:

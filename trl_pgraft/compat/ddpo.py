@@ -17,7 +17,8 @@ from ..adapters.files import LORA_FILE, SWITCH_FILE, load_adapter_weights, read_
 from ..adapters.gate import TimestepGate
 from ..adapters.lora import ADAPTER_NAME, add_adapter, default_lora_config
 from ..core.switch_level import SwitchLevel
-from ..rewards.registry import Reward
+from ..pipelines.pixels import to_unit_range
+from ..rewards.conventions import Reward
 from ..rollouts.batch import Batch
 
 
@@ -166,5 +167,5 @@ def as_ddpo(values: torch.Tensor, infos: list[Any], rewards: Sequence[Reward]) -
 def hook_data(batch: Batch, rewards: Sequence[Reward]) -> list[Any]:
     """A batch as `image_samples_hook` takes it: images in [0, 1], prompts, metadata, rewards and their info."""
     metadata = batch.columns.get("metadata", [sample.group.columns for sample in batch.samples])
-    images = batch.drawn.images.float() / 255
+    images = to_unit_range(batch.drawn.images)
     return [images, tuple(batch.prompts), tuple(metadata), *as_ddpo(batch.values, batch.infos, rewards)]

@@ -195,10 +195,3 @@ def call_pipeline(
     """Call the pipeline with one generator a sample, so that a sample does not depend on its batch."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return pipeline(generator=generators, **prompt_arguments(pipeline, prompts, arguments, inputs))
-
-
-def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """A pipeline's images in [0, 1] as uint8 on the host."""
-    if not images.isfinite().all():
-        raise ValueError("The pipeline returned images with non-finite values; sample in a higher precision.")
-    return (images.float() * 255).round().clamp(0, 255).to(torch.uint8).cpu()

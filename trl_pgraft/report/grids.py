@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..rewards.registry import to_pil
+from ..pipelines.pixels import to_pil
 
 
 def before_after_grid(

@@ -2,17 +2,9 @@
 
 """Reward functions: registered by name, called in TRL's or DDPO's convention, and never quietly zero."""
 
+from .conventions import Reward, choose_rewards, ddpo_reward, trl_reward
 from .jpeg import jpeg_compressibility
-from .registry import (
-    Reward,
-    choose_rewards,
-    ddpo_reward,
-    get_reward,
-    list_rewards,
-    register_reward,
-    to_pil,
-    trl_reward,
-)
+from .registry import get_reward, list_rewards, register_reward
 from .scorer import Patience, RewardError, Scorer, score
 
 
@@ -28,6 +20,5 @@ __all__ = [
     "list_rewards",
     "register_reward",
     "score",
-    "to_pil",
     "trl_reward",
 ]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Score images with reward functions and check the rewards, in threads beside the sampling where asked."""
+"""Score images with reward functions and check the rewards, in threads beside the sampling if requested."""
 
 import math
 import threading
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .registry import Reward
+from .conventions import Reward
 
 
 class RewardError(RuntimeError):
@@ -64,7 +64,7 @@ def score(
         `tuple[list[float | None], Any]`: B rewards, `None` where the function leaves a sample out, and its info.
 
     Raises:
-        [`RewardError`]: it kept raising or did not answer in time, or returned the wrong number of rewards, or one
+        [`RewardError`]: it kept raising or took too long, or returned the wrong number of rewards, or one
             that is not finite.
     """
     where = f"Reward {reward.name!r} on prompts {_shortened(prompts)}"
@@ -87,7 +87,7 @@ def score(
 
 class Scorer:
     r"""
-    Scores batches as they come, in threads where asked, and returns the results in the order of the batches.
+    Scores batches as they come, in threads if there are any, and returns the results in the order of the batches.
 
     Args:
         rewards (`Sequence[Reward]`):
@@ -161,7 +161,7 @@ def _within(seconds: float | None, function: Callable[[], Any]) -> Any:
     """
     The function's result, or `TimeoutError`.
 
-    A call that does not answer cannot be stopped. Its thread is left behind as a daemon, so that the program can end.
+    A call that hangs cannot be stopped. Its thread is left behind as a daemon, so that the program can end.
     """
     if seconds is None:
         return function()
@@ -175,7 +175,7 @@ def _within(seconds: float | None, function: Callable[[], Any]) -> Any:
 
     threading.Thread(target=run, daemon=True).start()
     if not wait([outcome], seconds).done:
-        raise TimeoutError(f"no answer within {seconds:g} s")
+        raise TimeoutError(f"no result within {seconds:g} s")
     return outcome.result()
 
 

@@ -17,9 +17,10 @@ from ..config import GraftConfig
 from ..core.acceptance import get_acceptance
 from ..core.seeding import seed_of
 from ..pipelines.denoiser_call import DenoiserCall, denoiser_name_of
-from ..pipelines.inputs import call_pipeline, inputs_of, to_uint8
+from ..pipelines.inputs import call_pipeline, inputs_of
 from ..pipelines.observe import Trajectory, record_trajectory
-from ..rewards.registry import Reward, to_pil
+from ..pipelines.pixels import to_pil, to_uint8
+from ..rewards.conventions import Reward
 from ..rewards.scorer import Patience, Scorer
 from .batch import Batch, Drawn, collate
 from .cache import UnfinishedRound
@@ -68,7 +69,7 @@ def draw(
             prompts, seeds = [s.group.prompt for s in batch], [s.seed for s in batch]
             output = call_pipeline(pipeline, prompts, seeds, {**arguments, "output_type": "pt"}, inputs)
         _check_trajectory(trajectory, pipeline)
-        images = to_uint8(output.images if hasattr(output, "images") else output.frames)
+        images = to_uint8(output.images if hasattr(output, "images") else output.frames).cpu()
         yield batch, Drawn(images, trajectory.x_i.float().cpu(), trajectory.denoiser_calls)
 
 

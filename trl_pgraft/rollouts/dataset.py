@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import torch
 
-from ..rewards.registry import to_pil
+from ..pipelines.pixels import to_pil
 from .batch import Drawn
 from .prompts import Prompt, Sample
 

@@ -15,7 +15,8 @@ from trl_pgraft.config import GUIDANCE_LOSSES
 from trl_pgraft.core.acceptance import ACCEPTANCE_RULES, get_acceptance
 from trl_pgraft.rewards import Patience, Reward, RewardError, score
 from trl_pgraft.rollouts.prompts import form_groups, samples_of
-from trl_pgraft.rollouts.selection import Rollout, accept, combined_rewards
+from trl_pgraft.rollouts.rollout import Rollout
+from trl_pgraft.rollouts.selection import accept, total_rewards
 from trl_pgraft.training.rows import SelectedRows
 
 
@@ -99,18 +100,18 @@ def test_a_round_of_any_rewards_is_decided_and_can_be_trained_on(case, deduplica
     images, values, weights, (name, kwargs) = case
     groups = form_groups(((f"prompt {i}", {}) for i in range(images)), images, 8)
     samples = samples_of(groups, 0)
-    reward = combined_rewards(values, weights, groups)
+    reward = total_rewards(values, weights, groups)
     keys = [i % 3 for i in range(images)] if deduplicated else None
     try:
-        decision = accept(reward, groups, get_acceptance(name), kwargs, (0, "accept"), keys)
+        accepted, implied_kl, skipped = accept(reward, groups, get_acceptance(name), kwargs, (0, "accept"), keys)
     except ValueError as error:
         assert "Need 1 <= k < M" in str(error) and kwargs["k"] >= groups[0].size
         return
-    assert not decision.accepted[reward.isnan()].any(), "what was left out is not accepted"
-    assert math.isfinite(decision.implied_kl) and decision.implied_kl > -1e-9
-    assert 0 <= decision.without_signal <= 1 and 0 <= decision.skipped <= len(groups)
+    assert not accepted[reward.isnan()].any(), "what was left out is not accepted"
+    assert math.isfinite(implied_kl) and implied_kl > -1e-9
+    assert 0 <= skipped <= len(groups)
     sizes = [group.size for group in groups]
-    for rows, own in zip(decision.accepted.split(sizes), reward.split(sizes), strict=True):
+    for rows, own in zip(accepted.split(sizes), reward.split(sizes), strict=True):
         scored = own[~own.isnan()]
         if name in ("top_k", "best_of_n") and len(scored) > 1:
             k = kwargs.get("k", 2) if name == "top_k" else 1
@@ -118,9 +119,10 @@ def test_a_round_of_any_rewards_is_decided_and_can_be_trained_on(case, deduplica
             left = own[~rows & ~own.isnan()]
             if not deduplicated and rows.any():
                 assert len(left) and own[rows].min() >= left.max(), "the best are accepted, and not all"
-    round_ = Rollout(groups, samples, torch.zeros(images, 1), values, reward, decision)
+    round_ = Rollout(groups, samples, torch.zeros(images, 1), values, reward, accepted, implied_kl, skipped)
     metrics = round_.metrics([f"r{i}" for i in range(len(weights))])
     assert all(isinstance(value, int | float) for value in metrics.values())
+    assert 0 <= metrics["frac_reward_zero_std"] <= 1 or skipped == len(groups)
     check_rows(round_)
 
 
@@ -130,9 +132,9 @@ def check_rows(round_: Rollout) -> None:
         return
     of = torch.tensor([sample.group.index for sample in round_.samples])
     for chosen, control in zip(selected.passes(), selected.passes(control=True), strict=True):
-        assert sorted(chosen.states.tolist()) == round_.decision.accepted.nonzero().flatten().tolist()
+        assert sorted(chosen.states.tolist()) == round_.accepted.nonzero().flatten().tolist()
         assert torch.equal(of[chosen.states], of[control.states]) and chosen.seeds == control.seeds
-        assert not round_.reward[control.states].isnan().any(), "a sample without a score is no control"
+        assert not round_.total_reward[control.states].isnan().any(), "a sample without a score is no control"
 
 
 ANSWER = st.one_of(

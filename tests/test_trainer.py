@@ -296,8 +296,8 @@ def test_a_round_is_the_same_whatever_the_batches(config):
     rounds = [trainer._draw_round(0) for trainer in trainers]
     assert [group.size for group in rounds[0].groups] == [24, 6]
     torch.testing.assert_close(rounds[0].states, rounds[1].states, rtol=0, atol=1e-5)
-    torch.testing.assert_close(rounds[0].reward, rounds[1].reward, rtol=0, atol=1 / 255)
-    assert torch.equal(rounds[0].decision.accepted, rounds[1].decision.accepted)
+    torch.testing.assert_close(rounds[0].total_reward, rounds[1].total_reward, rtol=0, atol=1 / 255)
+    assert torch.equal(rounds[0].accepted, rounds[1].accepted)
     for trainer, round_ in zip(trainers, rounds, strict=True):
         trainer._fine_tune(round_, 0)
     assert_close(adapter_of(trainers[0]), adapter_of(trainers[1]), atol=1e-3)
@@ -354,7 +354,7 @@ def test_weights_and_left_out_samples_enter_the_sum(config):
 
     trainer = make_trainer(config(), reward=None, reward_funcs=[first, second], reward_weights=[1.0, 0.1])
     round_ = trainer._draw_round(0)
-    assert round_.reward[[0, 1, 3]].tolist() == pytest.approx([5.0, 5.0, 5.0]) and round_.reward[2].isnan()
+    assert round_.total_reward[[0, 1, 3]].tolist() == pytest.approx([5.0, 5.0, 5.0]) and round_.total_reward[2].isnan()
     metrics = trainer.train()[-1]
     assert metrics["rewards/first/mean"] == pytest.approx(7 / 3) and metrics["rewards/second/mean"] == 25
 
@@ -370,8 +370,8 @@ def test_rewards_may_be_async_and_scored_in_threads(config, tmp_path):
         options = {"async_reward_computation": is_async, "max_workers": 3, "sample_batch_size": 2}
         trainer = make_trainer(config(**options, sample_num_batches_per_epoch=4), reward=None, reward_funcs=reward)
         rounds.append(trainer._draw_round(0))
-    assert torch.equal(rounds[0].values, rounds[1].values) and rounds[0].values.unique().numel() > 2
-    assert torch.equal(rounds[0].decision.accepted, rounds[1].decision.accepted)
+    assert torch.equal(rounds[0].rewards, rounds[1].rewards) and rounds[0].rewards.unique().numel() > 2
+    assert torch.equal(rounds[0].accepted, rounds[1].accepted)
 
 
 @pytest.mark.parametrize("is_async", [False, True])
@@ -396,7 +396,7 @@ def test_rewards_are_known_by_name(config, monkeypatch):
 def test_of_equal_images_one_is_accepted(config):
     options = {"acceptance": "all", "deduplicate_by": lambda image, prompt: prompt}
     round_ = make_trainer(config(**options, sample_num_batches_per_epoch=2))._draw_round(0)
-    assert round_.decision.accepted.tolist() == [True, False, False, False] * 2
+    assert round_.accepted.tolist() == [True, False, False, False] * 2
 
 
 @pytest.mark.parametrize("acceptance", ["best_of_n", accept_best_of_n])
@@ -720,7 +720,7 @@ def test_samples_of_another_configuration_are_refused(config, tmp_path):
     first = make_trainer(config())
     first.train()
     other = config(sample_guidance_scale=2.0, output_dir=str(tmp_path / "other"))
-    with pytest.raises(ValueError, match="samples_dataset was drawn from another model, scheduler, guidance"):
+    with pytest.raises(ValueError, match="samples_dataset was sampled from another model, scheduler, guidance"):
         make_trainer(other, reward=None, prompts=None, samples_dataset=kept_round(first)).train()
 
 

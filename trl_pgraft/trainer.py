@@ -20,6 +20,7 @@ from .adapters.lora import ADAPTER_NAME
 from .adapters.policy import Policy
 from .compat.ddpo import as_ddpo, hook_data
 from .config import GraftConfig
+from .core.acceptance import default_k
 from .hub.cards import GRID_FILE, facts_of, label_of, some_prompts, write_adapter_card
 from .hub.publisher import Publisher
 from .pipelines.denoiser_format import DenoiserFormat
@@ -27,11 +28,10 @@ from .pipelines.inputs import check_held_out, takes_prompts
 from .pipelines.pixels import to_uint8
 from .report.grids import before_after_grid, image_grid
 from .rewards.conventions import choose_rewards
-from .rollouts.batch import Batch
 from .rollouts.collect import RolloutCollector
-from .rollouts.dataset import check_samples, example_columns
+from .rollouts.dataset import check_samples, example_columns, rollout_from_dataset
 from .rollouts.prompts import choose_prompt_source, held_out_prompts
-from .rollouts.selection import Rollout, accumulated_kl
+from .rollouts.rollout import Rollout, RolloutBatch
 from .training.callbacks import Callbacks
 from .training.checkpoints import (
     TrainerState,
@@ -275,27 +275,27 @@ class PGraftTrainer:
         state.epoch, state.global_step = progress.epoch, progress.global_step
         metrics = round_.metrics([reward.name for reward in self.rewards])
         metrics |= report.to_metrics() if report else {}
-        metrics |= {"implied_kl_sum": accumulated_kl(progress, round_, self.config), "images": progress.images}
+        metrics |= {"implied_kl_sum": progress.add_kl(round_, self.config), "images": progress.images}
         metrics |= {"denoiser_calls": progress.denoiser_calls}
         metrics |= {"time/sampling": drawn - started, "time/training": time.perf_counter() - drawn, "epoch": epoch}
         self.log(metrics)
         return progress.global_step
 
     def _draw_round(self, epoch: int) -> Rollout:
-        round_, batches = self.collector.draw(epoch)
+        round_, batches = self.collector.sample_rollout(epoch)
         self._show(round_, batches)
         self.state.images += len(round_.samples)
         self.state.denoiser_calls += round_.denoiser_calls
         return round_
 
     def _stored_round(self) -> Rollout:
-        return Rollout.from_dataset(self.samples_dataset, [reward.name for reward in self.rewards])
+        return rollout_from_dataset(self.samples_dataset, self.collector.reward_names)
 
-    def _show(self, round_: Rollout, batches: Sequence[Batch]) -> None:
+    def _show(self, round_: Rollout, batches: Sequence[RolloutBatch]) -> None:
         """Hand this process's samples to DDPO's hook, and the main process's to the trackers as a picture."""
         trackers, step = self.accelerator.trackers, self.state.global_step
         if trackers and self.accelerator.is_main_process:
-            images = torch.cat([batch.drawn.images for batch in batches])
+            images = torch.cat([batch.images for batch in batches])
             grid = image_grid(images, round_.captions()[: len(images)], round_.groups[0].size)
             log_image(trackers, "samples", grid, step)
         if self.image_samples_hook is not None:
@@ -330,7 +330,7 @@ class PGraftTrainer:
     def _expected_steps(self) -> int:
         """Optimizer steps of a round in which `k` of each group is accepted, a quarter where nothing says more."""
         size = self.collector.group_size
-        k = self.config.acceptance_kwargs.get("k", max(1, round(size / 4)))
+        k = self.config.acceptance_kwargs.get("k", default_k(size))
         return self.finetuner.steps_for(self.collector.images // size * k)
 
     def compute_rewards(self, prompt_image_pairs: Sequence[Sequence[Any]], is_async: bool = False) -> Iterator[tuple]:
@@ -373,7 +373,7 @@ class PGraftTrainer:
             rows = [(p, {name: values[i] for name, values in (columns or {}).items()}) for i, p in enumerate(prompts)]
         if not rows:
             raise ValueError("evaluate: no prompts given, and neither eval_dataset nor config.eval_prompts has any.")
-        return Evaluation(*self.collector.draw_evaluation(rows, reference))
+        return Evaluation(*self.collector.sample_evaluation(rows, reference))
 
     def _log_evaluation(self, epoch: int) -> None:
         result = self.evaluate()
@@ -440,7 +440,7 @@ class PGraftTrainer:
         facts = facts_of(self, shown, dataset_name or self.publisher.dataset_id, tags)
         self.adapter_dir.mkdir(parents=True, exist_ok=True)
         if shown:
-            before, after = (self.collector.draw_pictures(shown, reference) for reference in (True, False))
+            before, after = (self.collector.sample_images(shown, reference) for reference in (True, False))
             before_after_grid(before, after, [*map(label_of, shown)]).save(self.adapter_dir / GRID_FILE)
         write_adapter_card(self.adapter_dir, self.publisher.model_id, facts, model_name)
 
@@ -495,7 +495,7 @@ class PGraftTrainer:
             limit = self.config.project_kwargs.get("total_limit") or self.config.num_checkpoint_limit
             prune_checkpoints(folder, limit)
         self.accelerator.wait_for_everyone()
-        self.collector.forget_unfinished()
+        self.collector.clear_cache()
         self.callbacks.notify("on_save")
 
     def _run(self) -> dict[str, Any]:
@@ -513,7 +513,7 @@ class PGraftTrainer:
             return
         self.has_begun = True
         if not self.is_resumed:
-            self.collector.forget_unfinished()
+            self.collector.clear_cache()
         if not self.is_resumed and self.accelerator.is_main_process:
             names = ["checkpoints", "metrics.jsonl"] + (["samples"] if self.samples_dataset is None else [])
             archive_previous_run(self.output_dir, names)

@@ -5,8 +5,9 @@ What the library costs on top of what it is built from, as ratios within one pro
 
     python -m examples.benchmarks.overhead --repeats 15
 
-Rollout: `draw` (record states, seed each sample) over the bare pipeline call for the same images. Training: `fit`
-over a minimal hand-written LoRA loop with the same batches. Runs of the two sides alternate; medians are compared.
+Rollout: `sample_batches` (record states, seed each sample) over the bare pipeline call for the same images. Training:
+`fit` over a minimal hand-written LoRA loop with the same batches. Runs of the two sides alternate; medians are
+compared.
 """
 
 import argparse
@@ -25,8 +26,8 @@ from trl_pgraft import GraftConfig
 from trl_pgraft.adapters.lora import ADAPTER_NAME, adapter_parameters
 from trl_pgraft.pipelines.conditioning import record_conditioning
 from trl_pgraft.pipelines.inputs import call_pipeline
-from trl_pgraft.rollouts.collect import draw
 from trl_pgraft.rollouts.prompts import PromptGroup, samples_of
+from trl_pgraft.rollouts.sampling import sample_batches
 from trl_pgraft.training.finetuner import fit
 from trl_pgraft.training.graft_loss import graft_loss
 from trl_pgraft.training.rows import Rows
@@ -51,7 +52,7 @@ def alternate(ours: Callable[[], None], bare: Callable[[], None], repeats: int) 
 
 
 def rollout(trainer, repeats: int) -> tuple[float, float]:
-    """`draw` against the pipeline call."""
+    """`sample_batches` against the pipeline call."""
     prompts = load_prompts("train")[:BATCH]
     samples = samples_of([PromptGroup(i, prompt, 1, {}) for i, prompt in enumerate(prompts)], 0)
     seeds = [sample.seed for sample in samples]
@@ -59,8 +60,9 @@ def rollout(trainer, repeats: int) -> tuple[float, float]:
 
     def ours() -> None:
         policy = trainer.policy
-        # Drawn as it is iterated over.
-        list(draw(policy.pipeline, policy.call, samples, policy.levels.step_index, BATCH, policy.arguments))
+        index, arguments = policy.levels.step_index, policy.arguments
+        # Sampled as it is iterated over.
+        list(sample_batches(policy.pipeline, policy.call, samples, index, BATCH, arguments))
 
     return alternate(ours, lambda: call_pipeline(trainer.pipeline, prompts, seeds, arguments), repeats)
 

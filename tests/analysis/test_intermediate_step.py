@@ -21,14 +21,14 @@ from trl_pgraft.analysis.intermediate_step import (
     _warn_if_unresolved,
     conditional_variance,
     rank_correlation,
-    scored,
+    with_scores,
 )
-from trl_pgraft.analysis.pilot import complete, draw_pilot
+from trl_pgraft.analysis.pilot import sample_pilot, score_completions
 from trl_pgraft.pipelines.observe import observe_steps, record_trajectory
 from trl_pgraft.report.plots import draw_choice
 
 
-# Pilots of three prompts resolve little, and say so.
+# Pilots of three prompts resolve little, of which a warning tells.
 pytestmark = pytest.mark.filterwarnings("ignore:choose_intermediate_step")
 
 PROMPTS = ["a cat", "a dog", "an ant"]
@@ -70,16 +70,16 @@ def column(result, name):
 # The pilot.
 
 
-def test_the_pilot_is_the_trainers_first_round(make):
+def test_the_pilot_is_the_trainers_first_rollout(make):
     trainer = make(tuned_fraction=0.5)
     groups = trainer.collector.groups(0)
     with trainer.sampler(reference=True), torch.no_grad():
-        pilot = draw_pilot(trainer, groups, [1, 2, 4])
-    round_ = make(tuned_fraction=0.5)._draw_round(0)
-    assert [s.seed for s in pilot.samples] == [s.seed for s in round_.samples]
-    assert torch.equal(pilot.reward, round_.reward)
-    assert torch.equal(pilot.accepted, round_.decision.accepted)
-    assert torch.equal(pilot.states[2], round_.states)
+        pilot = sample_pilot(trainer.collector, groups, [1, 2, 4])
+    rollout, _ = make(tuned_fraction=0.5).collector.sample_rollout(0)
+    assert [s.seed for s in pilot.samples] == [s.seed for s in rollout.samples]
+    assert torch.equal(pilot.total_reward, rollout.total_reward)
+    assert torch.equal(pilot.accepted, rollout.accepted)
+    assert torch.equal(pilot.states[2], rollout.states)
     assert not torch.equal(pilot.states[1], pilot.states[2])
 
 
@@ -87,22 +87,22 @@ def test_predicted_originals_are_the_schedulers_own(make):
     trainer, own = make(), []
     with observe_steps(trainer.pipeline.scheduler, lambda result, **_: own.append(result[1])):
         with trainer.sampler(reference=True), torch.no_grad():
-            pilot = draw_pilot(trainer, trainer.collector.groups(0), [1, 3, 4])
-    for position in (1, 3):
+            pilot = sample_pilot(trainer.collector, trainer.collector.groups(0), [1, 3, 4])
+    for step_index in (1, 3):
         # Two batches of six images, four steps each.
-        expected = torch.cat([own[position], own[4 + position]])
-        torch.testing.assert_close(pilot.originals[position], expected, rtol=1e-4, atol=1e-4)
+        expected = torch.cat([own[step_index], own[4 + step_index]])
+        torch.testing.assert_close(pilot.originals[step_index], expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(pilot.originals[4], pilot.states[4])
 
 
 def test_completions_share_x_i_and_differ_after_it(make):
     trainer, states, finals = make(sample_eta=1.0, sample_batch_size=12, sample_num_batches_per_epoch=1), [], []
     with trainer.sampler(reference=True), torch.no_grad():
-        pilot = draw_pilot(trainer, trainer.collector.groups(0), [2, 4])
+        pilot = sample_pilot(trainer.collector, trainer.collector.groups(0), [2, 4])
         for number in (1, 2):
             pipeline, call = trainer.pipeline, trainer.policy.call
             with record_trajectory(pipeline, call, 2, 12) as middle, record_trajectory(pipeline, call, 4, 12) as end:
-                complete(trainer, pilot, 2, number)
+                score_completions(trainer.collector, pilot, 2, number)
             states.append(middle.x_i)
             finals.append(end.x_i)
     assert torch.equal(states[0], pilot.states[2]) and torch.equal(states[1], pilot.states[2])
@@ -113,7 +113,7 @@ def test_completions_share_x_i_and_differ_after_it(make):
 # The curves.
 
 
-def test_a_deterministic_sampler_settles_the_reward_at_any_state(make):
+def test_with_a_deterministic_sampler_any_state_determines_the_reward(make):
     result = choose_intermediate_step(make())
     assert not result.stochastic
     assert column(result, "fraction") == [0.25, 0.5, 0.75, 1.0]
@@ -140,7 +140,7 @@ def test_reward_variance_of_a_stochastic_sampler_falls_to_zero(make):
     assert column(result, "information") == pytest.approx([min(1, max(0, 1 - share)) for share in shares])
 
 
-def test_a_flow_pipeline_is_asked_alike(make):
+def test_a_flow_pipeline_has_the_same_curves(make):
     result = choose_intermediate_step(make(tiny_flux()), PROMPTS, [0.5, 1.0])
     assert not result.stochastic and result.curves[-1]["readable"] == pytest.approx(1.0)
     assert result.curves[-1]["timestep"] is None and result.curves[0]["timestep"] > 0
@@ -160,13 +160,13 @@ def test_samples_left_out_by_the_reward_are_left_out(make):
 
     trainer = make(reward=None, reward_funcs=patchy)
     with trainer.sampler(reference=True), torch.no_grad():
-        assert draw_pilot(trainer, trainer.collector.groups(0), [4]).reward.isnan().sum() == 2
+        assert sample_pilot(trainer.collector, trainer.collector.groups(0), [4]).total_reward.isnan().sum() == 2
     result = choose_intermediate_step(trainer, PROMPTS, [0.5, 1.0])
     assert result.curves[-1]["readable"] == pytest.approx(1.0)
     assert all(math.isfinite(row[name]) for row in result.curves for name in ("difficulty", "refit", "score"))
 
 
-def test_the_trainer_is_left_as_it_was_and_the_reference_is_what_is_asked(make):
+def test_the_trainer_is_left_as_it_was_and_the_pilot_is_from_the_reference(make):
     trainer = make(train_learning_rate=1e-2)
     before = choose_intermediate_step(trainer, PROMPTS, [0.5, 1.0])
     for parameter in adapter_parameters(trainer.denoiser, "pgraft"):
@@ -182,7 +182,7 @@ def test_the_trainer_is_left_as_it_was_and_the_reference_is_what_is_asked(make):
     trainer.step(0, 0)
 
 
-def test_a_control_adapters_trainer_has_none_before_and_after(make):
+def test_with_a_control_adapter_there_is_no_adapter_before_and_after(make):
     trainer = make(control_adapter=True)
     choose_intermediate_step(trainer, PROMPTS, [0.5])
     assert not trainer.policy.has_adapter and active_adapters(trainer.denoiser) == []
@@ -219,11 +219,11 @@ def test_conditional_variance_of_a_known_case(share):
     assert conditional_variance(rewards, [size] * groups) == pytest.approx(share, abs=0.03)
 
 
-def test_squared_mean_is_without_bias_and_knows_its_error():
+def test_squared_mean_and_its_error_are_without_bias():
     generator = torch.Generator().manual_seed(0)
     mean = torch.tensor([0.3, 0.0, -0.1]).double()
-    draws = mean + torch.randn(3000, 12, 3, generator=generator).double()
-    estimates, errors = torch.tensor([squared_mean(vectors) for vectors in draws]).T
+    vectors = mean + torch.randn(3000, 12, 3, generator=generator).double()
+    estimates, errors = torch.tensor([squared_mean(own) for own in vectors]).T
     assert estimates.mean().item() == pytest.approx(0.1, abs=4 * estimates.std().item() / 3000**0.5)
     assert errors.mean().item() == pytest.approx(estimates.std().item(), rel=0.25)
     assert squared_mean(mean.repeat(3, 1)) == pytest.approx((0.1, 0.0), abs=1e-7)
@@ -231,13 +231,13 @@ def test_squared_mean_is_without_bias_and_knows_its_error():
 
 def test_the_score_is_the_knee():
     rows = [{"information": i, "refit": r} for i, r in ((0.1, 1.0), (0.8, 2.0), (0.9, 3.0), (1.0, 4.0))]
-    assert [row["score"] for row in scored(rows)] == pytest.approx([-0.15, 0.3, 0.15, 0.0])
+    assert [row["score"] for row in with_scores(rows)] == pytest.approx([-0.15, 0.3, 0.15, 0.0])
     # Where nothing needs to be refitted, information alone decides; negative estimates are noise around zero.
-    assert [row["score"] for row in scored([{**row, "refit": -1.0} for row in rows])] == [0.1, 0.8, 0.9, 1.0]
+    assert [row["score"] for row in with_scores([{**row, "refit": -1.0} for row in rows])] == [0.1, 0.8, 0.9, 1.0]
 
 
 def test_a_pilot_that_resolves_nothing_is_warned_of():
-    with pytest.warns(UserWarning, match="Draw more prompts"):
+    with pytest.warns(UserWarning, match="Use more prompts"):
         _warn_if_unresolved([{"refit": 1.0, "refit_error": 1.6}, {"refit": 3.0, "refit_error": 0.1}])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -257,9 +257,9 @@ def test_a_pilot_that_resolves_nothing_is_warned_of():
         ([], "empty"),
     ],
 )
-def test_fractions_that_are_none_are_refused_before_anything_is_drawn(make, fractions, message):
+def test_fractions_that_are_none_are_refused_before_anything_is_sampled(make, fractions, message):
     def reward(images, prompts, metadata):
-        raise AssertionError("drawn")
+        raise AssertionError("sampled")
 
     with pytest.raises(ValueError, match=message):
         choose_intermediate_step(make(reward=reward), PROMPTS, fractions)
@@ -284,8 +284,8 @@ def test_a_pipeline_without_callbacks_is_refused(make):
         def __call__(self, prompt):
             return None
 
-    trainer.pipeline = Plain()
-    assert "callback_on_step_end" not in inspect.signature(trainer.pipeline.__call__).parameters
+    trainer.policy.pipeline = Plain()
+    assert "callback_on_step_end" not in inspect.signature(trainer.policy.pipeline.__call__).parameters
     with pytest.raises(ValueError, match="Plain takes no `callback_on_step_end`"):
         choose_intermediate_step(trainer, PROMPTS)
 

@@ -124,7 +124,7 @@ def test_code_spans_hold_their_text_and_nothing_else(text):
 @pytest.mark.parametrize("prompt", MALICIOUS, ids=range(len(MALICIOUS)))
 def test_no_prompt_breaks_a_dataset(prompt, tmp_path):
     """Kept as it is, through parquet and back."""
-    dataset = as_dataset(*random_round(prompts=(prompt, "a dog")))
+    dataset = as_dataset(random_round(prompts=(prompt, "a dog")))
     (tmp_path / "round_0000").mkdir()
     dataset.to_parquet(tmp_path / "round_0000" / "samples.parquet")
     write_samples_card(tmp_path, "ann/samples")
@@ -137,7 +137,7 @@ def test_the_viewer_finds_the_rounds_and_their_features(tmp_path):
     for number in range(2):
         folder = tmp_path / f"round_{number:04d}"
         folder.mkdir()
-        as_dataset(*random_round(seed=number)).to_parquet(folder / "samples-00000-of-00001.parquet")
+        as_dataset(random_round(seed=number)).to_parquet(folder / "samples-00000-of-00001.parquet")
     write_samples_card(tmp_path, "ann/samples")
     content = (tmp_path / "README.md").read_text()
     data = yaml.safe_load(content.split("---\n")[1])
@@ -149,7 +149,7 @@ def test_the_viewer_finds_the_rounds_and_their_features(tmp_path):
     found = datasets.load_dataset(str(tmp_path), split="train", cache_dir=str(tmp_path / "cache"))
     assert len(found) == 16 and found.column_names[:3] == ["prompt", "image", "reward"]
     assert isinstance(found.features["image"], datasets.Image)
-    first, second = random_round(seed=0)[1], random_round(seed=1)[1]
+    first, second = random_round(seed=0), random_round(seed=1)
     assert torch.equal(torch.tensor(found.with_format("numpy")["x_I"][:]), torch.cat([first.x_i, second.x_i]))
 
 

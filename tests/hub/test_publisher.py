@@ -112,7 +112,7 @@ def test_training_goes_on_from_the_samples_on_the_hub(hub, config, tmp_path, mon
         (tiny_sd(DDIMScheduler(clip_sample=False, prediction_type="v_prediction")), {}),
         (changed, {}),
     ]:
-        with pytest.raises(ValueError, match="drawn from another model, scheduler, guidance"):
+        with pytest.raises(ValueError, match="sampled from another model, scheduler, guidance"):
             make_trainer(config(**other, **options), pipeline, train_dataset=None, samples_dataset=samples)
 
 
@@ -223,7 +223,7 @@ def test_a_card_without_a_push(hub, config):
     assert "- `a cat`" in card.text and "](before_after.png)" in card.text and hub.requests == []
     with Image.open(trainer.adapter_dir / "before_after.png") as grid:
         assert grid.size[0] > 128
-    pictures = trainer.collector.draw_pictures([("a cat", {})], reference=True)
+    pictures = trainer.collector.sample_images([("a cat", {})], reference=True)
     assert torch.equal(pictures, trainer.evaluate(["a cat"], reference=True).images)
 
 

@@ -42,7 +42,7 @@ def samples(tmp_path):
     def add_round(number, seed=None):
         folder = tmp_path / "samples" / f"round_{number:04d}"
         folder.mkdir(parents=True, exist_ok=True)
-        dataset = as_dataset(*random_round(seed=number if seed is None else seed))
+        dataset = as_dataset(random_round(seed=number if seed is None else seed))
         dataset.to_parquet(folder / "samples-00000-of-00001.parquet")
 
     return tmp_path / "samples", add_round
@@ -147,7 +147,7 @@ def test_rounds_are_appended_and_nothing_is_rewritten(hub, samples):
     assert len(puts) == len(set(puts)) == 3
     found = datasets.load_dataset("ann/samples", split="train")
     assert isinstance(found.features["image"], datasets.Image) and len(found) == 24
-    expected = torch.cat([random_round(seed=number)[1].x_i for number in range(3)])
+    expected = torch.cat([random_round(seed=number).x_i for number in range(3)])
     assert torch.equal(torch.tensor(found.with_format("numpy")["x_I"][:]), expected)
 
 

@@ -67,7 +67,8 @@ def test_a_distilled_model_is_trained_with_the_warning(sd, config):
         trainer = PGraftTrainer(config(tuned_fraction=1.0), **options)
     (metrics,) = trainer.train()
     assert metrics["skipped_steps"] == 0 and metrics["loss"] > 0
-    assert "timestep_cond" in trainer.finetuner.training_set(trainer.collector.draw(0)[0], 0).conditioning.conditional
+    rollout, _ = trainer.collector.sample_rollout(0)
+    assert "timestep_cond" in trainer.finetuner.training_set(rollout, 0).conditioning.conditional
 
 
 @pytest.mark.parametrize(

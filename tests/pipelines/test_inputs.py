@@ -150,7 +150,8 @@ def test_further_prompts_are_trained_with(name, tmp_path):
     columns = {"prompt": ["a cat"] * 2, "negative_prompt": ["ugly"] * 2, name: ["a house", "an old tree"]}
     loss, trainer = trained_with(tiny_sdxl, columns, tmp_path)
     assert loss > 0 and trainer.state.global_step > 0
-    conditioning = trainer.finetuner.training_set(trainer.collector.draw(0)[0], 0).conditioning
+    rollout, _ = trainer.collector.sample_rollout(0)
+    conditioning = trainer.finetuner.training_set(rollout, 0).conditioning
     changed = conditioning.conditional if name == "prompt_2" else conditioning.unconditional
     for part in (conditioning.conditional, conditioning.unconditional):
         one, other = part["encoder_hidden_states"]
@@ -255,7 +256,7 @@ def test_held_out_images_are_drawn_with_their_inputs(name, tmp_path):
     base = trainer.evaluate(reference=True)
     trainer.train()
     assert [record["epoch"] for record in trainer.history if "eval/reward" in record] == [0, 1]
-    assert torch.equal(trainer.collector.draw_pictures(trainer.held_out, True), base.images)
+    assert torch.equal(trainer.collector.sample_images(trainer.held_out, True), base.images)
     given = trainer.evaluate(held_out["prompt"] if prompts else ["", ""], True, columns)
     assert torch.equal(given.images, base.images)
     swapped = trainer.evaluate(["a fox"] * 2, True, {column: values[::-1] for column, values in columns.items()})

@@ -11,9 +11,9 @@ from trl_pgraft.core.seeding import seed_of
 from trl_pgraft.pipelines.denoiser_call import denoiser_of
 from trl_pgraft.pipelines.inputs import call_pipeline, sampling_arguments
 from trl_pgraft.pipelines.introspection import introspect
-from trl_pgraft.rollouts.batch import Drawn
-from trl_pgraft.rollouts.collect import draw
 from trl_pgraft.rollouts.prompts import form_groups, samples_of
+from trl_pgraft.rollouts.rollout import RolloutBatch
+from trl_pgraft.rollouts.sampling import sample_batches
 
 
 STEPS = 4
@@ -29,11 +29,11 @@ def samples(count=24, *seed_parts):
     return samples_of(form_groups(prompts("a cat", "a dog"), count, count // 2), *seed_parts or (0, 0))
 
 
-def draw_with(pipeline, batch_size, wanted, arguments=ARGUMENTS, position=2, **options):
+def sample_with(pipeline, batch_size, wanted, arguments=ARGUMENTS, step_index=2):
     call = introspect(pipeline, arguments).call
-    batches = [drawn for _, drawn in draw(pipeline, call, wanted, position, batch_size, arguments, **options)]
-    images, states = (torch.cat([getattr(drawn, name) for drawn in batches]) for name in ("images", "x_i"))
-    return Drawn(images, states, sum(drawn.denoiser_calls for drawn in batches))
+    batches = list(sample_batches(pipeline, call, wanted, step_index, batch_size, arguments))
+    images, states = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("images", "x_i"))
+    return RolloutBatch(wanted, images, states, sum(batch.denoiser_calls for batch in batches))
 
 
 def test_seeds_depend_on_every_part_and_on_nothing_else():
@@ -43,7 +43,7 @@ def test_seeds_depend_on_every_part_and_on_nothing_else():
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-def test_groups_of_a_round_and_its_smaller_last_group():
+def test_groups_of_an_iteration_and_its_smaller_last_group():
     groups = form_groups(prompts("a", "b", "c"), images=20, group_size=8)
     assert [(g.index, g.prompt, g.size, g.columns) for g in groups] == [
         (0, "a", 8, {"number": 0}),
@@ -52,7 +52,7 @@ def test_groups_of_a_round_and_its_smaller_last_group():
     ]
 
 
-def test_a_prompt_is_asked_for_once_a_group():
+def test_one_prompt_is_taken_for_each_group():
     source = prompts("a", "b", "c")
     form_groups(source, images=16, group_size=8)
     assert next(source)[0] == "c"
@@ -78,19 +78,19 @@ def test_only_arguments_that_the_pipeline_takes_are_given(sd, flux):
 def test_a_group_of_24_in_batches_of_5_is_the_same_as_one_by_one(make, arguments):
     """The group size is independent of the batch size, and so are the samples."""
     pipeline, wanted = make(), samples_of(form_groups(prompts("a cat"), 24, 24), 0, 0)
-    drawn = draw_with(pipeline, 5, wanted, arguments)
-    assert drawn.images.shape == (24, 3, 16, 16) and drawn.images.dtype == torch.uint8
+    together = sample_with(pipeline, 5, wanted, arguments)
+    assert together.images.shape == (24, 3, 16, 16) and together.images.dtype == torch.uint8
     few = [0, 4, 5, 23]
-    alone = draw_with(pipeline, 1, [wanted[i] for i in few], arguments)
-    torch.testing.assert_close(alone.x_i, drawn.x_i[few], rtol=0, atol=1e-5)
-    assert (alone.images.int() - drawn.images[few].int()).abs().max() <= 1
-    assert drawn.images.float().std(0).mean() > 1, "the samples differ from each other"
+    alone = sample_with(pipeline, 1, [wanted[i] for i in few], arguments)
+    torch.testing.assert_close(alone.x_i, together.x_i[few], rtol=0, atol=1e-5)
+    assert (alone.images.int() - together.images[few].int()).abs().max() <= 1
+    assert together.images.float().std(0).mean() > 1, "the samples differ from each other"
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_draws_are_what_the_pipeline_returns(sd, eta):
+def test_samples_are_what_the_pipeline_returns(sd, eta):
     wanted, arguments = samples(4), {**ARGUMENTS, "eta": eta}
-    drawn = draw_with(sd, 2, wanted, arguments)
+    batch = sample_with(sd, 2, wanted, arguments)
     for i, sample in enumerate(wanted):
         image = sd(
             prompt=sample.group.prompt,
@@ -98,36 +98,36 @@ def test_draws_are_what_the_pipeline_returns(sd, eta):
             output_type="np",
             **arguments,
         ).images[0]
-        assert abs(drawn.images[i].permute(1, 2, 0).numpy() / 255 - image).max() <= 0.6 / 255
-    assert drawn.denoiser_calls == 4 * STEPS * 2
+        assert abs(batch.images[i].permute(1, 2, 0).numpy() / 255 - image).max() <= 0.6 / 255
+    assert batch.denoiser_calls == 4 * STEPS * 2
 
 
 def test_the_state_before_the_first_step_is_the_noise_of_the_seed(sd):
     wanted = samples(4)
     noise = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(s.seed)) for s in wanted])
-    torch.testing.assert_close(draw_with(sd, 3, wanted, position=0).x_i, noise, rtol=0, atol=1e-6)
+    torch.testing.assert_close(sample_with(sd, 3, wanted, step_index=0).x_i, noise, rtol=0, atol=1e-6)
 
 
 def test_gates_and_adapters_take_part(sd):
-    wanted, base = samples(4), draw_with(sd, 4, samples(4), position=STEPS)
+    wanted, base = samples(4), sample_with(sd, 4, samples(4), step_index=STEPS)
     add_random_adapter(sd.unet)
     with TimestepGate(sd.unet, "pgraft", 500.0):
-        gated = draw_with(sd, 4, wanted, position=STEPS)
+        gated = sample_with(sd, 4, wanted, step_index=STEPS)
     assert not torch.allclose(gated.x_i, base.x_i, atol=0.1)
 
 
 def test_finished_batches_are_handed_over_in_order(sd):
     wanted = samples(7 * 2)
-    seen = list(draw(sd, introspect(sd, ARGUMENTS).call, wanted, 2, 5, ARGUMENTS))
-    assert [s for batch, _ in seen for s in batch] == wanted
-    assert [len(drawn.images) for _, drawn in seen] == [5, 5, 4]
+    seen = list(sample_batches(sd, introspect(sd, ARGUMENTS).call, wanted, 2, 5, ARGUMENTS))
+    assert [s for batch in seen for s in batch.samples] == wanted
+    assert [len(batch.images) for batch in seen] == [5, 5, 4] and not any(batch.is_scored for batch in seen)
 
 
 @pytest.mark.parametrize("batches", [1, 2])
 def test_nothing_is_left_behind_between_batches_or_after_the_last(sd, batches):
-    drawing = draw(sd, introspect(sd, ARGUMENTS).call, samples(4), 2, 2, ARGUMENTS)
+    sampling = sample_batches(sd, introspect(sd, ARGUMENTS).call, samples(4), 2, 2, ARGUMENTS)
     for _ in range(batches):
-        next(drawing)
+        next(sampling)
     assert len(sd.unet._forward_pre_hooks) == len(sd.unet._forward_hooks) == 0
     assert "step" not in vars(sd.scheduler)
 
@@ -140,7 +140,7 @@ def test_an_exception_in_the_denoiser_leaves_nothing_behind(sd):
 
     handle = sd.unet.conv_out.register_forward_pre_hook(fail)
     with pytest.raises(FloatingPointError):
-        list(draw(sd, call, samples(4), 2, 2, ARGUMENTS))
+        list(sample_batches(sd, call, samples(4), 2, 2, ARGUMENTS))
     handle.remove()
     assert len(sd.unet._forward_pre_hooks) == len(sd.unet._forward_hooks) == 0
     assert "step" not in vars(sd.scheduler)
@@ -156,20 +156,20 @@ def test_one_negative_prompt_serves_every_prompt(sd):
     assert not torch.allclose(found, without)
 
 
-def test_a_position_that_is_never_reached_is_an_error(sd):
-    with pytest.raises(ValueError, match=f"made {STEPS} steps and none at position 9"):
-        draw_with(sd, 2, samples(2), position=9)
+def test_a_step_that_is_never_reached_is_an_error(sd):
+    with pytest.raises(ValueError, match=f"made {STEPS} steps and none with index 9"):
+        sample_with(sd, 2, samples(2), step_index=9)
 
 
-def test_images_that_are_not_finite_stop_the_round(sd):
+def test_images_that_are_not_finite_stop_the_sampling(sd):
     sd.vae.decoder.conv_out.bias.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="non-finite.*precision"):
-        draw_with(sd, 2, samples(2))
+        sample_with(sd, 2, samples(2))
 
 
 def test_weights_stay_without_gradient(sd):
     denoiser_of(sd).requires_grad_(True)
-    assert not draw_with(sd, 2, samples(2)).x_i.requires_grad
+    assert not sample_with(sd, 2, samples(2)).x_i.requires_grad
 
 
 def test_prompt_sources_may_be_endless():

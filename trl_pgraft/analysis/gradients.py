@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a fit must learn at a candidate t_I: the reference's losses, and the mean gradients that a fit would follow."""
+"""What fine-tuning must learn at a candidate t_I: the reference's losses, and the mean gradients to start with."""
 
 import copy
 import math
@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from ..adapters.lora import AdapterSwitch, adapter_parameters, add_adapter, remove_adapter
+from ..adapters.policy import Policy
 from ..core.seeding import seed_of
 from ..pipelines.conditioning import record_conditioning
 from ..training.graft_loss import GraftLoss, graft_loss
-from .pilot import Pilot, PilotSource
+from .pilot import Pilot
 
 
 PILOT_ADAPTER = "pgraft_pilot"
@@ -25,13 +26,13 @@ LEAST_PARTS, MOST_PARTS = 3, 16
 
 
 @contextmanager
-def pilot_adapter(trainer: PilotSource) -> Iterator[list[torch.nn.Parameter]]:
-    """Parameters of a fresh adapter, in which gradients are taken; it computes nothing and is removed again."""
-    denoiser, was_training = trainer.denoiser, trainer.denoiser.training
+def pilot_adapter(policy: Policy) -> Iterator[list[torch.nn.Parameter]]:
+    """Parameters of a new adapter of `policy`, for gradients; it computes nothing and is removed after the block."""
+    denoiser, was_training = policy.denoiser, policy.denoiser.training
     # A new adapter becomes the only one that is trainable.
     trainable = [p for p in denoiser.parameters() if p.requires_grad]
-    peft_config = copy.deepcopy(trainer.policy.peft_config)
-    add_adapter(denoiser, peft_config, PILOT_ADAPTER, seed_of(trainer.config.seed, "pilot"))
+    peft_config = copy.deepcopy(policy.peft_config)
+    add_adapter(denoiser, peft_config, PILOT_ADAPTER, seed_of(policy.config.seed, "pilot"))
     try:
         denoiser.train()
         yield [p for p in adapter_parameters(denoiser, PILOT_ADAPTER) if p.requires_grad]
@@ -44,26 +45,44 @@ def pilot_adapter(trainer: PilotSource) -> Iterator[list[torch.nn.Parameter]]:
             parameter.requires_grad_(True)
 
 
-def pilot_loss(trainer: PilotSource, pilot: Pilot) -> GraftLoss:
-    """The trainer's loss on the pilot's prompts, without dropped captions."""
-    policy, prompts = trainer.policy, [group.prompt for group in pilot.groups]
+def pilot_loss(policy: Policy, pilot: Pilot) -> GraftLoss:
+    """The loss by which `policy` is fine-tuned, on the prompts of `pilot`, without dropped captions."""
+    prompts = [group.prompt for group in pilot.groups]
     inputs = [policy.inputs_of(group.columns) for group in pilot.groups]
-    conditioning = record_conditioning(trainer.pipeline, policy.call, prompts, policy.arguments, inputs)
-    return replace(graft_loss(trainer.policy, PILOT_ADAPTER, conditioning), caption_dropout=0.0)
+    conditioning = record_conditioning(policy.pipeline, policy.call, prompts, policy.arguments, inputs)
+    return replace(graft_loss(policy, PILOT_ADAPTER, conditioning), caption_dropout=0.0)
 
 
-def to_learn(
-    trainer: PilotSource, loss: GraftLoss, pilot: Pilot, parameters: list[torch.nn.Parameter]
+def losses_and_gradients(
+    policy: Policy, loss: GraftLoss, pilot: Pilot, parameters: list[torch.nn.Parameter]
 ) -> dict[str, Any]:
-    """Losses and squared mean gradients of the reference on accepted and on all states."""
+    r"""
+    Losses and squared mean gradients of the reference on accepted and on all states.
+
+    Args:
+        policy ([`Policy`]):
+            Its denoiser, with the adapter of [`pilot_adapter`].
+        loss ([`GraftLoss`]):
+            From [`pilot_loss`], with the noise levels of a candidate.
+        pilot ([`Pilot`]):
+            The states and what is accepted of them.
+        parameters (`list[torch.nn.Parameter]`):
+            From [`pilot_adapter`].
+
+    Returns:
+        `dict[str, Any]`: `difficulty` to `selection_error`, see [`choose_intermediate_step`].
+
+    Raises:
+        `ValueError`: samples are accepted and rejected in too few parts of the pilot for a standard error.
+    """
     everything, selected, losses = [], [], []
     for rows in torch.arange(len(pilot.samples)).split(_part_size(pilot)):
-        rows = rows[~pilot.reward[rows].isnan()]
+        rows = rows[~pilot.total_reward[rows].isnan()]
         accepted = pilot.accepted[rows]
         if accepted.all() or not accepted.any():
             continue
         share = accepted.double().mean().item()
-        parts = [_gradient(trainer, loss, pilot, parameters, rows[mask]) for mask in (accepted, ~accepted)]
+        parts = [_gradient(policy, loss, pilot, parameters, rows[mask]) for mask in (accepted, ~accepted)]
         of_all, loss_of_all = (share * one + (1 - share) * other for one, other in zip(*parts, strict=True))
         everything.append(of_all)
         selected.append(parts[0][0] - of_all)
@@ -71,9 +90,9 @@ def to_learn(
     if len(losses) < LEAST_PARTS:
         raise ValueError(
             f"choose_intermediate_step: samples were accepted and rejected in {len(losses)} parts of the pilot, of "
-            f"{LEAST_PARTS} that a standard error needs. Draw more prompts, or change acceptance_kwargs."
+            f"{LEAST_PARTS} that a standard error needs. Use more prompts, or change acceptance_kwargs."
         )
-    steps, by_level = loss.levels.position, torch.stack(losses).mean(0)
+    steps, by_level = loss.levels.step_index, torch.stack(losses).mean(0)
     refit, selection = (squared_mean(torch.stack(gradients)) for gradients in (everything, selected))
     return {
         "difficulty": by_level[0].mean().item(),
@@ -90,22 +109,22 @@ def _part_size(pilot: Pilot) -> int:
 
 
 def _gradient(
-    trainer: PilotSource, loss: GraftLoss, pilot: Pilot, parameters: list[torch.nn.Parameter], rows: torch.Tensor
+    policy: Policy, loss: GraftLoss, pilot: Pilot, parameters: list[torch.nn.Parameter], rows: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean gradient of the loss on some samples, and the mean loss in equal parts of the tuned range."""
-    gradient, losses = 0.0, []
-    for chunk in rows.split(max(1, trainer.config.train_batch_size // TIMESTEPS_PER_STATE)):
-        with trainer.accelerator.autocast():
-            values = _losses(trainer, loss, pilot, chunk)
+    gradient, losses = torch.zeros((), dtype=torch.float64), []
+    for chunk in rows.split(max(1, policy.config.train_batch_size // TIMESTEPS_PER_STATE)):
+        with policy.accelerator.autocast():
+            values = _losses(policy, loss, pilot, chunk)
         found = torch.autograd.grad(values.sum() / values.shape[1], parameters, allow_unused=True)
         gradient = gradient + torch.cat([g.flatten().double().cpu() for g in found if g is not None])
         losses.append(values.detach().double().cpu())
     return gradient / len(rows), torch.cat(losses).mean(0)
 
 
-def _losses(trainer: PilotSource, loss: GraftLoss, pilot: Pilot, rows: torch.Tensor) -> torch.Tensor:
+def _losses(policy: Policy, loss: GraftLoss, pilot: Pilot, rows: torch.Tensor) -> torch.Tensor:
     """Loss of each sample at stratified timesteps, from the cleanest; of shape `(rows, TIMESTEPS_PER_STATE)`."""
-    states = pilot.states[loss.levels.position][rows]
+    states = pilot.states[loss.levels.step_index][rows]
     timesteps, noise = [], []
     for row in rows.tolist():
         # The same noise at every candidate, so that the curves differ by the candidate alone.
@@ -113,9 +132,9 @@ def _losses(trainer: PilotSource, loss: GraftLoss, pilot: Pilot, rows: torch.Ten
         noise.append(torch.randn(TIMESTEPS_PER_STATE, *states.shape[1:], generator=generator))
         timesteps.append(loss.levels.sample(TIMESTEPS_PER_STATE, generator).sort().values)
     prompts = torch.tensor([pilot.samples[row].group.index for row in rows.tolist()])
-    x_i = states.to(trainer.accelerator.device).repeat_interleave(TIMESTEPS_PER_STATE, 0)
+    x_i = states.to(policy.accelerator.device).repeat_interleave(TIMESTEPS_PER_STATE, 0)
     values = loss(
-        trainer.denoiser,
+        policy.denoiser,
         x_i,
         torch.cat(noise).to(x_i),
         torch.cat(timesteps),
@@ -126,14 +145,17 @@ def _losses(trainer: PilotSource, loss: GraftLoss, pilot: Pilot, rows: torch.Ten
 
 
 def squared_mean(vectors: torch.Tensor) -> tuple[float, float]:
-    """
+    r"""
     Squared length of the mean of independent vectors, without bias, and its jackknife standard error.
 
-    Products of different vectors only are averaged: a vector's product with itself would count its noise.
+    Only products of different vectors are averaged, because a vector's product with itself contains its noise.
 
     Args:
-        vectors (`torch.Tensor` of shape `(m, D)`):
-            At least 3.
+        vectors (`torch.Tensor`):
+            (m, D), m >= 3: independent vectors with the same mean.
+
+    Returns:
+        `tuple[float, float]`: the estimate, which may be negative, and its standard error.
     """
     m, products = len(vectors), vectors @ vectors.T
     of_each = products.sum(1) - products.diagonal()

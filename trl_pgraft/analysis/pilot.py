@@ -1,181 +1,221 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A pilot of groups whose trajectories are seen at several steps, and what the pipeline makes of these states."""
+"""A pilot: groups whose trajectories are recorded at several steps, and rewards of what follows from these states."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from accelerate import Accelerator
+from diffusers import DiffusionPipeline
 
 from ..adapters.policy import Policy
-from ..config import GraftConfig
 from ..core.parameterizations import predicted_original
 from ..core.seeding import seed_of
 from ..pipelines.inputs import prompt_arguments
 from ..pipelines.observe import observe_steps, record_trajectory
 from ..pipelines.pixels import to_uint8
-from ..rewards import Reward
-from ..rollouts.batch import collate
 from ..rollouts.collect import RolloutCollector
 from ..rollouts.prompts import PromptGroup, Sample, columns_of, samples_of
-from ..rollouts.selection import accept
+from ..rollouts.rollout import RolloutBatch, collate
 
 
 StepEnd = Callable[[int, slice, Sequence[torch.Generator], torch.Tensor], torch.Tensor]
 
 
-class PilotSource(Protocol):
-    """What a pilot takes of a [`PGraftTrainer`]: its policy, and what collects its rollouts."""
-
-    policy: Policy
-    collector: RolloutCollector
-    config: GraftConfig
-    rewards: Sequence[Reward]
-    accelerator: Accelerator
-    pipeline: Any
-    denoiser: torch.nn.Module
-
-    def sampler(self, reference: bool = False) -> AbstractContextManager[Any]:
-        """The pipeline as the policy samples, or as the reference."""
-
-
 @dataclass(frozen=True)
 class Pilot:
-    """
-    Groups drawn, scored and decided as in a round, with every trajectory's state at several positions.
+    r"""
+    Groups that are sampled, scored and selected as in an iteration, with each trajectory's state at several steps.
 
     Args:
-        groups (`list[PromptGroup]`), samples (`list[Sample]`):
-            What was drawn: `N` samples.
-        images (`torch.Tensor` of shape `(N, 3, H, W)`, uint8):
-            Final images.
-        reward (`torch.Tensor` of shape `(N,)`):
-            Weighted sum of the rewards, NaN where a sample is left out.
-        accepted (`torch.Tensor` of shape `(N,)`, bool):
-            Decisions of the trainer's acceptance rule.
+        groups (`list[PromptGroup]`):
+            The prompts, each with the number of its samples.
+        samples (`list[Sample]`):
+            All N samples, group by group.
+        images (`torch.Tensor`):
+            Final images (N, 3, H, W), uint8.
+        total_reward (`torch.Tensor`):
+            Weighted sum of each sample's rewards (N,), NaN where the sample is left out.
+        accepted (`torch.Tensor`):
+            Which samples the acceptance rule accepts (N,), bool.
         states (`dict[int, torch.Tensor]`):
-            x_I at each position, of shape `(N, ...)`, as the denoiser sees it.
+            x_I (N, ...) by step index, as the denoiser receives it.
         originals (`dict[int, torch.Tensor]`):
-            The sampler's own prediction of x_0 from these states, guidance included.
+            The x_0 (N, ...) that the sampler predicts from these states, guidance included.
     """
 
     groups: list[PromptGroup]
     samples: list[Sample]
     images: torch.Tensor
-    reward: torch.Tensor
+    total_reward: torch.Tensor
     accepted: torch.Tensor
     states: dict[int, torch.Tensor]
     originals: dict[int, torch.Tensor]
 
 
-def draw_pilot(trainer: PilotSource, groups: list[PromptGroup], positions: Sequence[int]) -> Pilot:
-    """Draw the groups with the trainer's pipeline as it is, and keep the states at `positions`."""
-    config = trainer.config
-    samples = samples_of(groups, config.seed, 0)
-    images, values, seen = [], [], []
-    for rows in _batches(trainer, samples):
-        with _states_and_originals(trainer, positions, len(samples[rows])) as of_batch:
-            drawn, value = collate(samples[rows], trainer.collector.draw_and_score(samples[rows]))
-        images.append(drawn.images)
-        values.append(value)
-        seen.append(of_batch)
-    reward = trainer.collector.combine(torch.cat(values), groups)
-    decision = accept(
-        reward, groups, trainer.collector.acceptance, config.acceptance_kwargs, (config.seed, 0, "accept")
-    )
-    states, originals = ({p: torch.cat([batch[p][i] for batch in seen]) for p in positions} for i in (0, 1))
-    return Pilot(groups, samples, torch.cat(images), reward, decision.accepted, states, originals)
+def sample_pilot(collector: RolloutCollector, groups: list[PromptGroup], step_indices: Sequence[int]) -> Pilot:
+    r"""
+    Sample groups with the pipeline as it is.
+
+    Args:
+        collector ([`RolloutCollector`]):
+            Samples, scores and selects; in the state in which it would collect the first rollout, the pilot is the
+            same samples.
+        groups (`list[PromptGroup]`):
+            The groups to sample.
+        step_indices (`Sequence[int]`):
+            Steps of the sampler whose input states are kept; the number of steps stands for the final latents.
+    """
+    samples = samples_of(groups, collector.config.seed, 0)
+    batches: list[RolloutBatch] = []
+    recorded = []
+    for rows in _batches(collector, samples):
+        with _states_and_originals(collector.policy, step_indices, len(samples[rows])) as of_batch:
+            batches += collector.sample_and_score(samples[rows])
+        recorded.append(of_batch)
+    batch = collate(samples, batches)
+    total_reward = collector.total_rewards(batch.rewards, groups)
+    accepted, _, _ = collector.accept(total_reward, groups, epoch=0)
+    states, originals = ({s: torch.cat([seen[s][i] for seen in recorded]) for s in step_indices} for i in (0, 1))
+    return Pilot(groups, samples, batch.images, total_reward, accepted, states, originals)
 
 
 @contextmanager
 def _states_and_originals(
-    trainer: PilotSource, positions: Sequence[int], batch_size: int
+    policy: Policy, step_indices: Sequence[int], batch_size: int
 ) -> Iterator[dict[int, tuple[torch.Tensor, torch.Tensor]]]:
-    """State and predicted x_0 at each position of the pipeline call made inside the block."""
-    outputs: list[torch.Tensor | None] = []
-    seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    """State and predicted x_0 at each step of the pipeline call made inside the block."""
+    pipeline, outputs = policy.pipeline, dict[int, torch.Tensor]()
+    steps, recorded = 0, dict[int, tuple[torch.Tensor, torch.Tensor]]()
 
     def on_step(model_output: torch.Tensor, **_: Any) -> None:
-        outputs.append(model_output if len(outputs) in positions else None)
+        nonlocal steps
+        if steps in step_indices:
+            outputs[steps] = model_output
+        steps += 1
 
     with ExitStack() as stack:
-        pipeline, call = trainer.pipeline, trainer.policy.call
-        recorders = {p: stack.enter_context(record_trajectory(pipeline, call, p, batch_size)) for p in positions}
-        stack.enter_context(observe_steps(trainer.pipeline.scheduler, on_step))
-        yield seen
-    for position, recorder in recorders.items():
-        x_i = original = recorder.x_i.float()
-        if position < len(outputs):
-            level = trainer.policy.levels.schedule(recorder.timesteps[position])
-            original, _ = predicted_original(trainer.policy.prediction_type, outputs[position].float(), x_i, *level)
-        seen[position] = x_i.cpu(), original.cpu()
+        trajectories = {
+            s: stack.enter_context(record_trajectory(pipeline, policy.call, s, batch_size)) for s in step_indices
+        }
+        stack.enter_context(observe_steps(pipeline.scheduler, on_step))
+        yield recorded
+    for step_index, trajectory in trajectories.items():
+        x_i = original = trajectory.x_i.float()
+        if step_index in outputs:
+            level = policy.levels.schedule(trajectory.timesteps[step_index])
+            original, _ = predicted_original(policy.prediction_type, outputs[step_index].float(), x_i, *level)
+        recorded[step_index] = x_i.cpu(), original.cpu()
 
 
-def probe(trainer: PilotSource, pilot: Pilot, position: int) -> torch.Tensor:
-    """Rewards of the x_0 predicted from each x_I, of shape `(N,)`: a pipeline call of one step decodes them."""
+def score_predictions(collector: RolloutCollector, pilot: Pilot, step_index: int) -> torch.Tensor:
+    r"""
+    Total rewards of the x_0 predicted from each x_I, decoded by a pipeline call of one step.
+
+    Args:
+        collector ([`RolloutCollector`]):
+            The pipeline, sampling arguments and rewards.
+        pilot ([`Pilot`]):
+            The samples, with their predictions.
+        step_index (`int`):
+            Step of the sampler whose input is x_I.
+
+    Returns:
+        `torch.Tensor`: (N,), NaN where a sample is left out.
+    """
 
     def replace(_: int, rows: slice, generators: Sequence[torch.Generator], latents: torch.Tensor) -> torch.Tensor:
-        return pilot.originals[position][rows].to(latents)
+        return pilot.originals[step_index][rows].to(latents)
 
-    return _score(trainer, pilot, _finish(trainer, pilot, replace, num_inference_steps=1))
-
-
-def complete(trainer: PilotSource, pilot: Pilot, position: int, number: int) -> torch.Tensor:
-    """Rewards of the `number`-th other completion of each x_I, of shape `(N,)`."""
-    return _score(trainer, pilot, _finish(trainer, pilot, _reseed(pilot, position, number)))
+    return _score(collector, pilot, _images(collector, pilot, replace, num_inference_steps=1))
 
 
-def is_stochastic(trainer: PilotSource, pilot: Pilot, position: int) -> bool:
-    """Whether completions from one x_I differ, told from the images of the first batch."""
-    rows, images = next(_finish(trainer, pilot, _reseed(pilot, position, 0)))
+def score_completions(collector: RolloutCollector, pilot: Pilot, step_index: int, number: int) -> torch.Tensor:
+    r"""
+    Total rewards of other images that follow from each x_I with new noise after it.
+
+    Args:
+        collector ([`RolloutCollector`]):
+            The pipeline, sampling arguments and rewards.
+        pilot ([`Pilot`]):
+            The samples.
+        step_index (`int`):
+            Step of the sampler whose input is x_I.
+        number (`int`):
+            Number of the completion, which seeds its noise.
+
+    Returns:
+        `torch.Tensor`: (N,), NaN where a sample is left out.
+    """
+    return _score(collector, pilot, _images(collector, pilot, _reseed(pilot, step_index, number)))
+
+
+def is_stochastic(collector: RolloutCollector, pilot: Pilot, step_index: int) -> bool:
+    r"""
+    Whether other noise after x_I leads to another image, as the first batch shows.
+
+    Args:
+        collector ([`RolloutCollector`]):
+            The pipeline and sampling arguments.
+        pilot ([`Pilot`]):
+            The samples, with their images.
+        step_index (`int`):
+            Step of the sampler whose input is x_I.
+    """
+    rows, images = next(_images(collector, pilot, _reseed(pilot, step_index, 0)))
     # Kernels that sum in another order every time change some pixels by a level or two.
     return bool((images.float() - pilot.images[rows].float()).abs().mean() > 0.5)
 
 
-def _reseed(pilot: Pilot, position: int, number: int) -> StepEnd:
+def _reseed(pilot: Pilot, step_index: int, number: int) -> StepEnd:
     """The pilot's noise up to x_I and other noise after it, so that the scheduler's own state is right as well."""
 
     def reseed(step: int, rows: slice, generators: Sequence[torch.Generator], latents: torch.Tensor) -> torch.Tensor:
-        if step + 1 == position:
+        if step + 1 == step_index:
             for generator, sample in zip(generators, pilot.samples[rows], strict=True):
-                generator.manual_seed(seed_of(sample.seed, "completion", position, number))
+                generator.manual_seed(seed_of(sample.seed, "completion", step_index, number))
         return latents
 
     return reseed
 
 
-def _finish(
-    trainer: PilotSource, pilot: Pilot, on_step_end: StepEnd, **changed: Any
+def _images(
+    collector: RolloutCollector, pilot: Pilot, on_step_end: StepEnd, **changed: Any
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Call the pipeline as for the pilot, with `on_step_end` on its latents after every step; batches of images."""
-    for rows in _batches(trainer, pilot.samples):
+    policy = collector.policy
+    for rows in _batches(collector, pilot.samples):
         batch = pilot.samples[rows]
         generators = [torch.Generator().manual_seed(sample.seed) for sample in batch]
 
         def callback(
-            pipeline: Any, step: int, timestep: Any, tensors: dict, rows: slice = rows, generators: list = generators
+            pipeline: DiffusionPipeline,
+            step: int,
+            timestep: Any,
+            tensors: dict[str, torch.Tensor],
+            rows: slice = rows,
+            generators: list[torch.Generator] = generators,
         ) -> dict[str, torch.Tensor]:
             return {"latents": on_step_end(step, rows, generators, tensors["latents"])}
 
         own = {"output_type": "pt", "callback_on_step_end": callback, "generator": generators, **changed}
-        inputs = [trainer.policy.inputs_of(sample.group.columns) for sample in batch]
+        inputs = [policy.inputs_of(sample.group.columns) for sample in batch]
         prompts = [sample.group.prompt for sample in batch]
-        arguments = prompt_arguments(trainer.pipeline, prompts, {**trainer.policy.arguments, **own}, inputs)
-        yield rows, to_uint8(trainer.pipeline(**arguments).images).cpu()
+        arguments = prompt_arguments(policy.pipeline, prompts, {**policy.arguments, **own}, inputs)
+        yield rows, to_uint8(policy.pipeline(**arguments).images).cpu()
 
 
-def _score(trainer: PilotSource, pilot: Pilot, batches: Iterator[tuple[slice, torch.Tensor]]) -> torch.Tensor:
-    scorer = trainer.collector.make_scorer()
+def _score(collector: RolloutCollector, pilot: Pilot, batches: Iterator[tuple[slice, torch.Tensor]]) -> torch.Tensor:
+    scorer = collector.make_scorer()
     for rows, images in batches:
         batch = pilot.samples[rows]
         scorer.add(images, [sample.group.prompt for sample in batch], columns_of(batch))
-    values = torch.cat([values for values, _ in scorer.results()])
-    return trainer.collector.combine(values, pilot.groups)
+    rewards = torch.cat([rewards for rewards, _ in scorer.results()])
+    return collector.total_rewards(rewards, pilot.groups)
 
 
-def _batches(trainer: PilotSource, samples: Sequence[Sample]) -> Iterator[slice]:
-    size = trainer.config.sample_batch_size
+def _batches(collector: RolloutCollector, samples: Sequence[Sample]) -> Iterator[slice]:
+    size = collector.config.sample_batch_size
     return (slice(start, start + size) for start in range(0, len(samples), size))

@@ -19,7 +19,7 @@ from ..adapters.lora import ADAPTER_NAME, add_adapter, default_lora_config
 from ..core.switch_level import SwitchLevel
 from ..pipelines.pixels import to_unit_range
 from ..rewards.conventions import Reward
-from ..rollouts.batch import Batch
+from ..rollouts.rollout import RolloutBatch
 
 
 logger = logging.getLogger(__name__)
@@ -164,8 +164,8 @@ def as_ddpo(values: torch.Tensor, infos: list[Any], rewards: Sequence[Reward]) -
     return values @ weights, infos[0] if len(infos) == 1 else infos
 
 
-def hook_data(batch: Batch, rewards: Sequence[Reward]) -> list[Any]:
+def hook_data(batch: RolloutBatch, rewards: Sequence[Reward]) -> list[Any]:
     """A batch as `image_samples_hook` takes it: images in [0, 1], prompts, metadata, rewards and their info."""
     metadata = batch.columns.get("metadata", [sample.group.columns for sample in batch.samples])
-    images = to_unit_range(batch.drawn.images)
-    return [images, tuple(batch.prompts), tuple(metadata), *as_ddpo(batch.values, batch.infos, rewards)]
+    images = to_unit_range(batch.images)
+    return [images, tuple(batch.prompts), tuple(metadata), *as_ddpo(batch.rewards, batch.infos, rewards)]

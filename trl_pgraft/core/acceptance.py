@@ -46,6 +46,11 @@ def has_signal(rewards: torch.Tensor) -> bool:
     return len(rewards) > 1 and bool((rewards != rewards[0]).any())
 
 
+def default_k(group_size: int) -> int:
+    """Number of accepted samples of `group_size` where [`accept_top_k`] is given none: a quarter, at least one."""
+    return max(1, round(group_size / 4))
+
+
 def accept_top_k(rewards: torch.Tensor, k: int | None = None) -> torch.Tensor:
     r"""
     Accept the k samples of highest reward. Ties go to the lower index.
@@ -64,7 +69,7 @@ def accept_top_k(rewards: torch.Tensor, k: int | None = None) -> torch.Tensor:
     """
     _check(rewards)
     group_size = len(rewards)
-    k = max(1, round(group_size / 4)) if k is None else k
+    k = default_k(group_size) if k is None else k
     if not 1 <= k < group_size:
         raise ValueError(
             f"top_k accepts k={k} of M={group_size} samples of a prompt; that selects nothing. Need 1 <= k < M: "

@@ -129,3 +129,33 @@ def estimated_kl(probabilities: torch.Tensor) -> float:
         return 0.0
     p = p / p.sum()
     return math.log(len(p)) + torch.xlogy(p, p).sum().item()
+
+
+def accumulated_kl(
+    kl: float, kl_sum: float, rounds: int, group_size: int, k: int | None, composes: bool
+) -> tuple[float, bool]:
+    r"""
+    KL from the samples that all iterations so far have accepted to the samples in the first one.
+
+    If every iteration accepted the top k of M samples without ties, the selections compose, see [`implied_kl`].
+    Otherwise the sum of the iterations' divergences stands for it.
+
+    Args:
+        kl (`float`):
+            Implied KL of the last iteration, in nats.
+        kl_sum (`float`):
+            Sum of the implied KL of all iterations, the last one included.
+        rounds (`int`):
+            Number of iterations, the last one included.
+        group_size (`int`):
+            M, the samples per prompt.
+        k (`int` or `None`):
+            Number of accepted samples per prompt; `None` for another rule than top-k.
+        composes (`bool`):
+            Whether the selections of the iterations before compose; `True` for the first one.
+
+    Returns:
+        `tuple[float, bool]`: KL in nats, and whether the selections compose with that of the last iteration.
+    """
+    composes = composes and k is not None and k < group_size and abs(kl - implied_kl(group_size, k)) < 1e-9
+    return (implied_kl(group_size, k, rounds) if composes else kl_sum), composes

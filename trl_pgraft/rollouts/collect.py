@@ -1,292 +1,255 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Draw a round: groups of samples of one prompt each, their images, and their trajectories' state at the switch."""
+"""Collect rollouts: form groups of samples, sample and score each process's share, gather and select."""
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
-from tqdm.auto import tqdm
 
 from ..adapters.policy import Policy
 from ..config import GraftConfig
 from ..core.acceptance import get_acceptance
+from ..core.atomic import atomic_save
 from ..core.seeding import seed_of
-from ..pipelines.denoiser_call import DenoiserCall, denoiser_name_of
-from ..pipelines.inputs import call_pipeline, inputs_of
-from ..pipelines.observe import Trajectory, record_trajectory
-from ..pipelines.pixels import to_pil, to_uint8
+from ..pipelines.pixels import to_pil
 from ..rewards.conventions import Reward
 from ..rewards.scorer import Patience, Scorer
-from .batch import Batch, Drawn, collate
-from .cache import UnfinishedRound
+from .cache import RolloutCache
 from .dataset import to_dataset
-from .prompts import Prompt, PromptGroup, Sample, columns_of, form_groups, samples_of
-from .selection import Rollout, accept, combined_rewards
-
-
-@torch.no_grad()
-def draw(
-    pipeline: Any,
-    call: DenoiserCall,
-    samples: Sequence[Sample],
-    position: int,
-    batch_size: int,
-    arguments: dict[str, Any],
-    progress: bool = False,
-) -> Iterator[tuple[Sequence[Sample], Drawn]]:
-    """
-    Draw samples with the pipeline as it is, batch by batch, and keep each trajectory's state at `position`.
-
-    Args:
-        pipeline (`DiffusionPipeline`):
-            The pipeline; adapters and gates on it take part.
-        call ([`DenoiserCall`]):
-            How it calls its denoiser.
-        samples (`Sequence[Sample]`):
-            What to draw.
-        position (`int`):
-            Position of x_I among the sampler's steps; the number of steps is the final latents.
-        batch_size (`int`):
-            Images of one pipeline call.
-        arguments (`dict`):
-            From [`sampling_arguments`].
-        progress (`bool`, *optional*, defaults to `False`):
-            Whether to show a progress bar.
-
-    Yields:
-        `tuple[Sequence[Sample], Drawn]`: a batch of the samples, and what was drawn for them.
-    """
-    starts = range(0, len(samples), batch_size)
-    for start in tqdm(starts, desc="sampling", leave=False, disable=not progress):
-        batch = samples[start : start + batch_size]
-        with record_trajectory(pipeline, call, position, len(batch)) as trajectory:
-            inputs = [inputs_of(pipeline, s.group.columns, arguments) for s in batch]
-            prompts, seeds = [s.group.prompt for s in batch], [s.seed for s in batch]
-            output = call_pipeline(pipeline, prompts, seeds, {**arguments, "output_type": "pt"}, inputs)
-        _check_trajectory(trajectory, pipeline)
-        images = to_uint8(output.images if hasattr(output, "images") else output.frames).cpu()
-        yield batch, Drawn(images, trajectory.x_i.float().cpu(), trajectory.denoiser_calls)
-
-
-def _check_trajectory(trajectory: Trajectory, pipeline: Any) -> None:
-    name = denoiser_name_of(pipeline)
-    if trajectory.x_i is None:
-        raise ValueError(
-            f"{type(pipeline).__name__} made {len(trajectory.timesteps)} steps and none at position "
-            f"{trajectory.step_index}, where its state was to be recorded. Does its `{name}` run at every step?"
-        )
-    if trajectory.steps_without:
-        raise ValueError(
-            f"{type(pipeline).__name__} made {trajectory.steps_without} of the first {trajectory.step_index} steps "
-            f"without its `{name}`, which is what is tuned. Where another model takes over at low noise, choose a "
-            "tuned_fraction that ends before it does."
-        )
-
-
-def draw_and_score(
-    samples: Sequence[Sample],
-    draw: Callable[[Sequence[Sample]], Iterable[tuple[Sequence[Sample], Drawn]]],
-    scorer: Scorer,
-    unfinished: UnfinishedRound | None = None,
-) -> list[Batch]:
-    """
-    Images, states and rewards of `samples`, in batches.
-
-    Args:
-        samples (`Sequence[Sample]`):
-            What is wanted.
-        draw (`Callable`):
-            Draws samples batch by batch, as [`~trl_pgraft.rollout.draw`].
-        scorer ([`Scorer`]):
-            Scores each batch while the next is drawn, if it has threads.
-        unfinished ([`UnfinishedRound`], *optional*):
-            Where batches are kept as soon as they are drawn and scored, and found again; nothing is kept without.
-    """
-    found = list(unfinished.load(samples)) if unfinished else []
-    for batch, drawn, values in found:
-        if values is None:
-            _score(batch, drawn, scorer, unfinished)
-    there = {sample.seed for batch, *_ in found for sample in batch}
-    for batch, drawn in draw([sample for sample in samples if sample.seed not in there]):
-        if unfinished:
-            unfinished.keep_images(batch, drawn)
-        _score(batch, drawn, scorer, unfinished)
-        found.append((batch, drawn, None))
-    new = iter(scorer.results())
-    return [Batch(*part, values, []) if values is not None else Batch(*part, *next(new)) for *part, values in found]
-
-
-def _score(batch: Sequence[Sample], drawn: Drawn, scorer: Scorer, unfinished: UnfinishedRound | None) -> None:
-    def keep(values: torch.Tensor) -> None:
-        if unfinished:
-            unfinished.keep_values(batch, values)
-
-    scorer.add(drawn.images, [sample.group.prompt for sample in batch], columns_of(batch), keep)
+from .prompts import Prompt, PromptGroup, PromptSource, Sample, form_groups, samples_of
+from .rollout import Rollout, RolloutBatch, collate
+from .sampling import sample_and_score, sample_batches
+from .selection import accept, total_rewards
 
 
 class RolloutCollector:
-    """
-    Draws the rounds of a run, each process its share.
+    r"""
+    Collects the rollouts of a run; each process samples and scores its share.
 
     Args:
         policy ([`Policy`]):
-            What draws.
+            The pipeline and adapter to sample with.
         rewards (`Sequence[Reward]`):
-            `F` rewards.
+            The F reward functions with their weights.
         prompt_source (`Callable` or `None`):
-            `prompt_source(epoch, groups)` gives prompts with their columns; `None` where rounds are not drawn.
+            `prompt_source(epoch, groups)` yields a prompt with its columns for each of `groups` groups; see
+            [`choose_prompt_source`]. `None` for a run on stored samples, which collects no rollouts.
         config ([`GraftConfig`]):
-            How.
+            Batch size, number of samples and acceptance rule, among others.
         accelerator (`Accelerator`):
-            The processes.
+            The processes that share the sampling.
         output_dir (`Path`):
-            Folder of the run: rounds are written to `samples` in it, and what no checkpoint has yet to `unfinished`.
-
-    Raises:
-        `ValueError`: a round has too few images for a selection.
+            Folder of the run: rollouts are written to `samples` in it, and what no checkpoint has yet to `unfinished`.
     """
 
     def __init__(
         self,
         policy: Policy,
         rewards: Sequence[Reward],
-        prompt_source: Callable | None,
+        prompt_source: PromptSource | None,
         config: GraftConfig,
         accelerator: Accelerator,
         output_dir: Path,
-    ):
+    ) -> None:
         self.policy, self.rewards, self.prompt_source = policy, rewards, prompt_source
         self.config, self.accelerator = config, accelerator
-        self.folder, self.unfinished = output_dir / "samples", output_dir / "unfinished"
-        self.acceptance = get_acceptance(config.acceptance)
+        self.samples_dir, self.cache_dir = output_dir / "samples", output_dir / "unfinished"
         self.images = config.sample_batch_size * config.sample_num_batches_per_epoch * accelerator.num_processes
         self.group_size = config.group_size(self.images)
 
+    @property
+    def reward_names(self) -> list[str]:
+        """Names of the F rewards."""
+        return [reward.name for reward in self.rewards]
+
     def groups(self, epoch: int) -> list[PromptGroup]:
-        """Prompts of a round and the samples to be drawn for each, the same on all processes."""
+        r"""
+        The groups of an iteration, the same on all processes.
+
+        Args:
+            epoch (`int`):
+                Number of the iteration.
+
+        Raises:
+            `ValueError`: the run has no source of prompts.
+        """
+        if self.prompt_source is None:
+            raise ValueError("There are no prompts to sample images for: the trainer is on a samples_dataset.")
         # With this seed, prompt functions that use global random state repeat themselves when a run is resumed.
         set_seed(seed_of(self.config.seed, "prompts", epoch) % 2**32)
         groups: list[Any] = [None]
         if self.accelerator.is_main_process:
-            source = self.prompt_source(epoch, -(-self.images // self.group_size))
-            groups = [form_groups(source, self.images, self.group_size)]
+            prompts = self.prompt_source(epoch, -(-self.images // self.group_size))
+            groups = [form_groups(prompts, self.images, self.group_size)]
         return broadcast_object_list(groups)[0]
 
-    def draw(self, epoch: int) -> tuple[Rollout, list[Batch]]:
-        """
-        Draw and score a round, and write it to disk.
+    def sample_rollout(self, epoch: int) -> tuple[Rollout, list[RolloutBatch]]:
+        r"""
+        Sample, score and select the samples of an iteration, and write them to disk.
+
+        Args:
+            epoch (`int`):
+                Number of the iteration.
 
         Returns:
-            `tuple[Rollout, list[Batch]]`: the round of all processes, and this process's batches.
-        """
-        config = self.config
-        groups = self.groups(epoch)
-        samples = samples_of(groups, config.seed, epoch)
-        own = samples[self._own_share(len(samples))]
-        unfinished = UnfinishedRound(
-            self.unfinished / f"round_{epoch:04d}", self.policy.sampled_by(), [reward.name for reward in self.rewards]
-        )
-        with self.policy.sampler(reference=config.sample_from == "reference"):
-            batches = self.draw_and_score(own, unfinished)
-        drawn, values = collate(own, batches)
-        states, values = self._gather(drawn.x_i), self._gather(values)
-        reward = self.combine(values, groups)
-        seed = (config.seed, epoch, "accept")
-        keys = self._duplicate_keys(own, drawn)
-        decision = accept(reward, groups, self.acceptance, config.acceptance_kwargs, seed, keys)
-        calls = int(self._gather(torch.tensor([drawn.denoiser_calls])).sum())
-        round_ = Rollout(groups, samples, states, values, reward, decision, calls)
-        self._keep(round_, drawn, epoch)
-        return round_, batches
+            `tuple[Rollout, list[RolloutBatch]]`: the rollout of all processes, and this process's batches.
 
-    def draw_evaluation(
+        Raises:
+            [`RewardError`]: a reward function failed.
+        """
+        groups = self.groups(epoch)
+        samples = samples_of(groups, self.config.seed, epoch)
+        own = samples[self._own_share(len(samples))]
+        cache = RolloutCache(self.cache_dir / f"round_{epoch:04d}", self.policy.sampled_by(), self.reward_names)
+        with self.policy.sampler(reference=self.config.sample_from == "reference"):
+            batches = self.sample_and_score(own, cache)
+        batch = collate(own, batches)
+        states, rewards = self._gather(batch.x_i), self._gather(batch.rewards)
+        total_reward = self.total_rewards(rewards, groups)
+        selection = self.accept(total_reward, groups, epoch, self._duplicate_keys(batch))
+        calls = int(self._gather(torch.tensor([batch.denoiser_calls])).sum())
+        rollout = Rollout(groups, samples, states, rewards, total_reward, *selection, calls)
+        self._save_samples(rollout, batch, epoch)
+        return rollout, batches
+
+    def sample_evaluation(
         self, prompts: Sequence[Prompt], reference: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """
-        One image of each prompt, with seeds that depend on its place alone.
+        r"""
+        Sample one image of each prompt, with seeds that depend on the prompt's index alone, and score it.
+
+        Args:
+            prompts (`Sequence[Prompt]`):
+                P prompts with their columns.
+            reference (`bool`):
+                Sample with the reference model in place of the policy.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: weighted rewards `(P,)` and values `(P, F)` of all
-            processes, and the uint8 images of this one.
+            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: total rewards (P,) and rewards (P, F) of all processes,
+                and the images of this process, uint8.
+
+        Raises:
+            [`RewardError`]: a reward function failed.
         """
-        groups, samples = self._evaluated(prompts)
+        groups, samples = self._held_out(prompts)
         own = samples[self._own_share(len(samples))]
         with self.policy.sampler(reference):
-            # A process without a share draws one too, because nothing has no shape.
-            drawn, values = collate(own or samples[:1], self.draw_and_score(own or samples[:1]))
-        values = torch.tensor(gather_object(values[: len(own)].tolist()), dtype=torch.float64)
-        return self.combine(values, groups), values, drawn.images[: len(own)]
+            # A process without a share samples one too, because nothing has no shape.
+            batch = collate(own or samples[:1], self.sample_and_score(own or samples[:1]))
+        rewards = torch.tensor(gather_object(batch.rewards[: len(own)].tolist()), dtype=torch.float64)
+        return self.total_rewards(rewards, groups), rewards, batch.images[: len(own)]
 
-    def draw_pictures(self, prompts: Sequence[Prompt], reference: bool) -> torch.Tensor:
-        """The images of an evaluation, unscored and drawn by this process alone: uint8, `(P, 3, H, W)`."""
-        _, samples = self._evaluated(prompts)
+    def sample_images(self, prompts: Sequence[Prompt], reference: bool) -> torch.Tensor:
+        r"""
+        The images of [`~RolloutCollector.sample_evaluation`], unscored, and all of them sampled by this process.
+
+        Args:
+            prompts (`Sequence[Prompt]`):
+                P prompts with their columns.
+            reference (`bool`):
+                Sample with the reference model in place of the policy.
+
+        Returns:
+            `torch.Tensor`: uint8 images (P, 3, H, W).
+        """
+        _, samples = self._held_out(prompts)
         with self.policy.sampler(reference):
-            return torch.cat([drawn.images for _, drawn in self._draw(samples)])
+            return torch.cat([batch.images for batch in self._sample(samples)])
 
-    def _evaluated(self, prompts: Sequence[Prompt]) -> tuple[list[PromptGroup], list[Sample]]:
+    def _held_out(self, prompts: Sequence[Prompt]) -> tuple[list[PromptGroup], list[Sample]]:
         groups = [PromptGroup(i, prompt, 1, columns) for i, (prompt, columns) in enumerate(prompts)]
         return groups, samples_of(groups, self.config.seed, "evaluation")
 
-    def draw_and_score(self, samples: Sequence[Sample], unfinished: UnfinishedRound | None = None) -> list[Batch]:
-        """Batches of images, states and rewards of some samples; with `unfinished`, on disk as they come."""
-        scorer = self.make_scorer(self.config.async_reward_computation)
-        return draw_and_score(samples, self._draw, scorer, unfinished)
+    def sample_and_score(self, samples: Sequence[Sample], cache: RolloutCache | None = None) -> list[RolloutBatch]:
+        r"""
+        Scored batches of some samples, sampled by this process with the pipeline as it is.
 
-    def _draw(self, samples: Sequence[Sample]) -> Iterator[tuple[Sequence[Sample], Drawn]]:
+        Args:
+            samples (`Sequence[Sample]`):
+                The samples wanted.
+            cache ([`RolloutCache`], *optional*):
+                Where batches are read from and written to. `None` keeps nothing.
+
+        Raises:
+            [`RewardError`]: a reward function failed.
+        """
+        return sample_and_score(samples, self._sample, self.make_scorer(self.config.async_reward_computation), cache)
+
+    def _sample(self, samples: Sequence[Sample]) -> Iterator[RolloutBatch]:
         policy, size = self.policy, self.config.sample_batch_size
-        progress = self.accelerator.is_local_main_process
-        return draw(policy.pipeline, policy.call, samples, policy.levels.step_index, size, policy.arguments, progress)
+        index, progress = policy.levels.step_index, self.accelerator.is_local_main_process
+        return sample_batches(policy.pipeline, policy.call, samples, index, size, policy.arguments, progress)
 
     def make_scorer(self, in_threads: bool = False) -> Scorer:
-        """A scorer of this run's rewards, with threads where asked."""
+        """A scorer of this run's rewards, `in_threads` or in the calling thread."""
         config = self.config
         patience = Patience(config.reward_retries, config.reward_retry_wait, config.reward_timeout)
         return Scorer(self.rewards, patience, config.max_workers if in_threads else 0)
 
-    def combine(self, values: torch.Tensor, groups: Sequence[PromptGroup]) -> torch.Tensor:
-        """Weighted sum `(N,)` of the rewards' values `(N, F)`, NaN where a sample is left out."""
-        return combined_rewards(values, [reward.weight for reward in self.rewards], groups)
+    def total_rewards(self, rewards: torch.Tensor, groups: Sequence[PromptGroup]) -> torch.Tensor:
+        """Weighted sum (N,) of the `rewards` (N, F) of the samples of `groups`, NaN where a sample is left out."""
+        return total_rewards(rewards, [reward.weight for reward in self.rewards], groups)
 
-    def forget_unfinished(self) -> None:
+    def accept(
+        self,
+        total_reward: torch.Tensor,
+        groups: Sequence[PromptGroup],
+        epoch: int,
+        keys: Sequence[Hashable] | None = None,
+    ) -> tuple[torch.Tensor, float, int]:
+        r"""
+        Accept samples by the run's acceptance rule; see [`accept`] for what is returned.
+
+        Args:
+            total_reward (`torch.Tensor`):
+                (N,), the groups' samples in their order; NaN leaves a sample out.
+            groups (`Sequence[PromptGroup]`):
+                The groups, of N samples together.
+            epoch (`int`):
+                Number of the iteration, which seeds the decisions between 0 and 1.
+            keys (`Sequence[Hashable]`, *optional*):
+                N keys that are the same for equal samples. `None` does not compare samples.
+        """
+        rule, seed_parts = get_acceptance(self.config.acceptance), (self.config.seed, epoch, "accept")
+        return accept(total_reward, groups, rule, self.config.acceptance_kwargs, seed_parts, keys)
+
+    def clear_cache(self) -> None:
         """Remove what no checkpoint has, because one has it now or because the run starts anew."""
         if self.accelerator.is_local_main_process:
-            shutil.rmtree(self.unfinished, ignore_errors=True)
+            shutil.rmtree(self.cache_dir, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
     def _own_share(self, count: int) -> slice:
         share = -(-count // self.accelerator.num_processes)
         return slice(share * self.accelerator.process_index, share * (self.accelerator.process_index + 1))
 
-    def _duplicate_keys(self, samples: Sequence[Sample], drawn: Drawn) -> list[Any] | None:
-        """Keys that tell equal samples, gathered over the processes."""
+    def _duplicate_keys(self, batch: RolloutBatch) -> list[Hashable] | None:
+        """Keys that are the same for equal samples, gathered over the processes."""
         key = self.config.deduplicate_by
         if key is None:
             return None
-        images = to_pil(drawn.images)
-        return gather_object([key(image, s.group.prompt) for image, s in zip(images, samples, strict=True)])
+        return gather_object([key(*sample) for sample in zip(to_pil(batch.images), batch.prompts, strict=True)])
 
-    def _keep(self, round_: Rollout, drawn: Drawn, epoch: int) -> None:
-        """Write this process's shard of the round as parquet."""
-        own, policy = self._own_share(len(round_.samples)), self.policy
-        named = {f"reward_{r.name}": round_.values[own, i].tolist() for i, r in enumerate(self.rewards)}
-        rewards = {"reward": round_.reward[own].tolist(), **named}
-        accepted = round_.decision.accepted[own].tolist()
-        samples, t_i = round_.samples[own], policy.switch.state_timestep
-        inputs = [policy.inputs_of(sample.group.columns) for sample in samples]
-        dataset = to_dataset(samples, drawn, rewards, accepted, epoch, t_i, policy.fingerprint, inputs)
+    def _save_samples(self, rollout: Rollout, batch: RolloutBatch, epoch: int) -> None:
+        """Write this process's shard of the rollout as parquet."""
+        own, policy = self._own_share(len(rollout.samples)), self.policy
+        selected = rollout.total_reward[own], rollout.accepted[own]
+        inputs = [policy.inputs_of(sample.group.columns) for sample in batch.samples]
+        origin = (epoch, policy.switch.state_timestep, policy.fingerprint)
+        dataset = to_dataset(batch, self.reward_names, *selected, *origin, inputs)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        folder = self.folder / f"round_{epoch:04d}"
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = self.samples_dir / f"round_{epoch:04d}"
         if rank == 0:
-            # Of the same round, kept by another number of processes before a resume.
+            # Of the same iteration, written by another number of processes before a resume.
             for path in set(folder.glob("*.parquet")) - set(folder.glob(f"*-of-{world:05d}.parquet")):
                 path.unlink()
-        dataset.to_parquet(folder / f"samples-{rank:05d}-of-{world:05d}.parquet")
+        with atomic_save(folder / f"samples-{rank:05d}-of-{world:05d}.parquet") as aside:
+            dataset.to_parquet(aside)
 
     def _gather(self, values: torch.Tensor) -> torch.Tensor:
         """Values of all processes, in their order, on the host."""

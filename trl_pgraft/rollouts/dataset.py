@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A round's samples as a dataset, and the fingerprint that ties it to what drew it."""
+"""Rollouts as data sets of samples, written and read, with the fingerprint of what they were sampled with."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,29 +9,31 @@ import datasets
 import torch
 
 from ..pipelines.pixels import to_pil
-from .batch import Drawn
-from .prompts import Prompt, Sample
+from .prompts import Prompt, PromptGroup, Sample
+from .rollout import Rollout, RolloutBatch
 
 
-# Columns of what the pipeline was handed beside a prompt; without it, an input `image` would be taken for a sample.
+# Prefix of the columns with a prompt's own inputs; without it, an input `image` would be taken for a sample.
 INPUT_PREFIX = "input_"
 SAMPLE_COLUMNS = ("prompt", "image", "reward", "accepted", "round", "group", "seed", "x_I", "t_I", "fingerprint")
 
 
-def check_samples(dataset: Any, fingerprint: str, rewards: Sequence[str]) -> datasets.Dataset:
-    """
-    The samples to train on, checked against what is to be trained.
+def check_samples(
+    dataset: datasets.Dataset | datasets.DatasetDict, fingerprint: str, names: Sequence[str]
+) -> datasets.Dataset:
+    r"""
+    The samples to train on, checked against the model that is to be trained.
 
     Args:
         dataset (`datasets.Dataset` or `datasets.DatasetDict` of one split):
-            Samples of one or several rounds.
+            Samples of one or several iterations, as a run has written them.
         fingerprint (`str`):
-            From [`sampling_fingerprint`].
-        rewards (`Sequence[str]`):
-            Reward functions whose columns are read.
+            Fingerprint of model, scheduler and sampling arguments, from [`sampling_fingerprint`].
+        names (`Sequence[str]`):
+            Names of the rewards whose columns are read.
 
     Raises:
-        `ValueError`: columns are missing, it has no rows or several splits, or it was drawn otherwise.
+        `ValueError`: columns are missing, there are no rows or several splits, or the fingerprint is another one.
     """
     if isinstance(dataset, dict):
         if len(dataset) != 1:
@@ -39,7 +41,7 @@ def check_samples(dataset: Any, fingerprint: str, rewards: Sequence[str]) -> dat
         (dataset,) = dataset.values()
     if not isinstance(dataset, datasets.Dataset):
         raise ValueError(f"samples_dataset is a {type(dataset).__name__}; load it without streaming.")
-    needed = [*SAMPLE_COLUMNS, *(f"reward_{name}" for name in rewards)]
+    needed = [*SAMPLE_COLUMNS, *(f"reward_{name}" for name in names)]
     missing = [name for name in needed if name not in dataset.column_names]
     if missing:
         raise ValueError(
@@ -51,94 +53,124 @@ def check_samples(dataset: Any, fingerprint: str, rewards: Sequence[str]) -> dat
         raise ValueError("samples_dataset is empty: there is nothing to train on.")
     if found != {fingerprint}:
         raise ValueError(
-            "samples_dataset was drawn from another model, scheduler, guidance or tuned_fraction (fingerprint "
+            "samples_dataset was sampled from another model, scheduler, guidance or tuned_fraction (fingerprint "
             f"{', '.join(sorted(map(str, found)))}; this configuration has {fingerprint}). Train with the "
-            "configuration that drew it."
+            "configuration that it was sampled with."
         )
     return dataset
 
 
-def example_columns(dataset: Any) -> dict[str, Any]:
-    """Further columns of a dataset's first prompt; of samples, what the pipeline was handed."""
+def example_columns(dataset: datasets.Dataset | None) -> dict[str, Any]:
+    """Further columns of the first prompt of a data set of prompts or samples; of samples, the pipeline's inputs."""
     if not isinstance(dataset, datasets.Dataset) or not len(dataset):
         return {}
     row = dataset[0]
-    stored = {n.removeprefix(INPUT_PREFIX): value for n, value in row.items() if n.startswith(INPUT_PREFIX)}
-    return stored if "x_I" in row else row
+    return _without_prefix(row) if "x_I" in row else row
 
 
 def prompts_of_samples(samples: datasets.Dataset) -> Iterator[Prompt]:
-    """A prompt for each group of samples, with what the pipeline was handed beside it."""
+    """The prompt of each group of `samples`, with the inputs that the pipeline was given beside it."""
     kept = samples.select_columns([n for n in samples.column_names if n == "prompt" or n.startswith(INPUT_PREFIX)])
     first = {group: i for i, group in reversed(list(enumerate(zip(samples["round"], samples["group"], strict=True))))}
     for row in sorted(first.values()):
-        columns = dict(kept[row])
-        yield columns.pop("prompt"), {name.removeprefix(INPUT_PREFIX): value for name, value in columns.items()}
+        yield kept[row]["prompt"], _without_prefix(kept[row])
+
+
+def rollout_from_dataset(dataset: datasets.Dataset, names: Sequence[str]) -> Rollout:
+    r"""
+    The rollout that is stored in a data set of samples, whose iterations are taken together as one.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            Samples of one or several iterations, in any order; see [`to_dataset`] for its columns.
+        names (`Sequence[str]`):
+            Names of the F rewards to read, in their order.
+    """
+    inputs = [name for name in dataset.column_names if name.startswith(INPUT_PREFIX)]
+    # By way of pandas, because the numpy format makes rewards float32.
+    table = dataset.remove_columns(["image", "x_I", *inputs]).to_pandas()
+    # The numbers of groups start anew in each iteration.
+    members: dict[tuple[int, int, str], list[int]] = {}
+    for row, key in enumerate(zip(table["round"], table["group"], table["prompt"], strict=True)):
+        members.setdefault(key, []).append(row)
+    stored = dataset.select_columns(inputs) if inputs else [{}] * len(dataset)
+    groups = [
+        PromptGroup(i, prompt, len(rows), _without_prefix(stored[rows[0]]))
+        for i, ((*_, prompt), rows) in enumerate(members.items())
+    ]
+    order = [row for rows in members.values() for row in rows]
+    seeds = iter(table["seed"][order])
+    states = torch.as_tensor(dataset.select_columns("x_I").with_format("numpy")[:]["x_I"])
+
+    def column(name: str) -> torch.Tensor:
+        return torch.tensor(table[name].to_numpy())[order]
+
+    return Rollout(
+        groups,
+        [Sample(group, i, int(next(seeds))) for group in groups for i in range(group.size)],
+        states[order],
+        torch.stack([column(f"reward_{name}") for name in names], 1) if names else torch.empty(len(order), 0),
+        column("reward"),
+        column("accepted"),
+    )
 
 
 def to_dataset(
-    samples: Sequence[Sample],
-    drawn: Drawn,
-    rewards: dict[str, Sequence[float]],
-    accepted: Sequence[bool],
+    batch: RolloutBatch,
+    names: Sequence[str],
+    total_reward: torch.Tensor,
+    accepted: torch.Tensor,
     epoch: int,
     state_timestep: float | None,
     fingerprint: str,
-    inputs: Sequence[dict[str, Any]] | None = None,
+    inputs: Sequence[dict[str, Any]] = (),
 ) -> datasets.Dataset:
-    """
-    A round as a dataset: prompt, image, one column per reward, accepted, round, group, seed, x_I, t_I.
+    r"""
+    Scored samples as a data set with the columns `SAMPLE_COLUMNS`, one for each reward, and one for each input.
 
     Args:
-        samples (`Sequence[Sample]`):
-            What was drawn.
-        drawn ([`Drawn`]):
-            Images and states, in the same order.
-        rewards (`dict[str, Sequence[float]]`):
-            Columns `reward` (the sum) and `reward_<name>`; NaN where left out.
-        accepted (`Sequence[bool]`):
-            Decisions.
+        batch ([`RolloutBatch`]):
+            B samples with their images, states and rewards (B, F).
+        names (`Sequence[str]`):
+            Names of the F rewards, for columns `reward_<name>`.
+        total_reward (`torch.Tensor`):
+            (B,), NaN where a sample is left out; column `reward`.
+        accepted (`torch.Tensor`):
+            Which samples are accepted (B,), bool.
         epoch (`int`):
-            Number of the round.
+            Number of the iteration; column `round`.
         state_timestep (`float` or `None`):
-            t_I; `None` for final latents.
+            Training timestep of x_I; `None` for final latents. Column `t_I`.
         fingerprint (`str`):
-            From [`sampling_fingerprint`].
-        inputs (`Sequence[dict]`, *optional*):
-            What the pipeline was handed for each sample beside its prompt; columns `input_<name>`.
+            Fingerprint of model, scheduler and sampling arguments, from [`sampling_fingerprint`].
+        inputs (`Sequence[dict[str, Any]]`, *optional*, defaults to `()`):
+            What the pipeline was given for each sample beside its prompt, for columns `input_<name>`.
     """
-    x_i = drawn.x_i
-    columns = {
-        "prompt": [s.group.prompt for s in samples],
-        "image": to_pil(drawn.images),
-        **{name: [float(v) for v in values] for name, values in rewards.items()},
-        "accepted": [bool(a) for a in accepted],
-        "round": [epoch] * len(samples),
-        "group": [s.group.index for s in samples],
-        "seed": [s.seed for s in samples],
-        "x_I": list(x_i.numpy()),
-        "t_I": [state_timestep] * len(samples),
-        "fingerprint": [fingerprint] * len(samples),
-    }
+    count, samples, x_i = len(batch.samples), batch.samples, batch.x_i
     array = {2: datasets.Array2D, 3: datasets.Array3D, 4: datasets.Array4D, 5: datasets.Array5D}[x_i.ndim - 1]
-    features = datasets.Features(
-        {
-            "prompt": datasets.Value("string"),
-            "image": datasets.Image() if drawn.images.ndim == 4 else datasets.List(datasets.Image()),
-            **{name: datasets.Value("float64") for name in rewards},
-            "accepted": datasets.Value("bool"),
-            "round": datasets.Value("int64"),
-            "group": datasets.Value("int64"),
-            "seed": datasets.Value("int64"),
-            "x_I": array(shape=tuple(x_i.shape[1:]), dtype="float32"),
-            "t_I": datasets.Value("float64"),
-            "fingerprint": datasets.Value("string"),
-        }
-    )
-    dataset = datasets.Dataset.from_dict(columns, features=features)
-    names = dict.fromkeys(name for row in inputs or [] for name in row)
-    own = {INPUT_PREFIX + name: [_storable(row.get(name)) for row in inputs] for name in names}
+    image = datasets.Image() if batch.images.ndim == 4 else datasets.List(datasets.Image())
+    rewards = {"reward": total_reward, **{f"reward_{n}": batch.rewards[:, i] for i, n in enumerate(names)}}
+    columns = {
+        "prompt": (datasets.Value("string"), batch.prompts),
+        "image": (image, to_pil(batch.images)),
+        **{name: (datasets.Value("float64"), values.tolist()) for name, values in rewards.items()},
+        "accepted": (datasets.Value("bool"), accepted.tolist()),
+        "round": (datasets.Value("int64"), [epoch] * count),
+        "group": (datasets.Value("int64"), [sample.group.index for sample in samples]),
+        "seed": (datasets.Value("int64"), [sample.seed for sample in samples]),
+        "x_I": (array(shape=tuple(x_i.shape[1:]), dtype="float32"), list(x_i.numpy())),
+        "t_I": (datasets.Value("float64"), [state_timestep] * count),
+        "fingerprint": (datasets.Value("string"), [fingerprint] * count),
+    }
+    features = datasets.Features({name: feature for name, (feature, _) in columns.items()})
+    dataset = datasets.Dataset.from_dict({n: values for n, (_, values) in columns.items()}, features=features)
+    given = dict.fromkeys(name for row in inputs for name in row)
+    own = {INPUT_PREFIX + name: [_storable(row.get(name)) for row in inputs] for name in given}
     return datasets.concatenate_datasets([dataset, datasets.Dataset.from_dict(own)], axis=1) if own else dataset
+
+
+def _without_prefix(row: dict[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix(INPUT_PREFIX): value for name, value in row.items() if name.startswith(INPUT_PREFIX)}
 
 
 def _storable(value: Any) -> Any:

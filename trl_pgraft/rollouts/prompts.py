@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Where a round's prompts come from: a function, as in DDPO, or a dataset, as in TRL; and the held-out ones."""
+"""The prompts of an iteration, from a function as in DDPO or a data set as in TRL, and the samples grouped by them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,13 +14,23 @@ from ..core.seeding import seed_of
 
 # A prompt and its further columns.
 Prompt = tuple[str, dict[str, Any]]
+# Given the number of an iteration and a number of prompts, yields these prompts.
 PromptSource = Callable[[int, int], Iterator[Prompt]]
 
 
 def prompts_from_function(prompt_function: Callable[[], tuple[str, Any]]) -> PromptSource:
-    """Source that asks `prompt_function` for a prompt and its metadata, once a group."""
+    r"""
+    A source of the prompts that a function returns.
 
-    def source(epoch: int, count: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    Args:
+        prompt_function (`Callable`):
+            Returns `(prompt, metadata)`; called once for each prompt. The metadata is in a column of this name.
+
+    Raises:
+        `ValueError`: the function returns a prompt that is not a string.
+    """
+
+    def source(epoch: int, count: int) -> Iterator[Prompt]:
         for _ in range(count):
             prompt, metadata = prompt_function()
             if not isinstance(prompt, str):
@@ -33,16 +43,25 @@ def prompts_from_function(prompt_function: Callable[[], tuple[str, Any]]) -> Pro
 
 
 def prompts_from_dataset(train_dataset: datasets.Dataset, seed: int, required: bool = True) -> PromptSource:
-    """
-    Source that goes through the `prompt` column in a seeded order, anew for each pass over the dataset.
+    r"""
+    A source that goes through a data set in random order, in a new one for each pass.
 
-    The column may be missing where prompts are not `required`, or are given as `prompt_embeds`; they are empty then.
+    Args:
+        train_dataset (`datasets.Dataset`):
+            Prompts in a column `prompt`, with further columns.
+        seed (`int`):
+            Seed of the order.
+        required (`bool`, *optional*, defaults to `True`):
+            Whether there must be a column `prompt` or `prompt_embeds`. Without `prompt`, prompts are empty.
+
+    Raises:
+        `ValueError`: the data set is empty, or has no prompts.
     """
     _check_dataset("train_dataset", train_dataset, required)
 
-    def source(epoch: int, count: int) -> Iterator[tuple[str, dict[str, Any]]]:
-        for position in range(epoch * count, (epoch + 1) * count):
-            pass_, index = divmod(position, len(train_dataset))
+    def source(epoch: int, count: int) -> Iterator[Prompt]:
+        for number in range(epoch * count, (epoch + 1) * count):
+            pass_, index = divmod(number, len(train_dataset))
             generator = torch.Generator().manual_seed(seed_of(seed, "prompts", pass_))
             yield _as_prompt(train_dataset[torch.randperm(len(train_dataset), generator=generator)[index].item()])
 
@@ -55,7 +74,7 @@ def _check_dataset(name: str, dataset: datasets.Dataset, required: bool) -> None
     if required and not {"prompt", "prompt_embeds"} & set(columns):
         raise ValueError(f"{name} has no column `prompt`; it has {', '.join(columns)}.")
     if len(dataset) == 0:
-        raise ValueError(f"{name} is empty: there is no prompt to draw images for.")
+        raise ValueError(f"{name} is empty: there is no prompt to sample images for.")
 
 
 def _as_prompt(row: dict[str, Any]) -> Prompt:
@@ -65,8 +84,8 @@ def _as_prompt(row: dict[str, Any]) -> Prompt:
 def held_out_prompts(
     eval_prompts: Sequence[str] | None, eval_dataset: datasets.Dataset | None, required: bool = True
 ) -> list[Prompt]:
-    """
-    The prompts of an evaluation, from the one of both that is given; none where neither is.
+    r"""
+    The prompts of an evaluation, from one of two sources; none if neither is given.
 
     Args:
         eval_prompts (`Sequence[str]` or `None`):
@@ -74,10 +93,10 @@ def held_out_prompts(
         eval_dataset (`datasets.Dataset` or `None`):
             Prompts with columns as those of `train_dataset`.
         required (`bool`, *optional*, defaults to `True`):
-            Whether it needs a column `prompt`.
+            Whether the data set must have a column `prompt` or `prompt_embeds`. Without `prompt`, prompts are empty.
 
     Raises:
-        `ValueError`: both are given, or the dataset is none, is empty or has no prompts.
+        `ValueError`: both are given, or the data set is of another type, is empty or has no prompts.
     """
     if eval_dataset is None:
         return [(prompt, {}) for prompt in eval_prompts or []]
@@ -96,13 +115,23 @@ def choose_prompt_source(
     samples_dataset: datasets.Dataset | None,
     required: bool = True,
 ) -> PromptSource | None:
-    """
-    The one source of prompts that was given; `None` for `samples_dataset`, whose samples are drawn already.
+    r"""
+    The one source of prompts that is given; `None` for `samples_dataset`, whose samples are there already.
 
-    A dataset needs a column `prompt` or `prompt_embeds` unless `required` is `False`: the pipeline takes none.
+    Args:
+        seed (`int`):
+            Seed of the order of `train_dataset`.
+        prompt_function (`Callable` or `None`):
+            See [`prompts_from_function`].
+        train_dataset (`datasets.Dataset` or `None`):
+            See [`prompts_from_dataset`].
+        samples_dataset (`datasets.Dataset` or `None`):
+            Samples of an earlier run.
+        required (`bool`, *optional*, defaults to `True`):
+            Whether `train_dataset` must have prompts; a pipeline may take none.
 
     Raises:
-        `ValueError`: none or more than one was given.
+        `ValueError`: none or more than one is given.
     """
     given = {
         "prompt_function": prompt_function,
@@ -112,7 +141,7 @@ def choose_prompt_source(
     named = [name for name, source in given.items() if source is not None]
     if len(named) != 1:
         raise ValueError(
-            f"Exactly one of {', '.join(given)} must be given, because it says which prompts are drawn; got "
+            f"Exactly one of {', '.join(given)} must be given, because it has the prompts to sample images for; got "
             f"{' and '.join(named) or 'none'}."
         )
     if prompt_function is not None:
@@ -122,18 +151,18 @@ def choose_prompt_source(
 
 @dataclass(frozen=True)
 class PromptGroup:
-    """
-    The samples of one prompt, drawn for comparison with each other.
+    r"""
+    The samples of one prompt, which are compared with each other.
 
     Args:
         index (`int`):
-            Position in the round.
+            Index of the group in its iteration.
         prompt (`str`):
             The prompt.
         size (`int`):
-            Number of samples M.
-        columns (`dict`):
-            Further columns of the prompt's row, handed to the reward functions.
+            M, the samples of the prompt.
+        columns (`dict[str, Any]`):
+            Further columns of the prompt, for the reward functions and the pipeline.
     """
 
     index: int
@@ -144,24 +173,34 @@ class PromptGroup:
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample to draw: its group, its place in it, and the seed of all its noise."""
+    r"""
+    One sample to be generated.
+
+    Args:
+        group ([`PromptGroup`]):
+            Its prompt.
+        index (`int`):
+            Index of the sample in its group.
+        seed (`int`):
+            Seed of all noise of its trajectory.
+    """
 
     group: PromptGroup
     index: int
     seed: int
 
 
-def form_groups(prompts: Iterator[tuple[str, dict[str, Any]]], images: int, group_size: int) -> list[PromptGroup]:
-    """
-    Groups of `group_size` for a round of `images` images; a remainder makes a smaller last group.
+def form_groups(prompts: Iterator[Prompt], images: int, group_size: int) -> list[PromptGroup]:
+    r"""
+    Groups of equal size for an iteration; a remainder makes a smaller last group.
 
     Args:
-        prompts (`Iterator[tuple[str, dict]]`):
-            Asked once a group for a prompt and its further columns.
+        prompts (`Iterator[Prompt]`):
+            Yields a prompt and its further columns; one is taken for each group.
         images (`int`):
-            Images of the round, over all processes.
+            Images of the iteration, over all processes.
         group_size (`int`):
-            Samples per prompt M.
+            M, the samples per prompt.
     """
     groups = []
     for index, start in enumerate(range(0, images, group_size)):
@@ -171,11 +210,11 @@ def form_groups(prompts: Iterator[tuple[str, dict[str, Any]]], images: int, grou
 
 
 def samples_of(groups: Sequence[PromptGroup], *seed_parts: Any) -> list[Sample]:
-    """All samples of the groups, seeded by `seed_parts`, group and index."""
+    """All samples of `groups`, seeded by `seed_parts` (values that JSON has), group and index."""
     return [Sample(g, i, seed_of(*seed_parts, g.index, i)) for g in groups for i in range(g.size)]
 
 
 def columns_of(samples: Sequence[Sample]) -> dict[str, list[Any]]:
-    """Further columns of the samples' prompts, as lists."""
+    """Further columns of the prompts of `samples`, as lists."""
     names = dict.fromkeys(name for sample in samples for name in sample.group.columns)
     return {name: [sample.group.columns.get(name) for sample in samples] for name in names}

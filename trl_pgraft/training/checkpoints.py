@@ -19,7 +19,10 @@ from safetensors.torch import load_file, save_file
 
 from ..adapters.files import save_pgraft_adapter
 from ..config import GraftConfig, default_values
+from ..core.acceptance import default_k
+from ..core.divergence import accumulated_kl
 from ..core.switch_level import SwitchLevel
+from ..rollouts.rollout import Rollout
 
 
 PREFIX = "checkpoint_"
@@ -60,6 +63,27 @@ class TrainerState:
     kl_composes: bool = True
     steps_per_round: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
+
+    def add_kl(self, rollout: Rollout, config: GraftConfig) -> float:
+        r"""
+        Count the KL of an iteration, unless it was sampled from the reference, from where nothing accumulates.
+
+        Args:
+            rollout ([`Rollout`]):
+                The iteration's samples, selected.
+            config ([`GraftConfig`]):
+                The acceptance rule, and which model is sampled from.
+
+        Returns:
+            `float`: KL to the reference that the iterations so far imply, in nats.
+        """
+        if config.sample_from == "reference":
+            return rollout.implied_kl
+        kl, size = rollout.implied_kl, rollout.groups[0].size
+        k = config.acceptance_kwargs.get("k", default_k(size)) if config.acceptance == "top_k" else None
+        self.kl_rounds, self.kl_sum = self.kl_rounds + 1, self.kl_sum + kl
+        total, self.kl_composes = accumulated_kl(kl, self.kl_sum, self.kl_rounds, size, k, self.kl_composes)
+        return total
 
 
 def save_checkpoint(

@@ -29,7 +29,7 @@ from ..core.seeding import seed_of
 from ..pipelines.checks import guides_plainly
 from ..pipelines.conditioning import Conditioning, record_conditioning
 from ..pipelines.placement import on_device
-from ..rollouts.selection import Rollout
+from ..rollouts.rollout import Rollout
 from .graft_loss import GraftLoss, graft_loss
 from .memory import estimate_memory
 from .optimizer import make_optimizer, prepared, stop_if_skipped, take_step

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..core.seeding import seed_of
-from ..rollouts.selection import Rollout
+from ..rollouts.rollout import Rollout
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ class SelectedRows:
         seed_parts: Iterable[Any],
         inputs_of: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ):
-        self.accepted = round_.decision.accepted.nonzero().flatten()
+        self.accepted = round_.accepted.nonzero().flatten()
         self.number_of_passes = passes
         self._seed_parts = list(seed_parts)
         self._groups = torch.tensor([sample.group.index for sample in round_.samples])
-        self._scored = ~round_.reward.isnan()
+        self._scored = ~round_.total_reward.isnan()
         groups = [round_.samples[i].group for i in self.accepted.tolist()]
         # Groups with inputs of their own are told apart; the others share the conditioning of equal prompts.
         own = [inputs_of(group.columns) if inputs_of else {} for group in groups]

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Sample images batch by batch with their trajectories' states, and score them as they come."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from tqdm.auto import tqdm
+
+from ..pipelines.denoiser_call import DenoiserCall, denoiser_name_of
+from ..pipelines.inputs import call_pipeline, inputs_of
+from ..pipelines.observe import Trajectory, record_trajectory
+from ..pipelines.pixels import to_uint8
+from ..rewards.scorer import Scorer
+from .cache import RolloutCache
+from .prompts import Sample
+from .rollout import RolloutBatch
+
+
+@torch.no_grad()
+def sample_batches(
+    pipeline: DiffusionPipeline,
+    call: DenoiserCall,
+    samples: Sequence[Sample],
+    step_index: int,
+    batch_size: int,
+    arguments: dict[str, Any],
+    progress: bool = False,
+) -> Iterator[RolloutBatch]:
+    r"""
+    Sample with the pipeline as it is, batch by batch, and record each trajectory's state at one step.
+
+    Args:
+        pipeline (`DiffusionPipeline`):
+            The pipeline; adapters and gates on it take part.
+        call ([`DenoiserCall`]):
+            How the pipeline calls its denoiser.
+        samples (`Sequence[Sample]`):
+            The samples wanted, with their prompts and seeds.
+        step_index (`int`):
+            Step of the sampler whose input is x_I; the number of steps stands for the final latents.
+        batch_size (`int`):
+            Images of one pipeline call.
+        arguments (`dict[str, Any]`):
+            Keyword arguments of the pipeline call, from [`sampling_arguments`].
+        progress (`bool`, *optional*, defaults to `False`):
+            Whether to show a progress bar.
+
+    Yields:
+        [`RolloutBatch`]: the next batch of the samples, not scored.
+
+    Raises:
+        `ValueError`: the pipeline makes no such step, makes steps before it without its denoiser, or returns images
+            that are not finite.
+    """
+    starts = range(0, len(samples), batch_size)
+    for start in tqdm(starts, desc="sampling", leave=False, disable=not progress):
+        batch = samples[start : start + batch_size]
+        with record_trajectory(pipeline, call, step_index, len(batch)) as trajectory:
+            inputs = [inputs_of(pipeline, s.group.columns, arguments) for s in batch]
+            prompts, seeds = [s.group.prompt for s in batch], [s.seed for s in batch]
+            output = call_pipeline(pipeline, prompts, seeds, {**arguments, "output_type": "pt"}, inputs)
+        x_i = _checked_state(trajectory, pipeline)
+        images = to_uint8(output.images if hasattr(output, "images") else output.frames).cpu()
+        yield RolloutBatch(batch, images, x_i.float().cpu(), trajectory.denoiser_calls)
+
+
+def _checked_state(trajectory: Trajectory, pipeline: DiffusionPipeline) -> torch.Tensor:
+    name = denoiser_name_of(pipeline)
+    if trajectory.x_i is None:
+        raise ValueError(
+            f"{type(pipeline).__name__} made {len(trajectory.timesteps)} steps and none with index "
+            f"{trajectory.step_index}, where its state was to be recorded. Does its `{name}` run at every step?"
+        )
+    if trajectory.steps_without:
+        raise ValueError(
+            f"{type(pipeline).__name__} made {trajectory.steps_without} of the first {trajectory.step_index} steps "
+            f"without its `{name}`, which is what is tuned. Where another model takes over at low noise, choose a "
+            "tuned_fraction that ends before it does."
+        )
+    return trajectory.x_i
+
+
+def sample_and_score(
+    samples: Sequence[Sample],
+    sample: Callable[[Sequence[Sample]], Iterable[RolloutBatch]],
+    scorer: Scorer,
+    cache: RolloutCache | None = None,
+) -> list[RolloutBatch]:
+    r"""
+    Scored batches of some samples: those that the cache has first, then those that are sampled now.
+
+    Args:
+        samples (`Sequence[Sample]`):
+            The samples wanted.
+        sample (`Callable`):
+            Given samples, yields them in batches that are not scored, as [`sample_batches`] does.
+        scorer ([`Scorer`]):
+            Scores each batch; with threads, while the next one is sampled.
+        cache ([`RolloutCache`], *optional*):
+            Where batches are read from, and written to as soon as they are sampled and scored. `None` keeps nothing.
+
+    Raises:
+        [`RewardError`]: a reward function failed.
+    """
+
+    def score(batch: RolloutBatch) -> None:
+        if cache is None:
+            scorer.add(batch.images, batch.prompts, batch.columns)
+        else:
+            scorer.add(batch.images, batch.prompts, batch.columns, partial(cache.save_rewards, batch.samples))
+
+    batches = list(cache.load(samples)) if cache else []
+    found = {sample.seed for batch in batches for sample in batch.samples}
+    for batch in batches:
+        if not batch.is_scored:
+            score(batch)
+    for batch in sample([wanted for wanted in samples if wanted.seed not in found]):
+        if cache:
+            cache.save_images(batch)
+        score(batch)
+        batches.append(batch)
+    results = iter(scorer.results())
+    for index, batch in enumerate(batches):
+        if not batch.is_scored:
+            rewards, infos = next(results)
+            batches[index] = replace(batch, rewards=rewards, infos=infos)
+    return batches

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The choice of t_I: each curve against what is known of it, and a trainer that is left as it was."""
+"""The choice of t_I: each curve in cases with a known result, and a trainer that is left as it was."""
 
 import inspect
 import json
@@ -28,7 +28,7 @@ from trl_pgraft.pipelines.observe import observe_steps, record_trajectory
 from trl_pgraft.report.plots import draw_choice
 
 
-# Pilots of three prompts resolve little, of which a warning tells.
+# Pilots of three prompts resolve little, and warn about it.
 pytestmark = pytest.mark.filterwarnings("ignore:choose_intermediate_step")
 
 PROMPTS = ["a cat", "a dog", "an ant"]
@@ -232,11 +232,11 @@ def test_squared_mean_and_its_error_are_without_bias():
 def test_the_score_is_the_knee():
     rows = [{"information": i, "refit": r} for i, r in ((0.1, 1.0), (0.8, 2.0), (0.9, 3.0), (1.0, 4.0))]
     assert [row["score"] for row in with_scores(rows)] == pytest.approx([-0.15, 0.3, 0.15, 0.0])
-    # Where nothing needs to be refitted, information alone decides; negative estimates are noise around zero.
+    # If nothing else has to be learned, information alone decides; negative estimates are noise around zero.
     assert [row["score"] for row in with_scores([{**row, "refit": -1.0} for row in rows])] == [0.1, 0.8, 0.9, 1.0]
 
 
-def test_a_pilot_that_resolves_nothing_is_warned_of():
+def test_a_pilot_that_resolves_nothing_gives_a_warning():
     with pytest.warns(UserWarning, match="Use more prompts"):
         _warn_if_unresolved([{"refit": 1.0, "refit_error": 1.6}, {"refit": 3.0, "refit_error": 0.1}])
     with warnings.catch_warnings():
@@ -272,6 +272,10 @@ def test_what_cannot_be_measured_is_refused(make):
         choose_intermediate_step(make(), PROMPTS[:2])
     with pytest.raises(ValueError, match="no group has two images of different reward"):
         choose_intermediate_step(make(reward=lambda images, prompts, metadata: ([1.0] * len(images), {})), PROMPTS)
+    trainer = make()
+    trainer.collector.prompt_source = None
+    with pytest.raises(ValueError, match="no prompts to sample images for"):
+        choose_intermediate_step(trainer)
     with pytest.raises(ValueError, match="accepted and rejected in 0 parts"):
         rule = {"acceptance": "threshold", "acceptance_kwargs": {"threshold": 2.0}}
         choose_intermediate_step(make(**rule), PROMPTS, [1.0])

@@ -207,9 +207,9 @@ def test_a_reward_that_keeps_raising_is_retried_and_named(retries):
 
     def flaky(*, prompts, images):
         calls.append(1)
-        raise ConnectionError("no answer")
+        raise ConnectionError("no connection")
 
-    with pytest.raises(RewardError, match=rf"Reward 'flaky' .*'a car'.*no answer.*in {retries + 1} attempts"):
+    with pytest.raises(RewardError, match=rf"Reward 'flaky' .*'a car'.*no connection.*in {retries + 1} attempts"):
         score(trl_reward(flaky), batch(), PROMPTS, {}, Patience(retries))
     assert len(calls) == retries + 1
 
@@ -220,7 +220,7 @@ def test_a_reward_that_recovers_is_used():
     def flaky(*, prompts, images):
         calls.append(1)
         if len(calls) < 3:
-            raise ConnectionError("no answer")
+            raise ConnectionError("no connection")
         return [1.0, 2.0, 3.0]
 
     assert score(trl_reward(flaky), batch(), PROMPTS, {}, Patience(2))[0] == [1.0, 2.0, 3.0]
@@ -231,7 +231,7 @@ def test_waits_between_attempts_grow(monkeypatch):
     monkeypatch.setattr(time, "sleep", waits.append)
 
     def flaky(*, prompts, images):
-        raise ConnectionError("no answer")
+        raise ConnectionError("no connection")
 
     with pytest.raises(RewardError):
         score(trl_reward(flaky), batch(), PROMPTS, {}, Patience(retries=3, wait=0.5))
@@ -292,7 +292,7 @@ def test_a_reward_server_that_is_gone_is_named():
         score(trl_reward(remote), batch(), PROMPTS, {}, Patience(retries=2, wait=0.01))
 
 
-def test_what_was_scored_is_handed_on_at_once():
+def test_a_batch_that_is_scored_is_passed_on_at_once():
     scorer, seen = Scorer([trl_reward(redness)], Patience(0)), []
     scorer.add(batch(), PROMPTS, {}, seen.append)
     assert seen[0].shape == (3, 1) and torch.equal(seen[0], scorer.results()[0][0])

@@ -116,7 +116,7 @@ def test_gates_and_adapters_take_part(sd):
     assert not torch.allclose(gated.x_i, base.x_i, atol=0.1)
 
 
-def test_finished_batches_are_handed_over_in_order(sd):
+def test_finished_batches_come_in_order(sd):
     wanted = samples(7 * 2)
     seen = list(sample_batches(sd, introspect(sd, ARGUMENTS).call, wanted, 2, 5, ARGUMENTS))
     assert [s for batch in seen for s in batch.samples] == wanted

@@ -34,8 +34,8 @@ def test_a_rollout_has_its_columns():
 @pytest.mark.parametrize("shape", [(4, 8, 8), (16, 16), (4, 2, 8, 8)])
 def test_states_and_images_survive_parquet_bit_by_bit(shape, tmp_path):
     batch = random_round(shape)
-    as_dataset(batch).to_parquet(tmp_path / "round.parquet")
-    loaded = datasets.load_dataset("parquet", data_files=str(tmp_path / "round.parquet"), cache_dir=tmp_path)["train"]
+    as_dataset(batch).to_parquet(tmp_path / "kept.parquet")
+    loaded = datasets.load_dataset("parquet", data_files=str(tmp_path / "kept.parquet"), cache_dir=tmp_path)["train"]
     assert torch.equal(torch.tensor(loaded.with_format("numpy")["x_I"][:]), batch.x_i)
     images = torch.tensor(loaded.select_columns("image").with_format("numpy")["image"][:])
     assert torch.equal(images.permute(0, 3, 1, 2), batch.images)

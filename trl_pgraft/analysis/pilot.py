@@ -103,6 +103,7 @@ def _states_and_originals(
         stack.enter_context(observe_steps(pipeline.scheduler, on_step))
         yield recorded
     for step_index, trajectory in trajectories.items():
+        assert trajectory.x_i is not None  # the sampler makes this step
         x_i = original = trajectory.x_i.float()
         if step_index in outputs:
             level = policy.levels.schedule(trajectory.timesteps[step_index])

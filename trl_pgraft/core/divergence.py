@@ -157,5 +157,6 @@ def accumulated_kl(
     Returns:
         `tuple[float, bool]`: KL in nats, and whether the selections compose with that of the last iteration.
     """
-    composes = composes and k is not None and k < group_size and abs(kl - implied_kl(group_size, k)) < 1e-9
-    return (implied_kl(group_size, k, rounds) if composes else kl_sum), composes
+    if composes and k is not None and k < group_size and abs(kl - implied_kl(group_size, k)) < 1e-9:
+        return implied_kl(group_size, k, rounds), True
+    return kl_sum, False

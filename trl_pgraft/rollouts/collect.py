@@ -238,10 +238,10 @@ class RolloutCollector:
     def _save_samples(self, rollout: Rollout, batch: RolloutBatch, epoch: int) -> None:
         """Write this process's shard of the rollout as parquet."""
         own, policy = self._own_share(len(rollout.samples)), self.policy
-        selected = rollout.total_reward[own], rollout.accepted[own]
-        inputs = [policy.inputs_of(sample.group.columns) for sample in batch.samples]
-        origin = (epoch, policy.switch.state_timestep, policy.fingerprint)
-        dataset = to_dataset(batch, self.reward_names, *selected, *origin, inputs)
+        total_reward, accepted = rollout.total_reward[own], rollout.accepted[own]
+        t_i, inputs = policy.switch.state_timestep, [policy.inputs_of(s.group.columns) for s in batch.samples]
+        names, fingerprint = self.reward_names, policy.fingerprint
+        dataset = to_dataset(batch, names, total_reward, accepted, epoch, t_i, fingerprint, inputs)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         folder = self.samples_dir / f"round_{epoch:04d}"
         if rank == 0:

@@ -5,6 +5,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from ..rollouts.prompts import PromptGroup, Sample, columns_of, samples_of
 from ..rollouts.rollout import RolloutBatch, collate
 
 
-StepEnd = Callable[[int, slice, Sequence[torch.Generator], torch.Tensor], torch.Tensor]
+# Given rows of the pilot, index of the step, generators and latents after the step, returns the latents to go on with.
+StepEnd = Callable[[slice, int, Sequence[torch.Generator], torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -87,27 +89,24 @@ def _states_and_originals(
     policy: Policy, step_indices: Sequence[int], batch_size: int
 ) -> Iterator[dict[int, tuple[torch.Tensor, torch.Tensor]]]:
     """State and predicted x_0 at each step of the pipeline call made inside the block."""
-    pipeline, outputs = policy.pipeline, dict[int, torch.Tensor]()
-    steps, recorded = 0, dict[int, tuple[torch.Tensor, torch.Tensor]]()
+    outputs: list[torch.Tensor | None] = []
+    recorded: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def on_step(model_output: torch.Tensor, **_: Any) -> None:
-        nonlocal steps
-        if steps in step_indices:
-            outputs[steps] = model_output
-        steps += 1
+        outputs.append(model_output if len(outputs) in step_indices else None)
 
     with ExitStack() as stack:
-        trajectories = {
-            s: stack.enter_context(record_trajectory(pipeline, policy.call, s, batch_size)) for s in step_indices
-        }
-        stack.enter_context(observe_steps(pipeline.scheduler, on_step))
+        recorders = {s: record_trajectory(policy.pipeline, policy.call, s, batch_size) for s in step_indices}
+        trajectories = {s: stack.enter_context(recorder) for s, recorder in recorders.items()}
+        stack.enter_context(observe_steps(policy.pipeline.scheduler, on_step))
         yield recorded
     for step_index, trajectory in trajectories.items():
         assert trajectory.x_i is not None  # the sampler makes this step
         x_i = original = trajectory.x_i.float()
-        if step_index in outputs:
+        output = outputs[step_index] if step_index < len(outputs) else None
+        if output is not None:
             level = policy.levels.schedule(trajectory.timesteps[step_index])
-            original, _ = predicted_original(policy.prediction_type, outputs[step_index].float(), x_i, *level)
+            original, _ = predicted_original(policy.prediction_type, output.float(), x_i, *level)
         recorded[step_index] = x_i.cpu(), original.cpu()
 
 
@@ -127,7 +126,7 @@ def score_predictions(collector: RolloutCollector, pilot: Pilot, step_index: int
         `torch.Tensor`: (N,), NaN where a sample is left out.
     """
 
-    def replace(_: int, rows: slice, generators: Sequence[torch.Generator], latents: torch.Tensor) -> torch.Tensor:
+    def replace(rows: slice, step: int, generators: Sequence[torch.Generator], latents: torch.Tensor) -> torch.Tensor:
         return pilot.originals[step_index][rows].to(latents)
 
     return _score(collector, pilot, _images(collector, pilot, replace, num_inference_steps=1))
@@ -173,7 +172,7 @@ def is_stochastic(collector: RolloutCollector, pilot: Pilot, step_index: int) ->
 def _reseed(pilot: Pilot, step_index: int, number: int) -> StepEnd:
     """The pilot's noise up to x_I and other noise after it, so that the scheduler's own state is right as well."""
 
-    def reseed(step: int, rows: slice, generators: Sequence[torch.Generator], latents: torch.Tensor) -> torch.Tensor:
+    def reseed(rows: slice, step: int, generators: Sequence[torch.Generator], latents: torch.Tensor) -> torch.Tensor:
         if step + 1 == step_index:
             for generator, sample in zip(generators, pilot.samples[rows], strict=True):
                 generator.manual_seed(seed_of(sample.seed, "completion", step_index, number))
@@ -186,26 +185,25 @@ def _images(
     collector: RolloutCollector, pilot: Pilot, on_step_end: StepEnd, **changed: Any
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Call the pipeline as for the pilot, with `on_step_end` on its latents after every step; batches of images."""
-    policy = collector.policy
     for rows in _batches(collector, pilot.samples):
-        batch = pilot.samples[rows]
-        generators = [torch.Generator().manual_seed(sample.seed) for sample in batch]
+        yield rows, _images_of_batch(collector.policy, pilot.samples[rows], partial(on_step_end, rows), changed)
 
-        def callback(
-            pipeline: DiffusionPipeline,
-            step: int,
-            timestep: Any,
-            tensors: dict[str, torch.Tensor],
-            rows: slice = rows,
-            generators: list[torch.Generator] = generators,
-        ) -> dict[str, torch.Tensor]:
-            return {"latents": on_step_end(step, rows, generators, tensors["latents"])}
 
-        own = {"output_type": "pt", "callback_on_step_end": callback, "generator": generators, **changed}
-        inputs = [policy.inputs_of(sample.group.columns) for sample in batch]
-        prompts = [sample.group.prompt for sample in batch]
-        arguments = prompt_arguments(policy.pipeline, prompts, {**policy.arguments, **own}, inputs)
-        yield rows, to_uint8(policy.pipeline(**arguments).images).cpu()
+def _images_of_batch(
+    policy: Policy, samples: Sequence[Sample], on_step_end: Callable[..., torch.Tensor], changed: dict[str, Any]
+) -> torch.Tensor:
+    generators = [torch.Generator().manual_seed(sample.seed) for sample in samples]
+
+    def callback(
+        pipeline: DiffusionPipeline, step: int, timestep: Any, tensors: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        return {"latents": on_step_end(step, generators, tensors["latents"])}
+
+    own = {"output_type": "pt", "callback_on_step_end": callback, "generator": generators, **changed}
+    inputs = [policy.inputs_of(sample.group.columns) for sample in samples]
+    prompts = [sample.group.prompt for sample in samples]
+    arguments = prompt_arguments(policy.pipeline, prompts, {**policy.arguments, **own}, inputs)
+    return to_uint8(policy.pipeline(**arguments).images).cpu()
 
 
 def _score(collector: RolloutCollector, pilot: Pilot, batches: Iterator[tuple[slice, torch.Tensor]]) -> torch.Tensor:

@@ -15,8 +15,8 @@ from runs import adapter_of, brightness
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import ATTENTION, add_random_adapter, tiny_ddpm, tiny_flux, tiny_sd
 
-from trl_pgraft import PGraftTrainer, load_pgraft_adapter
-from trl_pgraft.adapters.files import read_adapter, read_switch
+from trl_pgraft import PGraftTrainer, SwitchLevel, load_pgraft_adapter, save_pgraft_adapter
+from trl_pgraft.adapters.files import read_adapter, read_switch, read_switch_of_weights
 from trl_pgraft.adapters.lora import AdapterSwitch, active_adapters, adapter_parameters
 from trl_pgraft.adapters.warm_start import read_starting_adapter
 
@@ -220,6 +220,17 @@ def test_the_level_is_also_known_from_the_weights_alone(config, pgraft):
         make_trainer(config(tuned_fraction=1.0), pgraft)
 
 
+def test_a_switch_level_is_the_same_from_its_file_and_from_the_weights(tmp_path):
+    pipeline, switch = tiny_flux(), SwitchLevel(500.0, 0.0, 450.0, (0.001, 0.5), 1.5)
+    add_random_adapter(pipeline.transformer)
+    save_pgraft_adapter(pipeline, tmp_path, switch)
+    weights = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+    found = [read_switch(tmp_path), *(read_switch_of_weights(tmp_path / name) for name in weights)]
+    assert found == [switch] * 3 and all(isinstance(level.clock, tuple) for level in found)
+    (tmp_path / "pgraft.json").unlink()
+    assert read_starting_adapter(pipeline, tmp_path).switch == switch
+
+
 def test_another_guidance_above_the_level_is_refused(config, pgraft):
     with pytest.raises(ValueError, match="trained with tuned_guidance_scale=None, and it is 1.0 now"):
         make_trainer(config(**SETTINGS, tuned_guidance_scale=1.0), pgraft)
@@ -240,7 +251,7 @@ def test_an_adapter_of_another_model_is_refused(config, pgraft, plain, tmp_path)
     with pytest.raises(ValueError, match="do not fit FluxTransformer2DModel.*another model"):
         make_trainer(config(tuned_fraction=1.0), plain, tiny_flux())
     diffusers = in_diffusers_format(plain, tmp_path / "diffusers")
-    with pytest.raises(ValueError, match="no weights that diffusers knows for FluxTransformer2DModel"):
+    with pytest.raises(ValueError, match="no weights that diffusers reads for FluxTransformer2DModel"):
         make_trainer(config(tuned_fraction=1.0), diffusers, tiny_flux())
     with pytest.raises(ValueError, match="DDPMPipeline reads no pytorch_lora_weights.safetensors"):
         make_trainer(config(tuned_fraction=1.0), diffusers, tiny_ddpm())

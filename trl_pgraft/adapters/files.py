@@ -6,9 +6,9 @@ import json
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from huggingface_hub import get_token, snapshot_download
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
@@ -23,6 +23,7 @@ from .lora import ADAPTER_NAME, adapter_parameters, add_adapter, remove_adapter
 
 
 SWITCH_FILE = "pgraft.json"
+SWITCH_METADATA = "pgraft"  # the switch level once more, in the metadata of the weights
 PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
 LORA_FILE = "pytorch_lora_weights.safetensors"
 ADAPTER_FILES = (SWITCH_FILE, *PEFT_FILES, LORA_FILE)
@@ -34,8 +35,10 @@ CORRECTOR_FILES = (CORRECTOR_FILE, *PEFT_FILES, f"{NETWORK_FOLDER}/*", GAUSSIAN_
 PEFT_PREFIX = "base_model.model."
 
 
-def save_pgraft_adapter(pipeline: Any, folder: str | Path, switch: SwitchLevel, name: str = ADAPTER_NAME) -> None:
-    """
+def save_pgraft_adapter(
+    pipeline: DiffusionPipeline, folder: str | Path, switch: SwitchLevel, name: str = ADAPTER_NAME
+) -> None:
+    r"""
     Save an adapter and the noise level at which it switches off.
 
     The folder loads with `pipeline.load_lora_weights` and with PEFT, which both leave out the switch, and with
@@ -43,16 +46,16 @@ def save_pgraft_adapter(pipeline: Any, folder: str | Path, switch: SwitchLevel, 
 
     Args:
         pipeline (`DiffusionPipeline`):
-            Pipeline that has the adapter.
+            Pipeline whose denoiser has the adapter.
         folder (`str` or `Path`):
-            Where to write; made if missing.
+            Folder to write to; made if missing.
         switch ([`SwitchLevel`]):
-            Where the adapter hands over.
+            Noise level at which the adapter hands over to the reference.
         name (`str`, *optional*, defaults to `"pgraft"`):
-            Name of the adapter in the pipeline.
+            Name of the adapter in the denoiser.
     """
     folder, denoiser = Path(folder), uncompiled(denoiser_of(pipeline))
-    metadata = {"format": "pt", "pgraft": json.dumps(asdict(switch))}
+    metadata = {"format": "pt", SWITCH_METADATA: json.dumps(asdict(switch))}
     state = save_adapter_weights(denoiser, folder, name, metadata)
     config = denoiser.peft_config[name]
     if isinstance(config, LoraConfig) and hasattr(pipeline, "save_lora_weights"):
@@ -63,7 +66,22 @@ def save_pgraft_adapter(pipeline: Any, folder: str | Path, switch: SwitchLevel, 
 def save_adapter_weights(
     denoiser: torch.nn.Module, folder: Path, name: str, metadata: dict[str, str]
 ) -> dict[str, torch.Tensor]:
-    """Write adapter `name` in PEFT's format to `folder`, which is made if missing; the weights written."""
+    r"""
+    Write an adapter in PEFT's format.
+
+    Args:
+        denoiser (`torch.nn.Module`):
+            Module that has the adapter; not compiled.
+        folder (`Path`):
+            Folder to write to; made if missing.
+        name (`str`):
+            Name of the adapter in the denoiser. It is not stored.
+        metadata (`dict[str, str]`):
+            Metadata of the weights' safetensors file.
+
+    Returns:
+        `dict[str, torch.Tensor]`: the adapter's weights on the CPU, by PEFT's names without the adapter's own.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.contiguous().cpu() for k, v in get_peft_model_state_dict(denoiser, adapter_name=name).items()}
     save_file({PEFT_PREFIX + k: v for k, v in state.items()}, folder / "adapter_model.safetensors", metadata=metadata)
@@ -71,7 +89,13 @@ def save_adapter_weights(
     return state
 
 
-def _save_for_diffusers(pipeline: Any, folder: Path, state: dict, config: LoraConfig, metadata: dict) -> None:
+def _save_for_diffusers(
+    pipeline: DiffusionPipeline,
+    folder: Path,
+    state: dict[str, torch.Tensor],
+    config: LoraConfig,
+    metadata: dict[str, str],
+) -> None:
     name = denoiser_name_of(pipeline)
     # Without the adapter's own metadata diffusers forgets alpha, and a LoRA of alpha != r comes back wrong.
     arguments = {f"{name}_lora_layers": state, f"{name}_lora_adapter_metadata": config.to_dict()}
@@ -83,42 +107,57 @@ def _save_for_diffusers(pipeline: Any, folder: Path, state: dict, config: LoraCo
 
 
 def read_switch(folder: str | Path) -> SwitchLevel:
-    """The switch level stored in an adapter folder."""
+    r"""
+    The switch level of an adapter of [`save_pgraft_adapter`].
+
+    Args:
+        folder (`str` or `Path`):
+            Folder of the adapter.
+
+    Raises:
+        `ValueError`: the folder has no switch level.
+    """
     path = Path(folder) / SWITCH_FILE
     if not path.is_file():
         raise ValueError(
             f"{folder} has no {SWITCH_FILE}, so the noise level at which its adapter switches off is not known. Load "
             "it with `pipeline.load_lora_weights` if it is an ordinary LoRA."
         )
-    values = json.loads(path.read_text())
-    return SwitchLevel(**{**values, "clock": tuple(values["clock"])})
+    return SwitchLevel.from_json(path.read_text())
+
+
+def read_switch_of_weights(path: Path) -> SwitchLevel | None:
+    """The switch level in the metadata of the weights at `path`; `None` for an adapter of another library."""
+    with safe_open(path, "pt") as file:
+        stored = (file.metadata() or {}).get(SWITCH_METADATA)
+    return SwitchLevel.from_json(stored) if stored else None
 
 
 def load_pgraft_adapter(
-    pipeline: Any,
+    pipeline: DiffusionPipeline,
     source: str | Path,
     name: str = ADAPTER_NAME,
     *,
     revision: str | None = None,
     token: str | None = None,
 ) -> TimestepGate:
-    """
+    r"""
     Load an adapter of [`save_pgraft_adapter`] and put the gate on the denoiser that switches it at its noise level.
 
     Args:
         pipeline (`DiffusionPipeline`):
             The pipeline that the adapter was trained for.
         source (`str` or `Path`):
-            Folder, or repository on the Hub.
+            Folder of the adapter, or its repository on the Hub.
         name (`str`, *optional*, defaults to `"pgraft"`):
-            Name that the adapter gets.
+            Name that the adapter gets in the denoiser.
         revision (`str`, *optional*):
-            Branch, tag or commit of the repository.
+            Branch, tag or commit of the repository; its default branch where not given.
         token (`str`, *optional*):
             Token for a private repository; the one of `HF_TOKEN` or `hf auth login` where not given.
 
     Returns:
-        [`TimestepGate`]: at work until its `remove()`.
+        [`TimestepGate`]: the gate, which acts until its `remove()`.
 
     Raises:
         `ValueError`: the folder has no switch level, its weights do not fit, or the denoiser takes no adapter as it is
@@ -163,10 +202,28 @@ def read_adapter(folder: str | Path) -> tuple[PeftConfig, dict[str, torch.Tensor
 def put_adapter(
     denoiser: torch.nn.Module, peft_config: PeftConfig, state: dict[str, torch.Tensor], name: str, source: str | Path
 ) -> None:
-    """Add an adapter with these weights, which were read from `source`, as `name`, trainable and in float32."""
+    r"""
+    Add an adapter with given weights to a denoiser, trainable and in float32.
+
+    Args:
+        denoiser (`torch.nn.Module`):
+            Module that gets the adapter.
+        peft_config (`PeftConfig`):
+            The adapter's configuration.
+        state (`dict[str, torch.Tensor]`):
+            Its weights by PEFT's names, as [`read_adapter`] returns them.
+        name (`str`):
+            Name that the adapter gets in the denoiser.
+        source (`str` or `Path`):
+            Folder or repository that the weights were read from, for the error's message.
+
+    Raises:
+        `ValueError`: the weights are not those of this configuration on this denoiser, which is left without them.
+    """
     add_adapter(denoiser, peft_config, name)
     own = get_peft_model_state_dict(denoiser, adapter_name=name)
-    amiss = [key for key in own.keys() | state.keys() if _shape(own, key) != _shape(state, key)]
+    shapes, own_shapes = ({key: value.shape for key, value in weights.items()} for weights in (state, own))
+    amiss = [key for key in own.keys() | state.keys() if own_shapes.get(key) != shapes.get(key)]
     if amiss:
         remove_adapter(denoiser, name)
         raise ValueError(
@@ -174,10 +231,6 @@ def put_adapter(
             "trained for another model?"
         )
     set_peft_model_state_dict(denoiser, state, adapter_name=name)
-
-
-def _shape(state: dict[str, torch.Tensor], key: str) -> torch.Size | None:
-    return state[key].shape if key in state else None
 
 
 def clean(token: str | None) -> str | None:

@@ -3,9 +3,11 @@
 """Run a fine-tuned adapter above a noise level and not below it, whatever the sampler and its number of steps."""
 
 import weakref
+from contextlib import ExitStack
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 
 from ..pipelines.denoiser_format import argument_names
 from ..pipelines.observe import observe_calls
@@ -13,26 +15,31 @@ from .lora import AdapterSwitch
 
 
 class TimestepGate:
-    """
+    r"""
     Run the denoiser with an adapter at noisy timesteps and without it at clean ones (P-GRAFT's inference).
 
     A forward pre-hook reads the timestep of each denoiser call and switches the adapter where the noise level crosses
-    the switch. Only the named adapter is touched: other adapters stay as they are. The gate works from its creation
+    the switch. Only the named adapter is touched: other adapters stay as they are. The gate acts from its creation
     until [`~TimestepGate.remove`], or as a context manager; both leave every adapter and `requires_grad` flag as they
     were before, and so does an exception inside the denoiser.
 
     Args:
         denoiser (`torch.nn.Module`):
-            Module that the pipeline calls, with PEFT layers inside.
+            Module that the pipeline calls, with PEFT layers inside; perhaps compiled.
         adapter_name (`str`):
-            The adapter to switch.
+            Name of the adapter to switch.
         switch_timestep (`float` or `None`):
             Training timestep (larger is noisier) above which the adapter is on; `None` keeps it on throughout (GRAFT).
         clock (`tuple[float, float]`, *optional*, defaults to `(1.0, 0.0)`):
-            `(scale, offset)` of the denoiser's own clock, see [`DenoiserCall`].
+            `(scale, offset)` of the denoiser's own clock, see [`DenoiserCall`]; the default is the training clock.
         pipeline (`DiffusionPipeline`, *optional*):
-            The pipeline that calls the denoiser. Its scheduler tells which calls complete a step begun before (the
-            second call of Heun's method, at the step's end); they run as that step began.
+            The pipeline that calls the denoiser. Its scheduler shows which calls complete a step begun before (the
+            second call of Heun's method, at the step's end); they run as that step began. Each call is a step of its
+            own where it is not given.
+
+    Raises:
+        `ValueError`: the denoiser has no adapter of that name; or, in a call of the denoiser, its rows have different
+            timesteps.
     """
 
     def __init__(
@@ -41,7 +48,7 @@ class TimestepGate:
         adapter_name: str,
         switch_timestep: float | None,
         clock: tuple[float, float] = (1.0, 0.0),
-        pipeline: Any = None,
+        pipeline: DiffusionPipeline | None = None,
     ):
         self.adapter_name = adapter_name
         self.switch_timestep = switch_timestep
@@ -50,11 +57,13 @@ class TimestepGate:
         self._is_on = False
         self._adapter = AdapterSwitch(denoiser, adapter_name)
         self._timestep_name = argument_names(denoiser)[1]
-        self._observer = observe_calls(denoiser, self._on_call)
-        self._observer.__enter__()
-        self._after_call = denoiser.register_forward_hook(self._restore_after_failure, always_call=True)
         self.denoiser = denoiser
-        _at_work.add(self)
+        self._hooks = ExitStack()
+        self._hooks.callback(self._adapter.restore)
+        self._hooks.enter_context(observe_calls(denoiser, self._on_call))
+        after_call = denoiser.register_forward_hook(self._restore_after_failure, always_call=True)
+        self._hooks.callback(after_call.remove)
+        _active_gates.add(self)
 
     def __enter__(self) -> "TimestepGate":
         return self
@@ -64,12 +73,8 @@ class TimestepGate:
 
     def remove(self) -> None:
         """Take the gate off the denoiser and restore the adapters; harmless when already removed."""
-        if self._observer is not None:
-            self._observer.__exit__(None, None, None)
-            self._after_call.remove()
-            self._observer = None
-            self._adapter.restore()
-            _at_work.discard(self)
+        self._hooks.close()
+        _active_gates.discard(self)
 
     def is_on_at(self, timestep: float) -> bool:
         """Whether the adapter takes part at a training timestep."""
@@ -98,9 +103,9 @@ class TimestepGate:
 
 
 # Denoisers keep their gates alive by their hooks; nothing else needs to.
-_at_work: weakref.WeakSet = weakref.WeakSet()
+_active_gates: weakref.WeakSet[TimestepGate] = weakref.WeakSet()
 
 
 def gate_on(denoiser: torch.nn.Module) -> TimestepGate | None:
-    """A gate that is on `denoiser`, if one is."""
-    return next((gate for gate in _at_work if gate.denoiser is denoiser), None)
+    """The gate on `denoiser`, or `None` where there is none."""
+    return next((gate for gate in _active_gates if gate.denoiser is denoiser), None)

@@ -2,6 +2,7 @@
 
 """Another guidance scale above the switch level."""
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from ..pipelines.observe import observe_calls
 
 
 class TunedGuidance:
-    """
+    r"""
     Use another guidance scale at the timesteps above the switch, as a context manager around a pipeline call.
 
     The pipeline keeps its own scale `w`; the conditional prediction that it is handed becomes
@@ -21,13 +22,16 @@ class TunedGuidance:
         denoiser (`torch.nn.Module`):
             Module that the pipeline calls.
         call ([`DenoiserCall`]):
-            How it is called; guided, both branches in one call.
+            How the pipeline calls it: with classifier-free guidance, and both branches in one call.
         guidance_scale (`float`):
-            The pipeline's own scale.
+            The pipeline's own scale `w`.
         tuned_guidance_scale (`float`):
-            Scale above the switch; 1.0 is no guidance.
+            Scale `w_tuned` above the switch; 1.0 is no guidance.
         switch_timestep (`float` or `None`):
-            See [`TimestepGate`].
+            Training timestep above which the other scale holds; `None`: at all timesteps.
+
+    Raises:
+        `ValueError`: the pipeline does not call its denoiser once a step on both branches.
     """
 
     def __init__(
@@ -50,14 +54,13 @@ class TunedGuidance:
         self._is_tuned = False
 
     def __enter__(self) -> "TunedGuidance":
-        self._observer = observe_calls(self._denoiser, self._on_call)
-        self._observer.__enter__()
-        self._rescaler = self._denoiser.register_forward_hook(self._rescale)
+        self._hooks = ExitStack()
+        self._hooks.enter_context(observe_calls(self._denoiser, self._on_call))
+        self._hooks.callback(self._denoiser.register_forward_hook(self._rescale).remove)
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._observer.__exit__(None, None, None)
-        self._rescaler.remove()
+        self._hooks.close()
 
     def _on_call(self, arguments: dict[str, Any]) -> None:
         timestep = float(self.call.format.timestep(arguments).flatten()[0])

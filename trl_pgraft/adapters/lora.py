@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Adapters inside a denoiser: make them, switch them on and off, subtract one from another."""
+"""Adapters inside a denoiser: make them, remove them, switch them on and off."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,6 @@ from contextlib import contextmanager
 
 import torch
 from peft import LNTuningConfig, LoraConfig, PeftConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 
@@ -17,18 +16,22 @@ ATTENTION_PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_
 
 
 def add_adapter(denoiser: torch.nn.Module, peft_config: PeftConfig, name: str, seed: int | None = None) -> None:
-    """
+    r"""
     Add a trainable adapter to the denoiser in float32 or better, next to those it has, and make it active.
 
     Args:
         denoiser (`torch.nn.Module`):
-            A diffusers model.
+            A diffusers model; not compiled.
         peft_config (`PeftConfig`):
-            What `denoiser.add_adapter` takes.
+            Configuration of the adapter.
         name (`str`):
-            Its name.
+            Name that the adapter gets in the denoiser.
         seed (`int`, *optional*):
-            Seed of its initial values; equal seeds give equal adapters.
+            Seed of its initial values; equal seeds give equal adapters. They come from the global random state, which
+            then moves on, where it is not given.
+
+    Raises:
+        `ValueError`: PEFT cannot make such an adapter in this denoiser.
     """
     active = active_adapters(denoiser)
     with torch.random.fork_rng(enabled=seed is not None):
@@ -37,7 +40,7 @@ def add_adapter(denoiser: torch.nn.Module, peft_config: PeftConfig, name: str, s
         with warnings.catch_warnings():
             # PEFT warns of a second adapter in one model, which is meant here.
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-            # And of layers whose numbers of features it cannot tell, which a copy of the layer does not need.
+            # And of layers whose numbers of features it cannot read, which a copy of the layer does not need.
             warnings.filterwarnings("ignore", message="Unsupported layer type")
             _inject(denoiser, peft_config, name)
     for layer in tuner_layers(denoiser):
@@ -79,7 +82,7 @@ def remove_adapter(denoiser: torch.nn.Module, name: str) -> None:
 
 
 def default_lora_config(denoiser: torch.nn.Module, rank: int) -> LoraConfig:
-    """LoRA of `rank` (and alpha) on the attention projections that `denoiser` has."""
+    """LoRA of rank and alpha `rank` on the attention projections of `denoiser`; a `ValueError` where it has none."""
     names = {name for name, _ in denoiser.named_modules()}
     targets = [t for t in ATTENTION_PROJECTIONS if any(name.endswith(f".{t}") for name in names)]
     if not targets:
@@ -91,10 +94,17 @@ def default_lora_config(denoiser: torch.nn.Module, rank: int) -> LoraConfig:
 
 
 def full_copy_config(denoiser: torch.nn.Module) -> LNTuningConfig:
-    """
+    r"""
     Full fine-tuning as an adapter: a trained copy of every layer beside the frozen one, switched like any other.
 
-    PEFT made this adapter for normalisation layers; what it does, copying the layers it is told, suits all.
+    PEFT made this adapter for normalisation layers, and it copies layers of any kind.
+
+    Args:
+        denoiser (`torch.nn.Module`):
+            A diffusers model without adapters.
+
+    Raises:
+        `ValueError`: the denoiser has adapters, or a parameter outside its innermost modules.
     """
     layers = [name for name, module in denoiser.named_modules() if not list(module.children())]
     layers = [name for name in layers if list(denoiser.get_submodule(name).parameters())]
@@ -106,7 +116,7 @@ def full_copy_config(denoiser: torch.nn.Module) -> LNTuningConfig:
 
 
 def tuner_layers(denoiser: torch.nn.Module, name: str | None = None) -> list[BaseTunerLayer]:
-    """PEFT layers of the denoiser, those that hold adapter `name` where it is given."""
+    """PEFT layers of the denoiser: all of them, or those that hold adapter `name` where it is given."""
     layers = [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
     if name is None:
         return layers
@@ -132,17 +142,17 @@ def adapter_parameters(denoiser: torch.nn.Module, name: str) -> list[torch.nn.Pa
 
 
 class AdapterSwitch:
-    """
+    r"""
     Turn one adapter of a denoiser on and off without touching the others, and put everything back.
 
     Args:
         denoiser (`torch.nn.Module`):
-            Module with PEFT layers inside.
+            Module with PEFT layers inside; perhaps compiled.
         name (`str`):
-            The adapter to switch.
+            Name of the adapter to switch.
 
     Raises:
-        `ValueError`: there is no adapter of that name.
+        `ValueError`: the denoiser has no adapter of that name.
     """
 
     def __init__(self, denoiser: torch.nn.Module, name: str):
@@ -154,7 +164,7 @@ class AdapterSwitch:
 
     @property
     def is_on(self) -> bool:
-        """Whether the adapter takes part in the forward pass, asked of the layers: others may switch it too."""
+        """Whether the adapter takes part in the forward pass, as its layers have it: others may switch it too."""
         return self.name in self._layers[0].active_adapters
 
     def turn(self, on: bool) -> None:
@@ -163,20 +173,20 @@ class AdapterSwitch:
             return
         for layer in self._layers:
             others = [name for name in layer.active_adapters if name != self.name]
-            # PEFT's own switch also decides what is trainable, of adapters too that came after this one.
+            # PEFT's own switch also changes what is trainable, in adapters that were added after this one as well.
             flags = [(parameter, parameter.requires_grad) for parameter in layer.parameters()]
             layer.set_adapter([*others, self.name] if on else others)
             for parameter, requires_grad in flags:
                 parameter.requires_grad_(requires_grad)
 
     def restore(self) -> None:
-        """The adapter as active as when the switch was made."""
+        """Turn the adapter on or off, as it was when the switch was made."""
         self.turn(self._was_on)
 
 
 @contextmanager
 def without_adapters(denoiser: torch.nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Run the denoiser without some of its adapters inside the block: the reference model."""
+    """Run the denoiser without its adapters `names` inside the block, as the reference model."""
     switches = [AdapterSwitch(denoiser, name) for name in names]
     for switch in switches:
         switch.turn(False)
@@ -187,70 +197,8 @@ def without_adapters(denoiser: torch.nn.Module, names: Sequence[str]) -> Iterato
             switch.restore()
 
 
-def low_rank_factors(layer: LoraLayer, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(A, B)` of a LoRA layer with its scaling folded into B: the weight changes by `B A`."""
-    return layer.lora_A[name].weight.detach().float(), layer.lora_B[name].weight.detach().float() * layer.scaling[name]
-
-
-def merge_difference(
-    denoiser: torch.nn.Module, policy: str, accepted: str, control: str, scale: float = 1.0, max_rank: int = 256
-) -> None:
-    """
-    Replace LoRA `policy` by `policy + scale (accepted - control)`, and remove the other two.
-
-    The difference of two LoRAs is one LoRA of twice the rank, `[B_acc, -B_con] [A_acc; A_con]`, so nothing is lost; a
-    result of more than `max_rank` is cut to its `max_rank` largest singular values.
-
-    Args:
-        denoiser (`torch.nn.Module`):
-            Module that holds the adapters.
-        policy, accepted, control (`str`):
-            Names of LoRA adapters; `policy` need not exist yet.
-        scale (`float`, *optional*, defaults to `1.0`):
-            Factor of the difference.
-        max_rank (`int`, *optional*, defaults to `256`):
-            Largest rank of the result.
-    """
-    merged = {}
-    for path, layer in denoiser.named_modules():
-        if isinstance(layer, LoraLayer) and accepted in layer.lora_A:
-            terms = [(accepted, scale), (control, -scale)]
-            terms = [(policy, 1.0), *terms] if policy in layer.lora_A else terms
-            factors = [(low_rank_factors(layer, name), factor) for name, factor in terms]
-            a = torch.cat([a for (a, _), _ in factors])
-            b = torch.cat([b * factor for (_, b), factor in factors], dim=1)
-            merged[path] = _truncate(a, b, max_rank)
-    if not merged:
-        raise ValueError(f"{accepted!r} is no LoRA of linear or convolution layers; no other adapters can be merged.")
-    config = denoiser.peft_config[accepted]
-    rank = max(a.shape[0] for a, _ in merged.values())
-    for name in (policy, accepted, control):
-        if name in denoiser.peft_config:
-            AdapterSwitch(denoiser, name).turn(False)
-            remove_adapter(denoiser, name)
-    new_config = LoraConfig(r=rank, lora_alpha=rank, target_modules=config.target_modules)
-    add_adapter(denoiser, new_config, policy)
-    for path, (a, b) in merged.items():
-        layer = denoiser.get_submodule(path)
-        # A layer of smaller rank, narrow or with a rank of its own, is filled up with zeros.
-        layer.lora_A[policy].weight.data.zero_()[: len(a)] = a
-        layer.lora_B[policy].weight.data.zero_()[:, : len(a)] = b
-
-
-def _truncate(a: torch.Tensor, b: torch.Tensor, max_rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Best factors of rank at most `max_rank` of the product `b a`, by QR of both and an SVD of the small middle."""
-    if a.shape[0] <= max_rank:
-        return a, b
-    q_b, r_b = torch.linalg.qr(b.flatten(1))
-    q_a, r_a = torch.linalg.qr(a.flatten(1).T)
-    u, s, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    root = s[:max_rank].sqrt()
-    new_b, new_a = (q_b @ u[:, :max_rank]) * root, root[:, None] * (v[:max_rank] @ q_a.T)
-    return new_a.reshape(len(root), *a.shape[1:]), new_b.reshape(b.shape[0], len(root), *b.shape[2:])
-
-
 def lora_extras(peft_config: PeftConfig) -> list[str]:
-    """What a LoRA's configuration asks for beyond two factors a layer, whose difference would be no LoRA."""
+    """Settings of a LoRA that add to a layer more than two factors, so that a difference of two is no LoRA."""
     return [name for name in ("use_dora", "lora_bias") if getattr(peft_config, name, False)]
 
 

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""An adapter that training goes on from: of a folder or of a repository, in PEFT's or in diffusers' format."""
+"""An adapter from which training continues: of a folder or a repository, in PEFT's or in diffusers' format."""
 
 import copy
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, get_peft_model_state_dict
 from safetensors import safe_open
@@ -21,7 +20,17 @@ from ..pipelines.denoiser_format import uncompiled
 from ..pipelines.fingerprint import fingerprint_of
 from ..pipelines.schedulers import Sampler
 from ..pipelines.timesteps import tuned_levels
-from .files import CORRECTOR_FILE, LORA_FILE, PEFT_FILES, SWITCH_FILE, clean, read_adapter, read_switch, redacted
+from .files import (
+    CORRECTOR_FILE,
+    LORA_FILE,
+    PEFT_FILES,
+    SWITCH_FILE,
+    clean,
+    read_adapter,
+    read_switch,
+    read_switch_of_weights,
+    redacted,
+)
 from .lora import ADAPTER_NAME, AdapterSwitch, active_adapters, remove_adapter, tuner_layers
 
 
@@ -30,22 +39,22 @@ TEXT_ENCODER_KEYS = ("text_encoder", "lora_te")
 
 @dataclass(frozen=True)
 class StartingAdapter:
-    """
-    An adapter that training goes on from.
+    r"""
+    An adapter from which training continues.
 
     Args:
         source (`str`):
             Folder or repository that it was read from.
         peft_config (`PeftConfig`):
-            What it is.
+            Its configuration.
         state (`dict[str, torch.Tensor]`):
-            Its weights.
+            Its weights by PEFT's names.
         switch ([`SwitchLevel`] or `None`):
-            Where it hands over; `None` for one of another library, which has worked at all noise levels.
+            Noise level at which it hands over; `None` for an adapter of another library, which runs at all levels.
         repository (`str` or `None`):
-            Its repository; `None` where it was on disk, whose paths are nobody's business.
+            Its repository on the Hub, which model cards name; `None` where it was read from a folder.
         fingerprint (`str`):
-            Short hash of its weights: where they were read from does not matter.
+            Short hash of its weights, wherever they were read from.
     """
 
     source: str
@@ -59,19 +68,19 @@ class StartingAdapter:
         return f"continues {self.source}; its reference is the pipeline without it"
 
     def check_level(self, switch: SwitchLevel, config: GraftConfig, sampler: Callable[[], Sampler]) -> None:
-        """
+        r"""
         Check that it was trained for the noise levels at which it will be sampled with and trained.
 
         Args:
             switch ([`SwitchLevel`]):
-                Where the configuration switches.
+                Noise level at which the run's adapter hands over.
             config ([`GraftConfig`]):
-                The configuration.
+                Configuration of the run, whose `tuned_fraction` sets that level.
             sampler (`Callable[[], Sampler]`):
-                Gives the sampler, where it is needed to say which configuration would fit.
+                Returns the pipeline's sampler. It is called for the error's message alone.
 
         Raises:
-            `ValueError`: it was trained for others; the message says for which, and what to set.
+            `ValueError`: it was trained for other levels; the message names them, and the value to set.
         """
         own = self.switch or ALWAYS_ON
         if not same_level(own, switch):
@@ -91,21 +100,23 @@ class StartingAdapter:
         return f"was trained by a run that {level_in_words(self.switch)}"
 
 
-def read_starting_adapter(pipeline: Any, source: str | Path, token: str | None = None) -> StartingAdapter:
-    """
-    Read an adapter to go on from; the pipeline is left as it was.
+def read_starting_adapter(
+    pipeline: DiffusionPipeline, source: str | Path, token: str | None = None
+) -> StartingAdapter:
+    r"""
+    Read an adapter from which training continues; the pipeline is left as it was.
 
     Args:
         pipeline (`DiffusionPipeline`):
-            What it is for. diffusers' own format is read by it.
+            The pipeline to fine-tune. It reads an adapter in diffusers' own format.
         source (`str` or `Path`):
             Folder or repository with an adapter of PEFT (`adapter_config.json`, `adapter_model.safetensors`) or of
             diffusers (`pytorch_lora_weights.safetensors`).
         token (`str`, *optional*):
-            Token for a private repository.
+            Token for a private repository; the one of `HF_TOKEN` or `hf auth login` where not given.
 
     Raises:
-        `ValueError`: there is no such adapter, or it is one that cannot be gone on from.
+        `ValueError`: there is no adapter at `source`, or not one of this denoiser alone.
     """
     local = Path(source).expanduser()
     folder = local if local.is_dir() else _downloaded(str(source), token)
@@ -121,7 +132,10 @@ def read_starting_adapter(pipeline: Any, source: str | Path, token: str | None =
             f"(diffusers). Of a LoRA under another name, load it with `pipeline.load_lora_weights(..., "
             f"adapter_name={ADAPTER_NAME!r})` and hand in that pipeline without peft_config."
         )
-    switch, repository = _switch_of(folder, weights), None if local.is_dir() else str(source)
+    # The weights carry the switch level as well, for a folder that has lost its file.
+    has_file = (folder / SWITCH_FILE).is_file()
+    switch = read_switch(folder) if has_file else read_switch_of_weights(folder / weights)
+    repository = None if local.is_dir() else str(source)
     return StartingAdapter(str(source), peft_config, state, switch, repository, fingerprint_of(state))
 
 
@@ -138,8 +152,10 @@ def _downloaded(source: str, token: str | None) -> Path:
     return folder
 
 
-def _read_with_diffusers(pipeline: Any, folder: Path, source: str | Path) -> tuple[PeftConfig, dict]:
-    """Configuration and weights of a LoRA in diffusers' format, which its loader puts into the pipeline and we out."""
+def _read_with_diffusers(
+    pipeline: DiffusionPipeline, folder: Path, source: str | Path
+) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
+    """Configuration and weights of a LoRA in diffusers' format: its loader puts it into the pipeline for a moment."""
     with safe_open(folder / LORA_FILE, "pt") as file:
         of_encoders = [key for key in file.keys() if key.startswith(TEXT_ENCODER_KEYS)]
     if of_encoders:
@@ -156,7 +172,7 @@ def _read_with_diffusers(pipeline: Any, folder: Path, source: str | Path) -> tup
         pipeline.load_lora_weights(folder, weight_name=LORA_FILE, adapter_name=ADAPTER_NAME)
         if ADAPTER_NAME not in getattr(denoiser, "peft_config", {}):
             raise ValueError(
-                f"peft_config: {source} has no weights that diffusers knows for {type(denoiser).__name__}. Was the "
+                f"peft_config: {source} has no weights that diffusers reads for {type(denoiser).__name__}. Was the "
                 "adapter trained for another model?"
             )
         state = get_peft_model_state_dict(denoiser, adapter_name=ADAPTER_NAME)
@@ -169,24 +185,15 @@ def _read_with_diffusers(pipeline: Any, folder: Path, source: str | Path) -> tup
             layer.set_adapter(active)
 
 
-def _switch_of(folder: Path, weights: str) -> SwitchLevel | None:
-    """The switch level of an adapter, which the weights carry as well; `None` for one of another library."""
-    if (folder / SWITCH_FILE).is_file():
-        return read_switch(folder)
-    with safe_open(folder / weights, "pt") as file:
-        stored = (file.metadata() or {}).get("pgraft")
-    return SwitchLevel(**json.loads(stored)) if stored else None
-
-
 def _remedy(switch: SwitchLevel, config: GraftConfig, sampler: Callable[[], Sampler]) -> str:
-    """Which `tuned_fraction` has this switch level."""
+    """The `tuned_fraction` to set for this switch level, as a sentence."""
     if switch.switch_timestep is None:
         return "Set tuned_fraction=1.0."
-    sampler, tried = sampler(), copy.copy(config)
-    steps = len(sampler.step_starts())
+    own, tried = sampler(), copy.copy(config)
+    steps = len(own.step_starts())
     for tuned in range(1, steps):
         tried.tuned_fraction = tuned / steps
-        if same_level(tuned_levels(tried, sampler)[1], switch):
+        if same_level(tuned_levels(tried, own)[1], switch):
             return f"Set tuned_fraction={tried.tuned_fraction:.4g}."
     return (
         f"None of this sampler's {steps} steps has that level: keep the scheduler, the sample_num_steps and the "

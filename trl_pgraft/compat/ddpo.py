@@ -16,14 +16,13 @@ from peft import LoraConfig
 from ..adapters.files import LORA_FILE, SWITCH_FILE, load_adapter_weights, read_switch, save_pgraft_adapter
 from ..adapters.gate import TimestepGate
 from ..adapters.lora import ADAPTER_NAME, add_adapter, default_lora_config
-from ..core.switch_level import SwitchLevel
+from ..core.switch_level import ALWAYS_ON, SwitchLevel
 from ..pipelines.pixels import to_unit_range
 from ..rewards.conventions import Reward
 from ..rollouts.rollout import RolloutBatch
 
 
 logger = logging.getLogger(__name__)
-ALWAYS_ON = SwitchLevel(None, None, None)
 
 
 class DefaultDDPOStableDiffusionPipeline:

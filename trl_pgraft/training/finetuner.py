@@ -21,8 +21,8 @@ from ..adapters.lora import (
     adapter_parameters,
     add_adapter,
     is_plain_lora,
-    merge_difference,
 )
+from ..adapters.merge import merge_difference
 from ..adapters.policy import Policy
 from ..config import GraftConfig
 from ..core.seeding import seed_of

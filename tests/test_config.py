@@ -128,9 +128,10 @@ def test_configurations_can_be_compared_and_do_not_share_their_dicts():
 def test_what_a_resume_compares_is_every_field_but_those_that_may_change():
     names = {f.name for f in dataclasses.fields(GraftConfig)}
     assert set(MAY_CHANGE) < names
-    assert set(GraftConfig().shaping(1)) == names - set(MAY_CHANGE) | {"images a round", "rows of an optimizer step"}
+    added = {"images a round", "rows of an optimizer step"}
+    assert set(GraftConfig().resume_signature(1)) == names - set(MAY_CHANGE) | added
     one, two = (GraftConfig(sample_batch_size=size, train_batch_size=size) for size in (1, 2))
-    assert one.shaping(2) == two.shaping(1)
+    assert one.resume_signature(2) == two.resume_signature(1)
 
 
 def test_trls_parser_reads_it_from_the_command_line():

@@ -120,32 +120,32 @@ def test_with_a_control_the_difference_becomes_the_adapter(config, make, options
     assert_nothing_is_left_behind(trainer)
 
 
-def spied_fits(monkeypatch):
-    """What each call of `fit` was given: the trained adapter's parameters and all rows."""
-    fits, original = [], finetuner_module.fit
+def spied_fine_tunings(monkeypatch):
+    """What each call of `fine_tune_adapter` was given: the trained adapter's parameters and all rows."""
+    runs, original = [], finetuner_module.fine_tune_adapter
 
     def spy(accelerator, loss, states, passes, *args, **kwargs):
         passes = list(passes)
-        fits.append((loss, states, passes))
+        runs.append((loss, states, passes))
         return original(accelerator, loss, states, iter(passes), *args, **kwargs)
 
-    monkeypatch.setattr(finetuner_module, "fit", spy)
-    return fits
+    monkeypatch.setattr(finetuner_module, "fine_tune_adapter", spy)
+    return runs
 
 
-def test_where_all_are_accepted_both_fits_see_the_same_rows(config, monkeypatch):
-    fits = spied_fits(monkeypatch)
+def test_where_all_are_accepted_both_adapters_see_the_same_rows(config, monkeypatch):
+    runs = spied_fine_tunings(monkeypatch)
     trainer = make_trainer(config(acceptance="all", control_adapter=True))
     trainer.train()
-    accepted, control = ([sorted(rows.states.tolist()) for rows in passes] for _, _, passes in fits)
+    accepted, control = ([sorted(rows.states.tolist()) for rows in passes] for _, _, passes in runs)
     assert accepted == control == [list(range(4))] * 2
-    assert [rows.seeds for rows in fits[0][2]] == [rows.seeds for rows in fits[1][2]]
+    assert [rows.seeds for rows in runs[0][2]] == [rows.seeds for rows in runs[1][2]]
 
 
 def test_a_control_sees_as_many_rows_of_the_same_groups(config, monkeypatch):
-    fits = spied_fits(monkeypatch)
+    runs = spied_fine_tunings(monkeypatch)
     make_trainer(config(sample_num_batches_per_epoch=3, acceptance_kwargs={"k": 2}, control_adapter=True)).train()
-    (_, _, accepted), (_, _, control) = fits
+    (_, _, accepted), (_, _, control) = runs
     for one, other in zip(accepted, control, strict=True):
         assert len(one) == len(other) == 6
         assert [i // 4 for i in one.states.tolist()] == [i // 4 for i in other.states.tolist()]
@@ -167,8 +167,8 @@ def test_a_control_sees_as_many_rows_of_the_same_groups(config, monkeypatch):
     ids=str,
 )
 def test_guidance_is_that_of_the_tuned_steps(config, monkeypatch, options, scale, guidance):
-    """The guided field moves by `control_scale` of the fits' difference: the conditional branch by the w-th of it."""
-    fits, scales, original = spied_fits(monkeypatch), [], finetuner_module.merge_difference
+    """The guided field moves by `control_scale` of the adapters' difference, the conditional branch by 1/w of it."""
+    runs, scales, original = spied_fine_tunings(monkeypatch), [], finetuner_module.merge_difference
 
     def spy(denoiser, policy, accepted, control, scale, max_rank):
         scales.append(scale)
@@ -177,13 +177,13 @@ def test_guidance_is_that_of_the_tuned_steps(config, monkeypatch, options, scale
     monkeypatch.setattr(finetuner_module, "merge_difference", spy)
     make_trainer(config(control_adapter=True, num_epochs=2, **options)).train()
     assert scales == [scale] * 2
-    assert {loss.guidance_scale for loss, _, _ in fits} == {guidance}
+    assert {loss.guidance_scale for loss, _, _ in runs} == {guidance}
     expected = [["pgraft_accepted"], ["pgraft_control"], ["pgraft", "pgraft_accepted"], ["pgraft", "pgraft_control"]]
-    assert [loss.adapters for loss, _, _ in fits] == expected, "what tells the policy from the reference"
+    assert [loss.adapters for loss, _, _ in runs] == expected, "what tells the policy from the reference"
 
 
 def test_without_a_signal_the_control_changes_next_to_nothing(config):
-    """Where everything is accepted, both fits learn the same, and less is left than one of them alone changes."""
+    """Where everything is accepted, both adapters learn the same, and less is left than one of them alone changes."""
     options = {"acceptance": "all", "train_num_inner_epochs": 4}
     plain = make_trainer(config(**options))
     plain.train()
@@ -208,13 +208,13 @@ def test_a_moving_average_lags_behind(config, tmp_path):
 
 
 def test_the_learning_rate_follows_its_schedule_over_the_rounds(config, monkeypatch):
-    rates, original = [], finetuner_module.fit
+    rates, original = [], finetuner_module.fine_tune_adapter
 
     def spy(*args, **kwargs):
         *rest, lr_schedule = args
         return original(*rest, lambda step: rates.append(lr_schedule(step)) or rates[-1], **kwargs)
 
-    monkeypatch.setattr(finetuner_module, "fit", spy)
+    monkeypatch.setattr(finetuner_module, "fine_tune_adapter", spy)
     make_trainer(config(num_epochs=3, lr_scheduler_type="linear", warmup_steps=2, train_learning_rate=0.4)).train()
     assert rates == pytest.approx([0.0, 0.2, 0.4, 0.3, 0.2, 0.1]), "two of warm-up, then down to the end of six"
 
@@ -644,13 +644,13 @@ def test_a_new_run_in_a_used_folder_puts_the_old_one_aside(config):
 def test_a_run_resumed_for_more_rounds_goes_on_with_the_longer_schedule(config, monkeypatch, kind):
     options = {"lr_scheduler_type": kind, "train_learning_rate": 0.4}
     make_trainer(config(num_epochs=1, **options)).train()
-    rates, original = [], finetuner_module.fit
+    rates, original = [], finetuner_module.fine_tune_adapter
 
     def spy(*args, **kwargs):
         *rest, lr_schedule = args
         return original(*rest, lambda step: rates.append(lr_schedule(step)) or rates[-1], **kwargs)
 
-    monkeypatch.setattr(finetuner_module, "fit", spy)
+    monkeypatch.setattr(finetuner_module, "fine_tune_adapter", spy)
     make_trainer(config(num_epochs=2, resume_from_checkpoint=True, **options)).train()
     halfway = {"linear": [0.2, 0.1], "cosine": [0.2, 0.2 * (1 - 0.5**0.5)]}[kind]
     assert rates == pytest.approx(halfway), "steps two and three of four"

@@ -39,7 +39,7 @@ MAY_CHANGE = (
     *("async_reward_computation", "max_workers", "reward_retries", "reward_retry_wait", "reward_timeout"),
     *("eval_prompts", "eval_freq"),
     *("push_to_hub", "hub_model_id", "hub_dataset_id", "hub_private_repo", "hub_token"),
-    # Only the product of these counts, over all processes; `shaping` adds it.
+    # Only the product of these counts, over all processes; `resume_signature` adds it.
     *("sample_batch_size", "sample_num_batches_per_epoch"),
     *("train_batch_size", "train_gradient_accumulation_steps"),
 )
@@ -364,7 +364,7 @@ class GraftConfig:
         """The fields as plain values, without the token; a callable is given by its name."""
         return plain_fields(self, without=("hub_token",))
 
-    def shaping(self, processes: int) -> dict[str, Any]:
+    def resume_signature(self, processes: int) -> dict[str, Any]:
         r"""
         What the result depends on, and so must not change when a run is resumed.
 

@@ -16,7 +16,6 @@ import torch
 from peft import PeftConfig
 
 from .adapters.files import save_pgraft_adapter
-from .adapters.lora import ADAPTER_NAME
 from .adapters.policy import Policy
 from .compat.ddpo import as_ddpo, hook_data
 from .config import GraftConfig
@@ -236,10 +235,10 @@ class PGraftTrainer:
             self.step(epoch, self.state.global_step)
             self.callbacks.notify("on_epoch_end")
             last = epoch + 1 == epochs or self.callbacks.should_stop
-            asked_to_evaluate, asked_to_save = self.callbacks.asked("evaluate"), self.callbacks.asked("save")
-            if self.held_out and (last or asked_to_evaluate or (epoch + 1) % self.config.eval_freq == 0):
+            must_evaluate, must_save = (self.callbacks.pop_request(what) for what in ("evaluate", "save"))
+            if self.held_out and (last or must_evaluate or (epoch + 1) % self.config.eval_freq == 0):
                 self._log_evaluation(epoch + 1)
-            if last or asked_to_save or (epoch + 1) % self.config.save_freq == 0:
+            if last or must_save or (epoch + 1) % self.config.save_freq == 0:
                 self.save_checkpoint()
                 self.publisher.push_samples()
             if last:
@@ -304,7 +303,7 @@ class PGraftTrainer:
 
     def _fine_tune(self, round_: Rollout, epoch: int) -> FineTuningReport | None:
         data = self.finetuner.training_set(round_, epoch)
-        if not data.rows:
+        if data is None:
             self.accelerator.print(f"Round {epoch}: nothing was accepted, so nothing is trained.")
             return None
         state, progress, steps = self.callbacks.state, self.state, self.finetuner.steps_for(len(data.rows))
@@ -486,11 +485,9 @@ class PGraftTrainer:
     def save_checkpoint(self) -> None:
         """Write a checkpoint of the last round, and remove the oldest beyond `num_checkpoint_limit`."""
         if self.accelerator.is_main_process:
-            folder, policy = self.output_dir / "checkpoints", self.policy
-            adapter = ADAPTER_NAME if policy.has_adapter else None
-            save_checkpoint(
-                folder, self.pipeline, policy.switch, adapter, self.finetuner.optimizer, self.state, self._run()
-            )
+            folder = self.output_dir / "checkpoints"
+            save_adapter = self._save_adapter if self.policy.has_adapter else None
+            save_checkpoint(folder, self.state, self._run(), self.finetuner.optimizer, save_adapter)
             # `total_limit` is accelerate's name, with which DDPO's scripts set it.
             limit = self.config.project_kwargs.get("total_limit") or self.config.num_checkpoint_limit
             prune_checkpoints(folder, limit)
@@ -500,7 +497,7 @@ class PGraftTrainer:
 
     def _run(self) -> dict[str, Any]:
         """What the run's result depends on."""
-        values = self.config.shaping(self.accelerator.num_processes)
+        values = self.config.resume_signature(self.accelerator.num_processes)
         rewards = {reward.name: reward.weight for reward in self.rewards}
         start = self.policy.start
         adapter = {"adapter": adapter_values(self.policy.peft_config), "rewards": rewards}

@@ -6,8 +6,8 @@ What the library costs on top of what it is built from, as ratios within one pro
     python -m examples.benchmarks.overhead --repeats 15
 
 Rollout: `sample_batches` (record states, seed each sample) over the bare pipeline call for the same images. Training:
-`fit` over a minimal hand-written LoRA loop with the same batches. Runs of the two sides alternate; medians are
-compared.
+`fine_tune_adapter` over a minimal hand-written LoRA loop with the same batches. Runs of the two sides alternate;
+medians are compared.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from trl_pgraft.pipelines.conditioning import record_conditioning
 from trl_pgraft.pipelines.inputs import call_pipeline
 from trl_pgraft.rollouts.prompts import PromptGroup, samples_of
 from trl_pgraft.rollouts.sampling import sample_batches
-from trl_pgraft.training.finetuner import fit
+from trl_pgraft.training.finetuner import fine_tune_adapter
 from trl_pgraft.training.graft_loss import graft_loss
 from trl_pgraft.training.rows import Rows
 
@@ -68,7 +68,7 @@ def rollout(trainer, repeats: int) -> tuple[float, float]:
 
 
 def training(trainer, repeats: int) -> tuple[float, float]:
-    """`fit` against a loop that does only what LoRA training must."""
+    """`fine_tune_adapter` against a loop that does only what LoRA training must."""
     prompts = load_prompts("train")[:BATCH]
     states = torch.randn(BATCH, *_latent_shape(trainer))
     conditioning = record_conditioning(trainer.pipeline, trainer.policy.call, prompts, trainer.policy.arguments)
@@ -76,8 +76,8 @@ def training(trainer, repeats: int) -> tuple[float, float]:
     loss = graft_loss(trainer.policy, ADAPTER_NAME, conditioning)
 
     def ours() -> None:
-        passes = iter([rows] * STEPS)
-        fit(trainer.accelerator, loss, states, passes, trainer.finetuner.optimizer, trainer.config, lambda _: 1e-4)
+        passes, optimizer = iter([rows] * STEPS), trainer.finetuner.optimizer
+        fine_tune_adapter(trainer.accelerator, loss, states, passes, optimizer, trainer.config, lambda _: 1e-4)
 
     return alternate(ours, _hand_written(trainer, states, conditioning), repeats)
 
@@ -115,7 +115,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(GraftConfig(output_dir=folder, **fields), load_prompts("train"))
         rows = [("rollout / pipeline call", *rollout(trainer, repeats))]
-        rows += [("fit / hand-written LoRA loop", *training(trainer, repeats))]
+        rows += [("fine-tuning / hand-written LoRA loop", *training(trainer, repeats))]
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, median of {repeats}, batch {BATCH}")
     print("| what | ours, s | bare, s | ratio |\n| --- | --: | --: | --: |")

@@ -21,7 +21,7 @@ from tiny_flow import flow_data, make_config, tiny_flow
 from trl_pgraft import NoiseCorrectionTrainer
 from trl_pgraft.noise_correction import dataset as inverted_data
 from trl_pgraft.noise_correction.correctors.network import make_network
-from trl_pgraft.noise_correction.fine_tuning import CorrectorFit
+from trl_pgraft.noise_correction.fine_tuning import CorrectorFinetuner
 
 
 def main() -> None:
@@ -29,21 +29,21 @@ def main() -> None:
     options = json.loads(sys.argv[1])
     die_at, folder = options.pop("die_at", None), Path(options.pop("folder"))
     if die_at == "inversion":
-        save, strike = inverted_data.save_file, at(2, kill)
+        save, strike = inverted_data.save_tensors, at(2, kill)
 
         def save_or_die(*args, **kwargs):
             strike()
             save(*args, **kwargs)
 
-        inverted_data.save_file = save_or_die
+        inverted_data.save_tensors = save_or_die
     if die_at == "training":
-        step, strike = CorrectorFit._train_step, at(5, kill)
+        step, strike = CorrectorFinetuner._train_step, at(5, kill)
 
         def step_or_die(self, *args):
             strike()
             step(self, *args)
 
-        CorrectorFit._train_step = step_or_die
+        CorrectorFinetuner._train_step = step_or_die
     torch.set_num_threads(1)
     network = None
     if options.pop("float64", False):

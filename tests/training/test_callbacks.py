@@ -36,7 +36,7 @@ for _event in EVENTS:
 
 @pytest.fixture
 def train(tmp_path):
-    """Runs rounds of one group of four images: one accepted, two passes of two microbatches, one step each."""
+    """Runs iterations of one group of four images: one accepted, two passes of two microbatches, one step each."""
 
     def run(*callbacks, **options):
         config = GraftConfig(
@@ -70,7 +70,7 @@ def test_every_event_comes_in_transformers_order(train):
     ends = [state for event, state in zip(recorder.events, recorder.states, strict=True) if event == "on_step_end"]
     assert [step for _, step, _ in ends] == [1, 2, 3, 4] and {most for _, _, most in ends} == {4}
     begin = recorder.states[recorder.events.index("on_train_begin")]
-    assert begin == (0, 0, 4), "the number of steps is known at the start"
+    assert begin == (0, 0, 4), "the number of steps is set at the start"
     logged = [values for event, values in zip(recorder.events, recorder.values, strict=True) if event == "on_evaluate"]
     assert all("eval/reward" in values["metrics"] for values in logged)
 
@@ -81,8 +81,8 @@ def test_a_control_is_no_step(train):
     assert recorder.events.count("on_step_end") == trainer.state.global_step == 4
 
 
-class Asking(TrainerCallback):
-    """Asks for something at the end of the first round."""
+class Requesting(TrainerCallback):
+    """Requests something at the end of the first iteration."""
 
     def __init__(self, what):
         self.what = what
@@ -93,16 +93,16 @@ class Asking(TrainerCallback):
 
 
 @pytest.mark.parametrize("what, event", [("should_save", "on_save"), ("should_evaluate", "on_evaluate")])
-def test_a_callback_may_ask_to_save_and_to_evaluate(train, what, event):
+def test_a_callback_may_request_to_save_and_to_evaluate(train, what, event):
     options = {"num_epochs": 3, "save_freq": 9, "eval_freq": 9, "eval_prompts": ["a cat"]}
-    usual, asked = Recorder(), Recorder()
+    usual, requested = Recorder(), Recorder()
     train(usual, **options)
-    train(asked, Asking(what), **options)
-    assert asked.events.count(event) == usual.events.count(event) + 1
+    train(requested, Requesting(what), **options)
+    assert requested.events.count(event) == usual.events.count(event) + 1
 
 
 def test_a_run_that_is_stopped_is_saved(train):
-    trainer = train(Asking("should_training_stop"), num_epochs=5, save_freq=9)
+    trainer = train(Requesting("should_training_stop"), num_epochs=5, save_freq=9)
     assert len(trainer.history) == 1
     assert (trainer.output_dir / "checkpoints" / "checkpoint_0").is_dir()
 

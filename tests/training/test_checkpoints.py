@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig
 from tiny_pipelines import add_random_adapter, tiny_sd
 
-from trl_pgraft import GraftConfig, SwitchLevel
+from trl_pgraft import GraftConfig, SwitchLevel, save_pgraft_adapter
 from trl_pgraft.adapters.files import load_adapter_weights, read_switch
 from trl_pgraft.adapters.lora import adapter_parameters
 from trl_pgraft.training.checkpoints import (
@@ -42,18 +42,16 @@ def descend(optimizer, steps, seed=0):
         optimizer.step()
 
 
-def save(folder, epoch, **options):
-    pipeline = options.pop("pipeline", None)
-    adapter, optimizer = options.pop("adapter", None), options.pop("optimizer", None)
-    state = TrainerState(epoch=epoch, **options)
-    return save_checkpoint(folder, pipeline, SWITCH, adapter, optimizer, state, {"seed": 0})
+def save(folder, epoch, pipeline=None, optimizer=None, **options):
+    save_adapter = None if pipeline is None else lambda path: save_pgraft_adapter(pipeline, path, SWITCH)
+    return save_checkpoint(folder, TrainerState(epoch=epoch, **options), {"seed": 0}, optimizer, save_adapter)
 
 
-def test_progress_comes_back(tmp_path):
-    progress = TrainerState(3, 40, 96, 1920, 2, 1.25, False, 120, [{"loss": 0.5, "epoch": 2}])
-    path = save_checkpoint(tmp_path, None, SWITCH, None, None, progress, {})
+def test_the_state_comes_back(tmp_path):
+    state = TrainerState(3, 40, 96, 1920, 2, 1.25, False, 120, [{"loss": 0.5, "epoch": 2}])
+    path = save_checkpoint(tmp_path, state, {})
     assert path == tmp_path / "checkpoint_2"
-    assert load_trainer_state(path) == progress
+    assert load_trainer_state(path) == state
 
 
 def test_adapter_and_optimizer_continue_where_they_were(sd, tmp_path):
@@ -61,7 +59,7 @@ def test_adapter_and_optimizer_continue_where_they_were(sd, tmp_path):
     add_random_adapter(sd.unet)
     optimizer = optimizer_of(adapter_parameters(sd.unet, "pgraft"))
     descend(optimizer, 2)
-    path = save(tmp_path, 1, pipeline=sd, adapter="pgraft", optimizer=optimizer)
+    path = save(tmp_path, 1, pipeline=sd, optimizer=optimizer)
     descend(optimizer, 2, seed=1)
 
     fresh = tiny_sd()
@@ -81,7 +79,7 @@ def test_a_checkpoint_has_no_pickles(sd, tmp_path):
     add_random_adapter(sd.unet)
     optimizer = optimizer_of(adapter_parameters(sd.unet, "pgraft"))
     descend(optimizer, 1)
-    path = save(tmp_path, 1, pipeline=sd, adapter="pgraft", optimizer=optimizer)
+    path = save(tmp_path, 1, pipeline=sd, optimizer=optimizer)
     assert {file.suffix for file in path.iterdir()} <= {".safetensors", ".json", ".md"}
 
 
@@ -123,7 +121,7 @@ def _fail(*_, **__):
     raise OSError("disk full, on purpose")
 
 
-def test_a_checkpoint_is_replaced_by_one_of_the_same_round(tmp_path):
+def test_a_checkpoint_is_replaced_by_one_of_the_same_iteration(tmp_path):
     save(tmp_path, 1, images=8)
     assert load_trainer_state(save(tmp_path, 1, images=16)).images == 16
 
@@ -149,9 +147,9 @@ def test_the_oldest_checkpoints_go_first(tmp_path):
     assert len(checkpoints_in(tmp_path)) == 3
 
 
-def test_a_run_of_other_values_is_told_apart(tmp_path):
+def test_a_run_of_other_values_is_refused(tmp_path):
     run = {"seed": 0, "acceptance": "top_k", "rewards": {"red": 1.0}}
-    path = save_checkpoint(tmp_path, None, SWITCH, None, None, TrainerState(epoch=1), run)
+    path = save_checkpoint(tmp_path, TrainerState(epoch=1), run)
     check_same_run(path, dict(run), *CONFIGS)
     with pytest.raises(ChangedRunError, match="seed was 0 and is 1; rewards was {'red': 1.0} and is {}"):
         check_same_run(path, {**run, "seed": 1, "rewards": {}}, *CONFIGS)

@@ -12,9 +12,9 @@ from trl_pgraft.pipelines.conditioning import record_conditioning
 from trl_pgraft.pipelines.denoiser_call import replay
 from trl_pgraft.pipelines.introspection import introspect
 from trl_pgraft.pipelines.timesteps import tuned_levels
-from trl_pgraft.training.finetuner import FineTuningReport, count_microbatches, fit
+from trl_pgraft.training.finetuner import FineTuningReport, fine_tune_adapter
 from trl_pgraft.training.graft_loss import GraftLoss
-from trl_pgraft.training.rows import Rows
+from trl_pgraft.training.rows import Rows, count_microbatches
 
 
 PROMPTS = ["a cat", "a dog"]
@@ -77,7 +77,7 @@ def squared(difference, weight):
     return weight.float() * difference.square().flatten(1).mean(1)
 
 
-def test_the_conditional_loss_fits_the_conditional_prediction(tuned, batch):
+def test_the_conditional_loss_compares_the_conditional_prediction(tuned, batch):
     loss = loss_of(tuned, "conditional")
     c, _, target, weight = predictions(loss, batch)
     torch.testing.assert_close(evaluate(loss, batch).detach(), squared(c - target, weight))
@@ -90,19 +90,19 @@ def test_dropped_rows_get_the_unconditional_input(tuned, batch):
     torch.testing.assert_close(evaluate(loss, batch, (False, True, False)).detach(), expected)
 
 
-def test_the_combined_loss_fits_the_guided_prediction(tuned, batch):
+def test_the_combined_loss_compares_the_guided_prediction(tuned, batch):
     loss = loss_of(tuned, "combined")
     c, u, target, weight = predictions(loss, batch)
     torch.testing.assert_close(evaluate(loss, batch).detach(), squared(u + GUIDANCE * (c - u) - target, weight))
 
 
-def test_the_corrected_loss_fits_the_conditional_prediction_to_a_target_by_the_reference(tuned, batch):
+def test_the_corrected_loss_compares_the_conditional_prediction_with_a_target_by_the_reference(tuned, batch):
     loss = loss_of(tuned, "corrected")
     c, _, target, weight = predictions(loss, batch)
     _, u, _, _ = predictions(loss, batch, adapter=False)
     expected = squared(c - (u + (target - u) / GUIDANCE), weight)
     torch.testing.assert_close(evaluate(loss, batch).detach(), expected)
-    assert active_adapters(tuned.unet) == ["pgraft"], "the reference was only asked"
+    assert active_adapters(tuned.unet) == ["pgraft"], "the reference was only called"
 
 
 def test_the_reference_is_without_each_of_the_adapters(tuned, batch):
@@ -143,14 +143,16 @@ def rows_of(*passes):
     return iter([Rows(rows, rows % 2, (1000 * (8 * n + rows)).tolist()) for n, rows in enumerate(tensors)])
 
 
-def fit_on(pipeline, passes, config, loss=None, **options):
-    """Fit the adapter, with plain gradient descent so that equal gradients give equal steps."""
+def fine_tune_on(pipeline, passes, config, loss=None, **options):
+    """Fine-tune the adapter, with plain gradient descent so that equal gradients give equal steps."""
     states = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     parameters = adapter_parameters(pipeline.unet, "pgraft")
     optimizer = torch.optim.SGD(parameters, lr=1.0)
     schedule = options.pop("lr_schedule", lambda step: 0.05)
     loss = loss or loss_of(pipeline)
-    return fit(Accelerator(cpu=True), loss, states, rows_of(*passes), optimizer, config, schedule, **options)
+    return fine_tune_adapter(
+        Accelerator(cpu=True), loss, states, rows_of(*passes), optimizer, config, schedule, **options
+    )
 
 
 def values_of(pipeline):
@@ -161,9 +163,9 @@ def base_of(pipeline):
     return {n: p.detach().clone() for n, p in pipeline.unet.named_parameters() if "lora_" not in n}
 
 
-def test_a_fit_moves_the_adapter_and_not_the_base(tuned):
+def test_fine_tuning_moves_the_adapter_and_not_the_base(tuned):
     before, base = values_of(tuned), base_of(tuned)
-    report = fit_on(tuned, [[0, 1, 2, 3]], config_of())
+    report = fine_tune_on(tuned, [[0, 1, 2, 3]], config_of())
     assert report.steps == 2 and report.skipped == 0
     assert not any(torch.equal(a, b) for a, b in zip(before, values_of(tuned), strict=True))
     assert all(torch.equal(value, base[name]) for name, value in base_of(tuned).items())
@@ -171,15 +173,15 @@ def test_a_fit_moves_the_adapter_and_not_the_base(tuned):
 
 
 @pytest.mark.parametrize("guidance_loss", ["conditional", "corrected", "combined"])
-def test_a_fit_lowers_its_loss(sd, guidance_loss):
+def test_fine_tuning_lowers_its_loss(sd, guidance_loss):
     """One microbatch can be learnt by heart: 20 steps on the same rows, noise and timesteps."""
     add_adapter(sd.unet, LoraConfig(r=8, target_modules=["conv_in", "conv1", "conv2", "conv_out"]), "pgraft", seed=0)
     states = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     optimizer = torch.optim.Adam(adapter_parameters(sd.unet, "pgraft"))
     passes = iter([Rows(torch.tensor([0, 1]), torch.tensor([0, 1]), [5, 6])] * 20)
     loss = loss_of(sd, guidance_loss)
-    losses = fit(Accelerator(cpu=True), loss, states, passes, optimizer, config_of(), lambda step: 0.03).losses
-    assert losses[-1].mean() < 0.5 * losses[0].mean()
+    report = fine_tune_adapter(Accelerator(cpu=True), loss, states, passes, optimizer, config_of(), lambda step: 0.03)
+    assert report.losses[-1].mean() < 0.5 * report.losses[0].mean()
 
 
 @pytest.mark.parametrize(
@@ -196,7 +198,7 @@ def test_a_fit_lowers_its_loss(sd, guidance_loss):
 def test_microbatches_and_steps_are_counted(tuned, rows, options, microbatches, steps):
     config, seen = config_of(**options), []
     passes = [list(range(rows))] * config.train_num_inner_epochs
-    report = fit_on(tuned, passes, config, on_event=seen.append)
+    report = fine_tune_on(tuned, passes, config, on_event=seen.append)
     ends = seen.count("on_substep_end") + seen.count("on_step_end")
     assert count_microbatches(rows, config, processes=1) == ends == microbatches
     for event in ("on_step_begin", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end"):
@@ -205,11 +207,11 @@ def test_microbatches_and_steps_are_counted(tuned, rows, options, microbatches, 
 
 def test_accumulated_microbatches_are_one_large_batch(tuned, sd):
     initial = values_of(tuned)
-    fit_on(tuned, [[0, 1, 2, 3]], config_of(train_batch_size=4))
+    fine_tune_on(tuned, [[0, 1, 2, 3]], config_of(train_batch_size=4))
     large = values_of(tuned)
     for parameter, value in zip(adapter_parameters(tuned.unet, "pgraft"), initial, strict=True):
         parameter.data.copy_(value)
-    fit_on(tuned, [[0, 1, 2, 3]], config_of(train_batch_size=2, train_gradient_accumulation_steps=2))
+    fine_tune_on(tuned, [[0, 1, 2, 3]], config_of(train_batch_size=2, train_gradient_accumulation_steps=2))
     for one, other in zip(large, values_of(tuned), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
 
@@ -232,7 +234,7 @@ def test_timesteps_and_noise_depend_on_the_row_alone(tuned):
     given = []
     for order, size in (([0, 1, 2, 3], 2), ([3, 1, 0, 2], 4)):
         spy = Spy(tuned, levels, caption_dropout=0.5)
-        fit_on(tuned, [order], config_of(train_batch_size=size, train_timestep_fraction=0.3), spy)
+        fine_tune_on(tuned, [order], config_of(train_batch_size=size, train_timestep_fraction=0.3), spy)
         given.append({(float(x_i.sum()), t, float(noise.sum()), dropped) for x_i, noise, t, _, dropped in spy.given})
     assert given[0] == given[1] and len(given[0]) == 12
 
@@ -240,7 +242,7 @@ def test_timesteps_and_noise_depend_on_the_row_alone(tuned):
 def test_the_timesteps_of_a_row_are_stratified_over_the_tuned_range(tuned):
     levels = loss_of(tuned).levels
     spy = Spy(tuned, levels)
-    fit_on(tuned, [[0, 1]], config_of(train_timestep_fraction=0.4), spy)
+    fine_tune_on(tuned, [[0, 1]], config_of(train_timestep_fraction=0.4), spy)
     for prompt in (0, 1):
         timesteps = torch.tensor([t for _, _, t, p, _ in spy.given if p == prompt])
         assert sorted(levels.bin_of(timesteps, 4).tolist()) == [0, 1, 2, 3]
@@ -249,7 +251,7 @@ def test_the_timesteps_of_a_row_are_stratified_over_the_tuned_range(tuned):
 
 def test_each_row_timestep_and_pass_has_noise_of_its_own(tuned):
     spy = Spy(tuned, loss_of(tuned).levels)
-    fit_on(tuned, [[0, 1], [0, 1]], config_of(train_timestep_fraction=0.3), spy)
+    fine_tune_on(tuned, [[0, 1], [0, 1]], config_of(train_timestep_fraction=0.3), spy)
     noises = [noise for _, noise, _, _, _ in spy.given]
     assert len({float(noise.sum()) for noise in noises}) == 2 * 2 * 3
     correlations = torch.corrcoef(torch.stack([noise.flatten() for noise in noises])) - torch.eye(12)
@@ -259,13 +261,13 @@ def test_each_row_timestep_and_pass_has_noise_of_its_own(tuned):
 @pytest.mark.parametrize("dropout, low, high", [(0.0, 0, 0), (0.5, 60, 140)])
 def test_captions_are_dropped_at_their_rate(tuned, dropout, low, high):
     spy = Spy(tuned, loss_of(tuned).levels, dropout)
-    fit_on(tuned, [[i % 8 for i in range(8)]] * 25, config_of(train_batch_size=8), spy)
+    fine_tune_on(tuned, [[i % 8 for i in range(8)]] * 25, config_of(train_batch_size=8), spy)
     assert len(spy.given) == 200 and low <= sum(dropped for *_, dropped in spy.given) <= high
 
 
 def test_the_last_batch_is_filled_up_from_the_first_rows(tuned):
     spy = Spy(tuned, loss_of(tuned).levels)
-    fit_on(tuned, [[2, 3, 4]], config_of(), spy)
+    fine_tune_on(tuned, [[2, 3, 4]], config_of(), spy)
     assert [prompt for _, _, _, prompt, _ in spy.given] == [0, 1, 0, 0]
 
 
@@ -277,9 +279,9 @@ def test_the_learning_rate_is_that_of_the_schedule(tuned):
         return 0.1 if step < 2 else 0.0
 
     start = values_of(tuned)
-    fit_on(tuned, [[0, 1]] * 2, config_of(), lr_schedule=schedule)
+    fine_tune_on(tuned, [[0, 1]] * 2, config_of(), lr_schedule=schedule)
     after_two = values_of(tuned)
-    fit_on(tuned, [[0, 1]] * 2, config_of(), lr_schedule=lambda step: 0.0)
+    fine_tune_on(tuned, [[0, 1]] * 2, config_of(), lr_schedule=lambda step: 0.0)
     assert asked == [0, 1]
     assert not torch.equal(start[0], after_two[0])
     assert all(torch.equal(a, b) for a, b in zip(after_two, values_of(tuned), strict=True))
@@ -288,7 +290,7 @@ def test_the_learning_rate_is_that_of_the_schedule(tuned):
 def test_gradients_are_clipped(tuned):
     start = values_of(tuned)
     spy = Spy(tuned, loss_of(tuned).levels, scale=1e4)
-    fit_on(tuned, [[0, 1]], config_of(train_max_grad_norm=0.5), spy, lr_schedule=lambda step: 1.0)
+    fine_tune_on(tuned, [[0, 1]], config_of(train_max_grad_norm=0.5), spy, lr_schedule=lambda step: 1.0)
     moved = torch.cat([(a - b).flatten() for a, b in zip(start, values_of(tuned), strict=True)])
     assert moved.norm().item() == pytest.approx(0.5, rel=1e-3)
 
@@ -296,7 +298,7 @@ def test_gradients_are_clipped(tuned):
 def test_a_step_with_a_gradient_that_is_not_finite_is_skipped_and_counted(tuned):
     start = values_of(tuned)
     spy = Spy(tuned, loss_of(tuned).levels, scale=float("nan"))
-    report = fit_on(tuned, [[0, 1]] * 3, config_of(), spy)
+    report = fine_tune_on(tuned, [[0, 1]] * 3, config_of(), spy)
     assert (report.steps, report.skipped) == (3, 3)
     assert all(torch.equal(a, b) for a, b in zip(start, values_of(tuned), strict=True))
 
@@ -304,7 +306,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_skipped_and_counted(tuned)
 def test_ten_skipped_steps_in_a_row_stop_training(tuned):
     spy = Spy(tuned, loss_of(tuned).levels, scale=float("inf"))
     with pytest.raises(RuntimeError, match="last 10 optimizer steps.*train_learning_rate.*mixed_precision"):
-        fit_on(tuned, [[0, 1]] * 12, config_of(), spy)
+        fine_tune_on(tuned, [[0, 1]] * 12, config_of(), spy)
 
 
 def test_a_report_averages_the_loss_by_level():

@@ -121,6 +121,6 @@ class NoiseCorrectionConfig:
     def __post_init__(self) -> None:
         check_fields(self, _RANGES)
 
-    def shaping(self) -> dict[str, Any]:
+    def resume_signature(self) -> dict[str, Any]:
         """What the trained corrector depends on, and so must not change when a run is resumed."""
         return plain_fields(self, without=MAY_CHANGE)

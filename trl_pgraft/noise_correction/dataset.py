@@ -4,7 +4,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -17,13 +16,12 @@ from accelerate import Accelerator
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..adapters.gate import gate_on
 from ..adapters.lora import tuner_layers
 from ..core.seeding import seed_of
+from ..core.tensor_files import load_tensors, save_tensors
 from ..pipelines.denoiser_call import denoiser_of
 from ..pipelines.denoiser_format import uncompiled
 from ..pipelines.fingerprint import fingerprint_of, stable
@@ -122,7 +120,6 @@ class DatasetInverter:
                 the data set is not the same at each reading.
         """
         self._made_by, self._left_out = json.dumps([self._sampler_tag(), self._encoding_tag()]), 0
-        self.folder.mkdir(parents=True, exist_ok=True)
         starts = range(0, len(self.dataset), self.config.inversion_batch_size)
         own = starts[accelerator.process_index :: accelerator.num_processes]
         for start in tqdm(own, desc="inverting", disable=not accelerator.is_local_main_process):
@@ -157,10 +154,7 @@ class DatasetInverter:
         if found is not None:
             self._left_out += count - len(found["rows"])
             return
-        found = self._invert(start, batch, count)
-        aside = path.with_suffix(".tmp")
-        save_file({n: tensor.contiguous() for n, tensor in found.items()}, aside, metadata={"made_from": tag})
-        os.replace(aside, path)
+        save_tensors(path, self._invert(start, batch, count), {"made_from": tag})
 
     @torch.no_grad()
     def _invert(self, start: int, batch: dict[str, list[Any]], count: int) -> dict[str, torch.Tensor]:
@@ -213,13 +207,7 @@ class DatasetInverter:
         path = self.folder / f"noise-{start:08d}.safetensors"
         batch = self.dataset[start : start + self.config.inversion_batch_size]
         tag = self._tag(batch)
-        try:
-            with safe_open(path, framework="pt") as file:
-                if file.metadata() == {"made_from": tag}:
-                    return path, batch, tag, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError):
-            pass
-        return path, batch, tag, None
+        return path, batch, tag, load_tensors(path, {"made_from": tag})
 
     def _tag(self, batch: dict[str, list[Any]]) -> str:
         """Hash of what a file is made from: the sampler with its models, and the batch bit for bit."""

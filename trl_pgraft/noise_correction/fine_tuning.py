@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Fitting a corrector to inverted noise: batches, the loss, the moving average, checkpoints."""
+"""Training of a corrector on inverted noise: batches, the loss, the moving average, checkpoints."""
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +12,15 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..config import default_values
 from ..core.seeding import seed_of
+from ..core.tensor_files import save_tensors
 from ..pipelines.conditioning import Conditioning
 from ..pipelines.denoiser_call import DenoiserCall
 from ..training.checkpoints import load_optimizer_tensors, optimizer_tensors, refuse_changes
-from ..training.optimizer import learning_rates, prepared, stop_if_skipped, take_step
+from ..training.optimizer import OptimizerSteps, learning_rates, prepared
 from .config import NoiseCorrectionConfig
 from .correctors import FlowCorrector
 from .correctors.transport import perturb
@@ -34,14 +33,14 @@ HELD_OUT_PASSES = 4
 
 @dataclass(frozen=True)
 class CorrectorData:
-    """
-    What a corrector is fitted to.
+    r"""
+    What a corrector is trained on.
 
     Args:
         inverted ([`InvertedData`]):
-            Inverted noise, of `N` samples; a resumed fit must have the same.
+            Inverted noise of `N` samples; a resumed run must have the same.
         prompts (`torch.Tensor` of shape `(N,)`, int64):
-            Row of the conditioning that each belongs to.
+            Row of the conditioning that each sample belongs to.
         call ([`DenoiserCall`]):
             How the pipeline calls its denoiser.
         conditioning ([`Conditioning`]):
@@ -54,23 +53,23 @@ class CorrectorData:
     conditioning: Conditioning
 
 
-class CorrectorFit:
-    """
-    The fit of one corrector. Batches, levels and noise are functions of seed and step, whatever the processes.
+class CorrectorFinetuner:
+    r"""
+    Trains one corrector. Batches, levels and noise depend on seed and step alone, and not on the processes.
 
     Args:
         accelerator (`Accelerator`):
-            Engine.
+            The processes, their device and their precision.
         corrector ([`FlowCorrector`]):
-            What is fitted.
+            The corrector, which is trained in place.
         data ([`CorrectorData`]):
-            What to.
+            Inverted noise, its prompts and their conditioning.
         config ([`NoiseCorrectionConfig`]):
-            How.
+            Batch size, optimizer, moving average, held-out share, and steps between logs and checkpoints.
         folder (`Path`):
-            Where the checkpoint is kept.
-        log (`Callable[[dict], None]`):
-            Takes metrics.
+            Output folder, in which the checkpoint is kept.
+        log (`Callable[[dict[str, float]], None]`):
+            Takes metrics by name, in every process.
     """
 
     def __init__(
@@ -83,55 +82,51 @@ class CorrectorFit:
         log: Callable[[dict[str, float]], None],
     ):
         self.accelerator, self.corrector, self.data, self.config, self.log = accelerator, corrector, data, config, log
-        self.path, self.step, self._losses, self._skipped_in_a_row = folder / CHECKPOINT_FILE, 0, [], 0
+        self.path, self.step = folder / CHECKPOINT_FILE, 0
+        self._losses: list[torch.Tensor] = []
         self.parameters = corrector.parameters
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.average = EMAModel(self.parameters, decay=config.ema_decay, foreach=True) if config.ema_decay else None
         self.held_out, self.rows = split(len(data.inverted.noise), config)
 
     def run(self) -> None:
-        """
-        Train to `max_steps`, or on from the checkpoint; the corrector ends with the averaged weights.
+        r"""
+        Train to `max_steps`, from the checkpoint where that is resumed; the corrector ends with the averaged weights.
 
         Raises:
+            `ChangedRunError`: the checkpoint is of another configuration, corrector or data.
             `RuntimeError`: ten optimizer steps in a row had a non-finite loss or gradient.
         """
-        if self.config.resume_from_checkpoint and self.path.is_file():
+        config, accelerator = self.config, self.accelerator
+        if config.resume_from_checkpoint and self.path.is_file():
             self._load()
-        rate = learning_rates(
-            self.config.lr_scheduler_type, self.config.learning_rate, self.config.warmup_steps, self.config.max_steps
-        )
-        module, hidden = self.corrector.module, not self.accelerator.is_local_main_process
-        bar = tqdm(total=self.config.max_steps, initial=self.step, desc="training the corrector", disable=hidden)
-        with prepared(self.accelerator, module, self.optimizer) as (model, stepper), self.corrector.active(), bar:
-            while self.step < self.config.max_steps:
-                self._train_step(model, stepper, rate(self.step))
+        rate = learning_rates(config.lr_scheduler_type, config.learning_rate, config.warmup_steps, config.max_steps)
+        module, hidden = self.corrector.module, not accelerator.is_local_main_process
+        bar = tqdm(total=config.max_steps, initial=self.step, desc="training the corrector", disable=hidden)
+        with prepared(accelerator, module, self.optimizer) as (model, wrapped), self.corrector.active(), bar:
+            steps = OptimizerSteps(accelerator, wrapped, config.max_grad_norm, "learning_rate", self.average)
+            while self.step < config.max_steps:
+                self._train_step(model, steps, rate(self.step))
                 self.step += 1
                 bar.update()
                 self._report(rate(self.step))
         if self.average is not None:
             self.average.copy_to(self.parameters)
 
-    def _train_step(self, model: Any, optimizer: Any, learning_rate: float) -> None:
+    def _train_step(self, model: torch.nn.Module, steps: OptimizerSteps, learning_rate: float) -> None:
         count, processes = self.config.train_batch_size, self.accelerator.num_processes
         generator = _generator(self.config.seed, "step", self.step)
         rows = self.rows[torch.randint(len(self.rows), (count,), generator=generator)]
-        # Each process has samples of all levels, which are drawn in ascending order.
+        # Each process has samples of all levels, which are sampled in ascending order.
         own = torch.arange(self.accelerator.process_index, count, processes)
         with self.accelerator.autocast():
             loss = self._losses_of(rows, generator, own, model).mean()
         self.accelerator.backward(loss)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        finite = take_step(self.accelerator, optimizer, self.parameters, self.config.max_grad_norm)
-        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
-        stop_if_skipped(self._skipped_in_a_row, "learning_rate")
-        if self.average is not None:
-            self.average.step(self.parameters)
+        steps.take(learning_rate)
         self._losses.append(self.accelerator.reduce(loss.detach(), "mean"))
 
     def _losses_of(
-        self, rows: torch.Tensor, generator: torch.Generator, own: torch.Tensor, model: Callable | None
+        self, rows: torch.Tensor, generator: torch.Generator, own: torch.Tensor, model: torch.nn.Module | None
     ) -> torch.Tensor:
         """Squared error of the samples `own` of a batch of `rows`; without a model, that of correcting nothing."""
         signal = (torch.arange(len(rows)) + torch.rand(len(rows), generator=generator)) / len(rows)
@@ -146,10 +141,12 @@ class CorrectorFit:
         return (prediction - target).square().flatten(1).mean(1)
 
     def evaluate(self) -> dict[str, float]:
-        """
-        Loss on the held-out samples with the weights that would be kept, and that of correcting nothing.
+        r"""
+        Evaluate the corrector on the held-out samples, with the averaged weights where an average is kept.
 
-        Their difference is what the corrector knows of the inverted noise.
+        Returns:
+            `dict[str, float]`: the loss as `held_out/loss`, and that of correcting nothing as
+                `held_out/loss_uncorrected`; nothing where no samples are held out.
         """
         if not len(self.held_out):
             return {}
@@ -160,12 +157,11 @@ class CorrectorFit:
         rows, size = self.held_out.repeat(HELD_OUT_PASSES), self.config.train_batch_size
         at_a_time = size // self.accelerator.num_processes  # what fits in training
         with torch.no_grad(), self.corrector.active():
-            parts = [(n, part, own) for n, part in enumerate(rows.split(size)) for own in _split(part, at_a_time)]
-            for number, part, own in parts:
-                for name, model in zip(totals, (self.corrector.module, None), strict=True):
-                    generator = _generator(self.config.seed, "evaluation", number)
-                    losses = self._losses_of(part, generator, own, model)
-                    totals[name] += losses.sum().item() / len(rows)
+            for number, batch in enumerate(rows.split(size)):
+                for own in torch.arange(len(batch)).split(at_a_time):
+                    for name, model in zip(totals, (self.corrector.module, None), strict=True):
+                        generator = _generator(self.config.seed, "evaluation", number)
+                        totals[name] += self._losses_of(batch, generator, own, model).sum().item() / len(rows)
         if self.average is not None:
             self.average.restore(self.parameters)
         return totals
@@ -173,38 +169,34 @@ class CorrectorFit:
     def _report(self, learning_rate: float) -> None:
         """Metrics and a checkpoint, where they are due."""
         is_last = self.step == self.config.max_steps
-        if self.step % self.config.save_steps == 0 or is_last:
+        saves = self.step % self.config.save_steps == 0 or is_last
+        if saves and self.accelerator.is_main_process:
             self._save()
         if self.step % self.config.logging_steps == 0 or is_last:
             loss = torch.stack(self._losses).mean().item()
             self._losses.clear()
-            evaluated = self.evaluate() if self.step % self.config.save_steps == 0 or is_last else {}
+            evaluated = self.evaluate() if saves else {}
             self.log({"step": self.step, "loss": loss, "learning_rate": learning_rate, **evaluated})
 
     def _save(self) -> None:
         """Write the checkpoint, whole or not at all."""
-        if not self.accelerator.is_main_process:
-            return
-        tensors = {f"parameter.{i}": p.detach() for i, p in enumerate(self.parameters)}
+        tensors: dict[str, torch.Tensor] = {f"parameter.{i}": p for i, p in enumerate(self.parameters)}
         tensors |= {f"optimizer.{name}": value for name, value in optimizer_tensors(self.optimizer).items()}
         if self.average is not None:
-            state = self.average.state_dict()
-            tensors |= {f"average.{i}": p for i, p in enumerate(state["shadow_params"])}
-        aside = self.path.with_suffix(".tmp")
-        tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-        save_file(tensors, aside, metadata={"step": str(self.step), "run": json.dumps(self._run())})
-        os.replace(aside, self.path)
+            tensors |= {f"average.{i}": p for i, p in enumerate(self.average.state_dict()["shadow_params"])}
+        save_tensors(self.path, tensors, {"step": str(self.step), "run": json.dumps(self._resume_signature())})
 
-    def _run(self) -> dict[str, Any]:
-        """What the result depends on, and so must not change when the fit is resumed."""
+    def _resume_signature(self) -> dict[str, Any]:
+        """What the result depends on, and so must not change when the training is resumed."""
         made_with = {f"corrector's {name}": value for name, value in self.corrector.settings.items()}
-        return {**self.config.shaping(), **made_with, "inverted noise": self.data.inverted.fingerprint}
+        return {**self.config.resume_signature(), **made_with, "inverted noise": self.data.inverted.fingerprint}
 
     def _load(self) -> None:
         with safe_open(self.path, framework="pt") as file:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        refuse_changes(self.path, json.loads(metadata["run"]), self._run(), default_values(self.config))
+        defaults = default_values(self.config)
+        refuse_changes(self.path, json.loads(metadata["run"]), self._resume_signature(), defaults)
         self.step = int(metadata["step"])
         for i, parameter in enumerate(self.parameters):
             parameter.data.copy_(tensors[f"parameter.{i}"])
@@ -213,18 +205,26 @@ class CorrectorFit:
         load_optimizer_tensors(state, self.optimizer)
         if self.average is not None:
             shadow = [tensors[f"average.{i}"].to(p.device) for i, p in enumerate(self.parameters)]
-            state = {**self.average.state_dict(), "shadow_params": shadow, "optimization_step": self.step}
-            self.average.load_state_dict(state)
+            kept = {**self.average.state_dict(), "shadow_params": shadow, "optimization_step": self.step}
+            self.average.load_state_dict(kept)
 
 
 def split(count: int, config: NoiseCorrectionConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which of `count` samples are held out, and which are trained on."""
+    r"""
+    Split samples into held-out and training ones, at random.
+
+    Args:
+        count (`int`):
+            Number of samples.
+        config ([`NoiseCorrectionConfig`]):
+            Held-out share and seed.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: indices of the held-out samples, and of those to train on.
+    """
     order = torch.randperm(count, generator=_generator(config.seed, "held out"))
-    return order.tensor_split([int(count * config.held_out_fraction)])
-
-
-def _split(part: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
-    return torch.arange(len(part)).split(size)
+    held_out, rest = order.tensor_split([int(count * config.held_out_fraction)])
+    return held_out, rest
 
 
 def _generator(*key: Any) -> torch.Generator:

@@ -28,7 +28,7 @@ from .correctors import FlowCorrector, GaussianCorrector, LoraCorrector, Network
 from .correctors.gaussian import check_size
 from .correctors.network import make_network
 from .dataset import DatasetInverter, Encoder, InvertedData
-from .fine_tuning import CHECKPOINT_FILE, CorrectorData, CorrectorFit, split
+from .fine_tuning import CHECKPOINT_FILE, CorrectorData, CorrectorFinetuner, split
 from .flow_sampler import FlowSampler
 from .gaussianity import gaussianity, random_part
 from .pipeline import NoiseCorrectedPipeline
@@ -205,11 +205,11 @@ class NoiseCorrectionTrainer:
         if self.config.corrector == "gaussian":
             self.corrector = self.corrected.corrector = self._fit_gaussian(data.noise)
         else:
-            self.fit = CorrectorFit(
+            self.finetuner = CorrectorFinetuner(
                 self.accelerator, self.corrector, self._training_data(data), self.config, self.output_dir, self.log
             )
             with on_device(self.pipeline, denoiser_of(self.pipeline), self.accelerator):
-                self.fit.run()
+                self.finetuner.run()
         self.save_model()
         if self.config.push_to_hub:
             self.push_to_hub()

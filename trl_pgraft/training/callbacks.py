@@ -8,19 +8,21 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from ..config import GraftConfig
+
 
 class Callbacks:
-    """
-    Calls `TrainerCallback`s with a state and a control of their own types.
+    r"""
+    Calls transformers' callbacks with a state and a control of transformers' own types.
 
     Args:
         callbacks (`Sequence[TrainerCallback]`):
-            Callbacks or their classes.
+            Callbacks or their classes, in the order of the calls.
         config ([`GraftConfig`]):
-            Handed to them as `args`.
+            Configuration of the run, which they get as `args`.
     """
 
-    def __init__(self, callbacks: Sequence[TrainerCallback | type[TrainerCallback]], config: Any):
+    def __init__(self, callbacks: Sequence[TrainerCallback | type[TrainerCallback]], config: GraftConfig):
         self.callbacks = [callback() if isinstance(callback, type) else callback for callback in callbacks]
         self.config = config
         self.state = TrainerState(num_train_epochs=config.num_epochs, log_history=[])
@@ -28,14 +30,14 @@ class Callbacks:
         self.values: dict[str, Any] = {}
 
     def begin(self, accelerator: Accelerator, **values: Any) -> None:
-        """
-        Tell the callbacks that the trainer is made.
+        r"""
+        Call `on_init_end`.
 
         Args:
             accelerator (`Accelerator`):
-                Says which process this is.
+                Accelerator of the run, from which the state has which process this is.
             values (`Any`):
-                What every event is handed, as transformers' trainer does: `model`, `optimizer`.
+                What every event passes on as transformers' trainer does: `model`, `optimizer`.
         """
         self.state.is_world_process_zero = accelerator.is_main_process
         self.state.is_local_process_zero = accelerator.is_local_main_process
@@ -44,16 +46,16 @@ class Callbacks:
 
     @property
     def should_stop(self) -> bool:
-        """Whether a callback asked to stop training."""
+        """Whether a callback has requested that training stops."""
         return self.control.should_training_stop
 
-    def asked(self, what: str) -> bool:
-        """Whether a callback asked to `"save"` or to `"evaluate"` since this was asked last."""
-        wanted = getattr(self.control, f"should_{what}")
+    def pop_request(self, what: str) -> bool:
+        """Whether a callback has requested `what`, "save" or "evaluate", since the last call of this method."""
+        requested = getattr(self.control, f"should_{what}")
         setattr(self.control, f"should_{what}", False)
-        return wanted
+        return requested
 
     def notify(self, event: str, **values: Any) -> None:
-        """Call method `event` of every callback."""
+        """Call the method `event` of every callback, with further `values` of this event."""
         for callback in self.callbacks:
             getattr(callback, event)(self.config, self.state, self.control, **{**self.values, **values})

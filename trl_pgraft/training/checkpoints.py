@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Checkpoints at round boundaries: the adapter, the optimizer and how far the run is, without pickles."""
+"""Checkpoints between iterations: the adapter, the optimizer and how far the run is, without pickles."""
 
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,11 +17,10 @@ from peft import PeftConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..adapters.files import save_pgraft_adapter
 from ..config import GraftConfig, default_values
 from ..core.acceptance import default_k
+from ..core.atomic import atomic_save
 from ..core.divergence import accumulated_kl
-from ..core.switch_level import SwitchLevel
 from ..rollouts.rollout import Rollout
 
 
@@ -30,28 +29,29 @@ PREFIX = "checkpoint_"
 
 @dataclass
 class TrainerState:
-    """
+    r"""
     How far a run is.
 
     Args:
-        epoch (`int`):
-            Rounds completed.
-        global_step (`int`):
+        epoch (`int`, *optional*, defaults to `0`):
+            Iterations completed.
+        global_step (`int`, *optional*, defaults to `0`):
             Optimizer steps taken on accepted samples.
-        images (`int`):
-            Images drawn for training.
-        denoiser_calls (`int`):
-            Denoiser evaluations for them, counted per image and branch.
-        kl_rounds (`int`):
-            Rounds whose selection accumulates.
-        kl_sum (`float`):
+        images (`int`, *optional*, defaults to `0`):
+            Images sampled for training, over all processes.
+        denoiser_calls (`int`, *optional*, defaults to `0`):
+            Denoiser evaluations for these images, counted per image and branch.
+        kl_rounds (`int`, *optional*, defaults to `0`):
+            Iterations whose selection accumulates.
+        kl_sum (`float`, *optional*, defaults to `0.0`):
             Sum of the KL that each of them implies, in nats.
-        kl_composes (`bool`):
-            Whether all of them were the same top-k selection, whose composition is known.
-        steps_per_round (`int`):
-            Optimizer steps of the first round, from which the length of the learning-rate schedule is told.
-        history (`list[dict[str, float]]`):
-            Metrics logged so far.
+        kl_composes (`bool`, *optional*, defaults to `True`):
+            Whether all of them were the same top-k selection, whose composition has a formula.
+        steps_per_round (`int`, *optional*, defaults to `0`):
+            Optimizer steps of the first iteration, which determine the length of the learning-rate schedule; 0 before
+            it.
+        history (`list[dict[str, float]]`, *optional*):
+            Metrics logged so far; none where not given.
     """
 
     epoch: int = 0
@@ -88,49 +88,43 @@ class TrainerState:
 
 def save_checkpoint(
     folder: Path,
-    pipeline: Any,
-    switch: SwitchLevel,
-    adapter: str | None,
-    optimizer: torch.optim.Optimizer | None,
-    progress: TrainerState,
-    run: dict[str, Any],
+    state: TrainerState,
+    signature: dict[str, Any],
+    optimizer: torch.optim.Optimizer | None = None,
+    save_adapter: Callable[[Path], None] | None = None,
 ) -> Path:
-    """
-    Write `folder/checkpoint_<last epoch>`, whole or not at all: it is made aside and renamed into place.
+    r"""
+    Write `folder/checkpoint_<last epoch>`, whole or not at all.
 
     Args:
         folder (`Path`):
-            Folder of checkpoints.
-        pipeline (`DiffusionPipeline`):
-            Pipeline with the adapter.
-        switch ([`SwitchLevel`]):
-            Its switch level.
-        adapter (`str` or `None`):
-            Name of the adapter; `None` where there is none yet.
-        optimizer (`torch.optim.Optimizer` or `None`):
-            Optimizer whose state continues.
-        progress ([`TrainerState`]):
+            Folder of checkpoints, made if missing.
+        state ([`TrainerState`]):
             How far the run is.
-        run (`dict`):
-            What the result depends on, see [`check_same_run`].
+        signature (`dict[str, Any]`):
+            What the run's result depends on, by name, see [`check_same_run`].
+        optimizer (`torch.optim.Optimizer`, *optional*):
+            Optimizer whose state continues in the next iteration; each has a new one where not given.
+        save_adapter (`Callable[[Path], None]`, *optional*):
+            Writes the adapter to a folder; there is none yet where not given.
+
+    Returns:
+        `Path`: folder of the checkpoint.
 
     Raises:
-        `OSError`: it could not be written, on a full disk for one; the message names the last whole one.
+        `OSError`: it could not be written, for example because the disk is full; the message names the last whole one.
     """
-    target = folder / f"{PREFIX}{progress.epoch - 1}"
-    aside = folder / f"tmp-{target.name}"
-    shutil.rmtree(aside, ignore_errors=True)
+    target = folder / f"{PREFIX}{state.epoch - 1}"
     try:
-        aside.mkdir(parents=True)
-        if adapter is not None:
-            save_pgraft_adapter(pipeline, aside, switch, adapter)
-        if optimizer is not None:
-            save_file(optimizer_tensors(optimizer), aside / "optimizer.safetensors")
-        (aside / "run.json").write_text(json.dumps(run, indent=2, default=str) + "\n")
-        (aside / "progress.json").write_text(json.dumps(asdict(progress), indent=2) + "\n")
-        _put_in_place(aside, target)
+        with atomic_save(target) as aside:
+            aside.mkdir()
+            if save_adapter is not None:
+                save_adapter(aside)
+            if optimizer is not None:
+                save_file(optimizer_tensors(optimizer), aside / "optimizer.safetensors")
+            (aside / "run.json").write_text(json.dumps(signature, indent=2, default=str) + "\n")
+            (aside / "progress.json").write_text(json.dumps(asdict(state), indent=2) + "\n")
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
         last = [path.name for path in checkpoints_in(folder)][-1:] or ["none"]
         raise OSError(
             f"{target} could not be written ({error}). The last whole checkpoint is {last[0]}; make room and go on "
@@ -139,19 +133,9 @@ def save_checkpoint(
     return target
 
 
-def _put_in_place(aside: Path, target: Path) -> None:
-    """Rename a folder; one that is there is renamed out of the way first, so that none is there in part."""
-    replaced = target.with_name(f"old-{target.name}")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if target.exists():
-        os.replace(target, replaced)
-    os.replace(aside, target)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
 @contextmanager
 def reading(checkpoint: Path) -> Iterator[None]:
-    """Say of what goes wrong inside which checkpoint it was, and what to do."""
+    """Turn errors inside the block into a `ValueError` that names the checkpoint, and another one to resume from."""
     try:
         yield
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
@@ -169,14 +153,14 @@ class ChangedRunError(ValueError):
     """A checkpoint was written by a run of another configuration."""
 
 
-def check_same_run(checkpoint: Path, run: dict[str, Any], config: GraftConfig, peft_config: PeftConfig) -> None:
-    """
-    Check that a checkpoint was written by a run whose results depend on the same values.
+def check_same_run(checkpoint: Path, signature: dict[str, Any], config: GraftConfig, peft_config: PeftConfig) -> None:
+    r"""
+    Check that a checkpoint was written by a run whose result depends on the same values.
 
     Args:
         checkpoint (`Path`):
-            The checkpoint.
-        run (`dict`):
+            Folder of the checkpoint.
+        signature (`dict[str, Any]`):
             Values by name, as given to [`save_checkpoint`].
         config ([`GraftConfig`]):
             The present configuration. A field that the checkpoint lacks counts as the field's default.
@@ -188,7 +172,7 @@ def check_same_run(checkpoint: Path, run: dict[str, Any], config: GraftConfig, p
     """
     stored = json.loads((checkpoint / "run.json").read_text())
     defaults = {**default_values(config), "adapter": _comparable(default_values(peft_config))}
-    refuse_changes(checkpoint, *map(_with_adapter_spread, (stored, run, defaults)))
+    refuse_changes(checkpoint, *map(_with_adapter_spread, (stored, signature, defaults)))
 
 
 def _with_adapter_spread(values: dict[str, Any]) -> dict[str, Any]:
@@ -197,12 +181,26 @@ def _with_adapter_spread(values: dict[str, Any]) -> dict[str, Any]:
     return {**{name: value for name, value in values.items() if name != "adapter"}, **adapter}
 
 
-def refuse_changes(checkpoint: Path, stored: dict[str, Any], run: dict[str, Any], defaults: dict[str, Any]) -> None:
+def refuse_changes(
+    checkpoint: Path, stored: dict[str, Any], signature: dict[str, Any], defaults: dict[str, Any]
+) -> None:
+    r"""
+    Check that a run's signature is the one stored in a checkpoint.
+
+    Args:
+        checkpoint (`Path`):
+            File or folder of the checkpoint, for the error's message.
+        stored (`dict[str, Any]`):
+            Signature in the checkpoint, as JSON has it.
+        signature (`dict[str, Any]`):
+            What the present run's result depends on, by name.
+        defaults (`dict[str, Any]`):
+            What a value of the signature counts as where the checkpoint is older than it.
+
+    Raises:
+        `ChangedRunError`: they differ; the message names each value.
     """
-    Raise [`ChangedRunError`] where the run of `checkpoint` had other values (`stored`) than the present `run` has. A
-    field that was added since then counts as its value in `defaults`.
-    """
-    now = json.loads(json.dumps(run, default=str))
+    now = json.loads(json.dumps(signature, default=str))
     was = {**{name: value for name, value in defaults.items() if name in now}, **stored}
     names = [name for name in {**stored, **now} if was.get(name) != now.get(name)]
     if names:
@@ -214,18 +212,26 @@ def refuse_changes(checkpoint: Path, stored: dict[str, Any], run: dict[str, Any]
 
 
 def adapter_values(peft_config: PeftConfig) -> dict[str, Any]:
-    """What an adapter's configuration says of the adapter, in values that can be compared after a resume."""
+    """Values of an adapter's configuration on which its training depends, comparable after a resume."""
     return _comparable(peft_config.to_dict())
 
 
 def _comparable(values: dict[str, Any]) -> dict[str, Any]:
-    values = {name: sorted(v) if isinstance(v, set) else v for name, v in values.items()}
-    return {name: v if isinstance(v, str | int | float | list | None) else str(v) for name, v in values.items()
-            if name not in ("peft_version", "base_model_name_or_path", "inference_mode")}  # fmt: skip
+    left_out = ("peft_version", "base_model_name_or_path", "inference_mode")
+    values = {name: sorted(v) if isinstance(v, set) else v for name, v in values.items() if name not in left_out}
+    return {name: v if isinstance(v, str | int | float | list | None) else str(v) for name, v in values.items()}
 
 
 def archive_previous_run(output_dir: Path, names: Sequence[str]) -> None:
-    """Move what an earlier run left under `names` to a folder of its own, `previous_<n>`, and say so."""
+    r"""
+    Move what an earlier run left in an output folder to a folder `previous_<n>` there, with a warning.
+
+    Args:
+        output_dir (`Path`):
+            The output folder.
+        names (`Sequence[str]`):
+            Names of the files and folders to move, where they are there.
+    """
     left = [path for path in (output_dir / name for name in names) if path.exists()]
     if not left:
         return
@@ -267,8 +273,13 @@ def load_optimizer_tensors(tensors: dict[str, torch.Tensor], optimizer: torch.op
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """
-    The checkpoint at `path`, or the newest one in it or in its folder `checkpoints`.
+    r"""
+    Find the checkpoint to resume from.
+
+    Args:
+        path (`str` or `Path`):
+            A checkpoint, a folder of checkpoints, or an output folder with a folder `checkpoints`. The newest
+            checkpoint is taken.
 
     Raises:
         `ValueError`: there is none.
@@ -297,12 +308,12 @@ def prune_checkpoints(folder: Path, limit: int) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """State of an optimizer as tensors with names."""
+    """State of an optimizer as tensors, named by parameter and value, such as `0.exp_avg`."""
     return dict(_tensors_of(optimizer.state_dict()["state"]))
 
 
 def _tensors_of(state: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors of nested dicts, by the path to them. They are copies, for bitsandbytes shares some between weights."""
+    """Tensors of nested dicts by their path. They are copies, because bitsandbytes shares some between weights."""
     for name, value in state.items():
         if isinstance(value, dict):
             yield from _tensors_of(value, f"{prefix}{name}.")

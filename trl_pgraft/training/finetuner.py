@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Supervised fine-tuning of an adapter on accepted states: rows, training timesteps, the loss, the optimizer loop."""
+"""Supervised fine-tuning of an adapter on accepted states: rows in, adapter out."""
 
 import copy
 import math
@@ -15,13 +15,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from ..adapters.lora import (
-    ADAPTER_NAME,
-    AdapterSwitch,
-    adapter_parameters,
-    add_adapter,
-    is_plain_lora,
-)
+from ..adapters.lora import ADAPTER_NAME, AdapterSwitch, adapter_parameters, add_adapter, is_plain_lora
 from ..adapters.merge import merge_difference
 from ..adapters.policy import Policy
 from ..config import GraftConfig
@@ -32,22 +26,24 @@ from ..pipelines.placement import on_device
 from ..rollouts.rollout import Rollout
 from .graft_loss import GraftLoss, graft_loss
 from .memory import estimate_memory
-from .optimizer import make_optimizer, prepared, stop_if_skipped, take_step
-from .rows import Rows, SelectedRows
+from .optimizer import OptimizerSteps, make_optimizer, parameters_of, prepared
+from .rows import Rows, SelectedRows, count_microbatches, microbatches_of
 
 
 @dataclass
 class FineTuningReport:
-    """
-    What one fit did.
+    r"""
+    What one fine-tuning did.
 
     Args:
-        steps (`int`):
+        steps (`int`, *optional*, defaults to `0`):
             Optimizer steps.
-        skipped (`int`):
+        skipped (`int`, *optional*, defaults to `0`):
             Steps among them whose gradient was not finite.
-        losses, bins (`list[torch.Tensor]`):
-            Loss of each row of each microbatch, and the quarter of the tuned range that its timestep lies in.
+        losses (`list[torch.Tensor]`, *optional*):
+            Loss of each row, a tensor of shape `(B,)` for each microbatch of this process; none where not given.
+        bins (`list[torch.Tensor]`, *optional*):
+            Quarter of the tuned range in which each row's timestep lies, from 0, the cleanest; shaped as `losses`.
     """
 
     steps: int = 0
@@ -62,140 +58,43 @@ class FineTuningReport:
         return {"loss": losses.mean().item(), **levels, "skipped_steps": self.skipped}
 
 
-def fit(
-    accelerator: Accelerator,
-    loss: GraftLoss,
-    states: torch.Tensor,
-    passes: Iterator[Rows],
-    optimizer: torch.optim.Optimizer,
-    config: Any,
-    lr_schedule: Callable[[int], float],
-    on_event: Callable[[str], Any] = lambda event: None,
-) -> FineTuningReport:
-    """
-    Fit the trainable adapter of `loss.denoiser` to accepted states.
-
-    Args:
-        accelerator (`Accelerator`):
-            Engine; it wraps the denoiser for the time of the fit.
-        loss ([`GraftLoss`]):
-            What is minimised.
-        states (`torch.Tensor` of shape `(N, ...)`):
-            States x_I of the round.
-        passes (`Iterator[Rows]`):
-            Rows of each pass, equal on all processes, in the order of training.
-        optimizer (`torch.optim.Optimizer`):
-            Over the adapter's parameters.
-        config ([`GraftConfig`]):
-            Batch size, accumulation, timesteps per pass, gradient norm.
-        lr_schedule (`Callable[[int], float]`):
-            Learning rate of the fit's n-th optimizer step.
-        on_event (`Callable[[str], Any]`, *optional*):
-            Called with the name of the event of transformers' callbacks: `on_step_begin`, `on_substep_end` or
-            `on_step_end` after each microbatch, `on_pre_optimizer_step` and `on_optimizer_step`.
-
-    Raises:
-        `RuntimeError`: ten optimizer steps in a row had a non-finite loss or gradient.
-    """
-    with prepared(accelerator, loss.denoiser, optimizer) as (model, stepper):
-        return _fit(accelerator, loss, model, states, passes, stepper, config, lr_schedule, on_event)
-
-
-def _fit(
-    accelerator: Accelerator,
-    loss: GraftLoss,
-    model: Any,
-    states: torch.Tensor,
-    passes: Iterator[Rows],
-    optimizer: Any,
-    config: Any,
-    lr_schedule: Callable[[int], float],
-    on_event: Callable[[str], Any],
-) -> FineTuningReport:
-    report = FineTuningReport()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    microbatches = list(_microbatches(passes, config, accelerator))
-    skipped_in_a_row, is_boundary = 0, True
-    for number, (rows, k) in enumerate(microbatches, start=1):
-        if is_boundary:
-            on_event("on_step_begin")
-        is_boundary = number % config.train_gradient_accumulation_steps == 0 or number == len(microbatches)
-        with nullcontext() if is_boundary else accelerator.no_sync(model):
-            # accelerate wraps a model in its autocast when it is first prepared, and not in the fits after that.
-            with accelerator.autocast():
-                losses, bins = _losses(loss, model, states, rows, k, config, accelerator.device)
-            accelerator.backward(losses.mean() / config.train_gradient_accumulation_steps)
-        report.losses.append(losses.detach())
-        report.bins.append(bins)
-        if is_boundary:
-            for group in optimizer.param_groups:
-                group["lr"] = lr_schedule(report.steps)
-            finite = take_step(accelerator, optimizer, parameters, config.train_max_grad_norm, on_event)
-            report.steps, report.skipped = report.steps + 1, report.skipped + (not finite)
-            skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
-            stop_if_skipped(skipped_in_a_row, "train_learning_rate")
-        on_event("on_step_end" if is_boundary else "on_substep_end")
-    return report
-
-
-def count_microbatches(rows: int, config: Any, processes: int) -> int:
-    """Microbatches that a process computes in one fit on `rows` rows."""
-    batches = math.ceil(rows / (config.train_batch_size * processes))
-    return batches * config.num_train_timesteps * config.train_num_inner_epochs
-
-
-def _microbatches(passes: Iterator[Rows], config: Any, accelerator: Accelerator) -> Iterator[tuple[Rows, int]]:
-    """This process's part of each global batch, once for each training timestep."""
-    size, count = config.train_batch_size, accelerator.num_processes
-    for rows in passes:
-        for start in range(0, len(rows), size * count):
-            # The last batch is filled up from the first rows of the (shuffled) pass: every process has work.
-            own = torch.arange(start, start + size) + accelerator.process_index * size
-            for k in range(config.num_train_timesteps):
-                yield rows.take(own % len(rows)), k
-
-
-def _losses(
-    loss: GraftLoss, model: Any, states: torch.Tensor, rows: Rows, k: int, config: Any, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    x_i = states[rows.states].to(device)
-    draws = [_draw_row(loss, seed, k, config.num_train_timesteps, x_i.shape[1:]) for seed in rows.seeds]
-    timesteps = torch.stack([t for t, _, _ in draws])
-    noise = torch.stack([noise for _, noise, _ in draws]).to(device)
-    dropped = torch.tensor([dropped for _, _, dropped in draws])
-    losses = loss(model, x_i, noise, timesteps, rows.prompts, dropped)
-    return losses, loss.levels.bin_of(timesteps, 4)
-
-
-def _draw_row(loss: GraftLoss, seed: int, k: int, count: int, shape: torch.Size) -> tuple[torch.Tensor, Any, bool]:
-    """Timestep, noise and caption dropout of a row's k-th use in a pass: functions of its seed alone."""
-    generator = torch.Generator().manual_seed(seed)
-    timestep = loss.levels.sample(count, generator)[k]
-    generator.manual_seed(seed + k + 1)
-    dropped = bool(torch.rand((), generator=generator) < loss.caption_dropout)
-    return timestep, torch.randn(shape, generator=generator), dropped
-
-
 @dataclass(frozen=True)
 class TrainingSet:
-    """What one round is fitted on: its rows, the states they point to, and the conditioning of their prompts."""
+    r"""
+    What the adapter is fine-tuned on in one iteration.
+
+    Args:
+        rows ([`SelectedRows`]):
+            Training rows, at least one.
+        states (`torch.Tensor` of shape `(N, ...)`):
+            States x_I of the rollout, to which the rows point.
+        conditioning ([`Conditioning`]):
+            Recorded conditioning of the rows' prompts.
+    """
 
     rows: SelectedRows
     states: torch.Tensor
-    conditioning: Conditioning | None
+    conditioning: Conditioning
 
 
 class Finetuner:
-    """
+    r"""
     Fine-tunes a policy's adapter on rollouts.
 
     Args:
         policy ([`Policy`]):
-            Pipeline and adapter.
+            Pipeline and adapter. The adapter is made here, unless the first iteration makes it of two.
         config ([`GraftConfig`]):
-            Batch sizes, passes, loss, optimizer.
+            Batch sizes, passes, loss and optimizer.
         accelerator (`Accelerator`):
-            The processes and their device.
+            The processes, their device and their precision.
+
+    Attributes:
+        optimizer (`torch.optim.Optimizer` or `None`):
+            Optimizer whose state is kept from one iteration to the next; `None` with a reference fit, where each
+            iteration trains new adapters.
+        memory ([`MemoryEstimate`]):
+            Memory that fine-tuning needs at least.
     """
 
     def __init__(self, policy: Policy, config: GraftConfig, accelerator: Accelerator):
@@ -217,100 +116,197 @@ class Finetuner:
         return make_optimizer(adapter_parameters(self.policy.denoiser, name), self.config)
 
     def load_adapter(self, folder: Path) -> None:
-        """Put the adapter of a folder in the place of the one that is there, for further training."""
+        """Replace the adapter by the one stored in `folder`, for further training."""
         self.policy.load_adapter(folder)
         if self.optimizer is not None:
             # The optimizer must hold the parameters that were loaded, not those they replaced.
             self.optimizer = self._new_optimizer(ADAPTER_NAME)
 
-    def training_set(self, round_: Rollout, epoch: int) -> TrainingSet:
-        """What a round is fitted on; without rows where nothing was accepted."""
-        rows = SelectedRows(
-            round_, self.config.train_num_inner_epochs, (self.config.seed, epoch), self.policy.inputs_of
-        )
+    def training_set(self, rollout: Rollout, epoch: int) -> TrainingSet | None:
+        r"""
+        Select the rows of a rollout, and record the conditioning of their prompts.
+
+        Args:
+            rollout ([`Rollout`]):
+                The iteration's samples, scored and decided.
+            epoch (`int`):
+                Number of the iteration.
+
+        Returns:
+            [`TrainingSet`] or `None`: `None` where nothing was accepted.
+        """
+        config, policy = self.config, self.policy
+        rows = SelectedRows(rollout, config.train_num_inner_epochs, (config.seed, epoch), policy.inputs_of)
         if not rows:
-            return TrainingSet(rows, round_.states, None)
-        conditioning = record_conditioning(
-            self.policy.pipeline, self.policy.call, rows.prompts, self.policy.arguments, rows.inputs
-        )
-        return TrainingSet(rows, round_.states, conditioning)
+            return None
+        conditioning = record_conditioning(policy.pipeline, policy.call, rows.prompts, policy.arguments, rows.inputs)
+        return TrainingSet(rows, rollout.states, conditioning)
 
     def steps_for(self, rows: int) -> int:
-        """Optimizer steps of a fit to `rows` accepted samples."""
+        """Optimizer steps of a fine-tuning on `rows` accepted samples."""
         microbatches = count_microbatches(rows, self.config, self.accelerator.num_processes)
-        return -(-microbatches // self.config.train_gradient_accumulation_steps)
+        return math.ceil(microbatches / self.config.train_gradient_accumulation_steps)
 
     def fine_tune(
         self,
         data: TrainingSet,
         epoch: int,
         learning_rate: Callable[[int], float],
-        on_event: Callable[[str], None] = lambda event: None,
+        on_event: Callable[[str], Any] = lambda event: None,
     ) -> FineTuningReport:
-        """
-        Fit the adapter to the accepted states of a round; with a control, keep what the selection alone taught.
+        r"""
+        Fine-tune the adapter on accepted states. With `control_adapter`, two new adapters are trained, one on the
+        accepted states and one, the reference fit, on all samples; their difference is added to the adapter.
 
         Args:
             data ([`TrainingSet`]):
-                From [`~Finetuner.training_set`], with rows.
+                Rows, states and conditioning, from [`~Finetuner.training_set`].
             epoch (`int`):
-                Number of the round.
+                Number of the iteration.
             learning_rate (`Callable[[int], float]`):
-                Learning rate of the fit's n-th optimizer step.
-            on_event (`Callable[[str], None]`, *optional*):
-                Called with the names of transformers' callback events, of the fit to accepted states alone.
+                Maps the number of an optimizer step in this iteration, from 0, to its learning rate.
+            on_event (`Callable[[str], Any]`, *optional*):
+                Called with the events of [`fine_tune_adapter`], those of the reference fit left out.
+
+        Returns:
+            [`FineTuningReport`]: the report on the accepted states.
+
+        Raises:
+            `RuntimeError`: ten optimizer steps in a row had a non-finite loss or gradient.
         """
-        if not self.has_control:
-            return self._fit(ADAPTER_NAME, self.optimizer, data, data.rows.passes(), learning_rate, on_event)
+        if self.optimizer is not None:
+            return self._fine_tune(ADAPTER_NAME, self.optimizer, data, data.rows.passes(), learning_rate, on_event)
         accepted, control = "pgraft_accepted", "pgraft_control"
-        report = self._fit_new(accepted, epoch, data, data.rows.passes(), learning_rate, on_event)
-        self._fit_new(control, epoch, data, data.rows.passes(control=True), learning_rate, lambda event: None)
+        report = self._fine_tune_new(accepted, epoch, data, data.rows.passes(), learning_rate, on_event)
+        passes = data.rows.passes(control=True)
+        self._fine_tune_new(control, epoch, data, passes, learning_rate, lambda event: None)
         scale = self.config.control_scale
         if self.config.guidance_loss == "conditional":
             scale /= self.policy.tuned_guidance_scale
         merge_difference(self.policy.denoiser, ADAPTER_NAME, accepted, control, scale, self.config.max_merged_rank)
         return report
 
-    def _fit_new(self, name: str, epoch: int, *arguments: Any) -> FineTuningReport:
-        """Fit a fresh adapter on top of the policy, and take it out of the forward pass again."""
-        add_adapter(
-            self.policy.denoiser,
-            copy.deepcopy(self.policy.peft_config),
-            name,
-            seed_of(self.config.seed, "adapter", epoch),
-        )
-        optimizer = self._new_optimizer(name)
-        report = self._fit(name, optimizer, *arguments)
+    def _fine_tune_new(self, name: str, epoch: int, *arguments: Any) -> FineTuningReport:
+        """Fine-tune a new adapter on top of the policy, and take it out of the forward pass again."""
+        peft_config, seed = copy.deepcopy(self.policy.peft_config), seed_of(self.config.seed, "adapter", epoch)
+        add_adapter(self.policy.denoiser, peft_config, name, seed)
+        report = self._fine_tune(name, self._new_optimizer(name), *arguments)
         AdapterSwitch(self.policy.denoiser, name).turn(False)
         return report
 
-    def _fit(
+    def _fine_tune(
         self,
         name: str,
         optimizer: torch.optim.Optimizer,
         data: TrainingSet,
-        passes: Iterator,
+        passes: Iterator[Rows],
         learning_rate: Callable[[int], float],
-        on_event: Callable[[str], None],
+        on_event: Callable[[str], Any],
     ) -> FineTuningReport:
-        """Fit adapter `name` to the rows of `passes`."""
-        config, parameters = self.config, adapter_parameters(self.policy.denoiser, name)
-        total = count_microbatches(len(data.rows), config, self.accelerator.num_processes)
-        hidden = not self.accelerator.is_local_main_process
+        """Fine-tune adapter `name` on the rows of `passes`, with a progress bar."""
+        policy, config, accelerator = self.policy, self.config, self.accelerator
+        total = count_microbatches(len(data.rows), config, accelerator.num_processes)
+        hidden = not accelerator.is_local_main_process
 
         def notice(event: str) -> None:
-            if average is not None and event == "on_optimizer_step":
-                average.step(parameters)
             if event in ("on_substep_end", "on_step_end"):
                 bar.update()
             on_event(event)
 
         bar = tqdm(total=total, desc=f"training {name}", leave=False, disable=hidden)
-        with bar, on_device(self.policy.pipeline, self.policy.denoiser, self.accelerator, optimizer):
-            average = EMAModel(parameters, decay=config.ema_decay) if config.ema_decay else None
-            loss = graft_loss(self.policy, name, data.conditioning)
-            parts = (self.accelerator, loss, data.states, passes, optimizer, config, learning_rate)
-            report = fit(*parts, on_event=notice)
-            if average is not None:
-                average.copy_to(parameters)
-        return report
+        with bar, on_device(policy.pipeline, policy.denoiser, accelerator, optimizer):
+            loss = graft_loss(policy, name, data.conditioning)
+            return fine_tune_adapter(
+                accelerator, loss, data.states, passes, optimizer, config, learning_rate, on_event=notice
+            )
+
+
+def fine_tune_adapter(
+    accelerator: Accelerator,
+    loss: GraftLoss,
+    states: torch.Tensor,
+    passes: Iterator[Rows],
+    optimizer: torch.optim.Optimizer,
+    config: GraftConfig,
+    learning_rate: Callable[[int], float],
+    on_event: Callable[[str], Any] = lambda event: None,
+) -> FineTuningReport:
+    r"""
+    Fine-tune the trainable adapter of `loss.denoiser` on accepted states.
+
+    Args:
+        accelerator (`Accelerator`):
+            The processes, their device and their precision; it wraps the denoiser for the time of the training.
+        loss ([`GraftLoss`]):
+            The loss that is minimised.
+        states (`torch.Tensor` of shape `(N, ...)`):
+            States x_I of the rollout, to which the rows point.
+        passes (`Iterator[Rows]`):
+            Rows of each pass, equal on all processes, in the order of training.
+        optimizer (`torch.optim.Optimizer`):
+            Optimizer of the adapter's parameters.
+        config ([`GraftConfig`]):
+            Batch size, accumulation, timesteps per pass, gradient norm, and decay of the moving average, which becomes
+            the adapter.
+        learning_rate (`Callable[[int], float]`):
+            Maps the number of an optimizer step of this training, from 0, to its learning rate.
+        on_event (`Callable[[str], Any]`, *optional*):
+            Called with the name of each event of transformers' callbacks: `on_step_begin`, `on_substep_end` or
+            `on_step_end` after each microbatch, `on_pre_optimizer_step` and `on_optimizer_step`.
+
+    Raises:
+        `RuntimeError`: ten optimizer steps in a row had a non-finite loss or gradient.
+    """
+    report, accumulation, device = FineTuningReport(), config.train_gradient_accumulation_steps, accelerator.device
+    average = EMAModel(parameters_of(optimizer), decay=config.ema_decay) if config.ema_decay else None
+    microbatches = list(microbatches_of(passes, config, accelerator))
+    with prepared(accelerator, loss.denoiser, optimizer) as (model, wrapped):
+        steps = OptimizerSteps(
+            accelerator, wrapped, config.train_max_grad_norm, "train_learning_rate", average, on_event
+        )
+        for number, (rows, k) in enumerate(microbatches):
+            ends_step = (number + 1) % accumulation == 0 or number + 1 == len(microbatches)
+            if number % accumulation == 0:
+                on_event("on_step_begin")
+            with nullcontext() if ends_step else accelerator.no_sync(model):
+                # accelerate wraps a model in its autocast when it is first prepared, and not after that.
+                with accelerator.autocast():
+                    losses, bins = _losses_of(loss, model, states, rows, k, config.num_train_timesteps, device)
+                accelerator.backward(losses.mean() / accumulation)
+            report.losses.append(losses.detach())
+            report.bins.append(bins)
+            if ends_step:
+                steps.take(learning_rate(steps.taken))
+            on_event("on_step_end" if ends_step else "on_substep_end")
+    if average is not None:
+        average.copy_to(parameters_of(optimizer))
+    report.steps, report.skipped = steps.taken, steps.skipped
+    return report
+
+
+def _losses_of(
+    loss: GraftLoss,
+    model: torch.nn.Module,
+    states: torch.Tensor,
+    rows: Rows,
+    k: int,
+    count: int,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of each row at the k-th of its `count` timesteps, and the quarter of the tuned range where that lies."""
+    x_i = states[rows.states].to(device)
+    sampled = [_sample_row(loss, seed, k, count, x_i.shape[1:]) for seed in rows.seeds]
+    timesteps, noise, dropped = (torch.stack(values) for values in zip(*sampled, strict=True))
+    losses = loss(model, x_i, noise.to(device), timesteps, rows.prompts, dropped)
+    return losses, loss.levels.bin_of(timesteps, 4)
+
+
+def _sample_row(
+    loss: GraftLoss, seed: int, k: int, count: int, shape: torch.Size
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Timestep, noise and caption dropout of a row's k-th use in a pass: functions of its seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    timestep = loss.levels.sample(count, generator)[k]
+    generator.manual_seed(seed + k + 1)
+    dropped = torch.rand((), generator=generator) < loss.caption_dropout
+    return timestep, torch.randn(shape, generator=generator), dropped

@@ -2,9 +2,7 @@
 
 """The weighted denoising loss on re-noised states, with guidance as configured."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -20,28 +18,29 @@ from ..pipelines.tree import choose_rows, same_shapes
 
 @dataclass(frozen=True)
 class GraftLoss:
-    """
-    The weighted denoising loss on re-noised states, with guidance as configured.
+    r"""
+    The weighted denoising loss on re-noised states, with guidance as configured (see [`renoise`]).
 
     Args:
         denoiser (`torch.nn.Module`):
-            The bare module, for the reference's prediction.
+            What the pipeline calls, not wrapped by accelerate, for the reference's prediction.
         call ([`DenoiserCall`]):
-            How it is called.
+            How the pipeline calls it.
         conditioning ([`Conditioning`]):
             Recorded conditioning of the prompts.
         levels ([`TunedLevels`]):
-            Noise levels.
+            Noise level of the states, and the noise schedule.
         prediction_type (`str`):
-            What the denoiser predicts.
+            What the denoiser predicts, one of `PREDICTION_TYPES`.
         guidance_loss (`str`):
-            `"conditional"`, `"corrected"` or `"combined"`.
+            What is compared with the target: `"conditional"`, the conditional prediction; `"corrected"`, the same with
+            a target corrected by the reference's unconditional prediction; `"combined"`, the guided prediction.
         guidance_scale (`float`):
-            Guidance of the tuned steps when the states were drawn.
+            Guidance scale at which the tuned steps of the states were sampled; 1.0 is no guidance.
         caption_dropout (`float`):
             Share of rows that get the unconditional input (conditional loss).
         adapters (`list[str]`):
-            Adapters that make the difference between policy and reference.
+            Adapters in which policy and reference differ.
     """
 
     denoiser: torch.nn.Module
@@ -56,88 +55,95 @@ class GraftLoss:
 
     def __call__(
         self,
-        model: Callable[..., Any],
+        model: torch.nn.Module,
         x_i: torch.Tensor,
         noise: torch.Tensor,
         timesteps: torch.Tensor,
         prompts: torch.Tensor,
         dropped: torch.Tensor,
     ) -> torch.Tensor:
-        """
+        r"""
         Loss of each row.
 
         Args:
-            model (`Callable`):
+            model (`torch.nn.Module`):
                 The denoiser as accelerate prepared it.
             x_i, noise (`torch.Tensor` of shape `(B, ...)`):
-                States and standard normal noise.
+                Accepted states, and standard normal noise.
             timesteps (`torch.Tensor` of shape `(B,)`):
-                Training timesteps.
-            prompts (`torch.Tensor` of shape `(B,)`):
-                Rows of the conditioning.
+                Training timesteps to which the states are noised.
+            prompts (`torch.Tensor` of shape `(B,)`, int64):
+                Row of the conditioning that each belongs to.
             dropped (`torch.Tensor` of shape `(B,)`, bool):
-                Rows that get the unconditional input, where there is one.
+                Rows that get the unconditional input, with the conditional loss of a guided pipeline.
 
         Returns:
             `torch.Tensor` of shape `(B,)`.
         """
-        return weighted_mse(*self.regression(model, x_i, noise, timesteps, prompts, dropped))
+        level_t = self.levels.schedule(timesteps)
+        x_t, target, weight = renoise(x_i, noise, self.levels.level_i, level_t, self.prediction_type)
+        x_t = x_t.to(self.denoiser.dtype)
+        kind = self.guidance_loss if self.call.is_guided and self.guidance_scale != 1.0 else None
+        if kind == "combined":
+            u, c = (self._predict(model, x_t, timesteps, prompts, unconditional) for unconditional in (True, False))
+            return weighted_mse(guided(u, c, self.guidance_scale), target, weight)
+        if kind == "corrected":
+            with torch.no_grad(), without_adapters(self.denoiser, self.adapters):
+                u = self._predict(self.denoiser, x_t, timesteps, prompts, unconditional=True)
+            target = corrected_target(target, u.to(target.dtype), self.guidance_scale)
+        if kind == "conditional" and dropped.any():
+            prediction = self._predict_dropped(model, x_t, timesteps, prompts, dropped)
+        else:
+            prediction = self._predict(model, x_t, timesteps, prompts)
+        return weighted_mse(prediction, target, weight)
 
-    def regression(
+    def _predict(
         self,
-        model: Callable[..., Any],
-        x_i: torch.Tensor,
-        noise: torch.Tensor,
+        model: torch.nn.Module,
+        x_t: torch.Tensor,
         timesteps: torch.Tensor,
         prompts: torch.Tensor,
-        dropped: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Prediction and target, both of shape `(B, ...)`, and weight of each row; arguments as those of a call."""
-        x_t, target, weight = renoise(
-            x_i, noise, self.levels.level_i, self.levels.schedule(timesteps), self.prediction_type
-        )
-        x_t = x_t.to(self.denoiser.dtype)
-        conditional = self.conditioning.rows(prompts, x_i.device)
-        if not self.call.is_guided or self.guidance_scale == 1.0:
-            return replay(model, self.call, x_t, timesteps, conditional), target, weight
-        unconditional = self.conditioning.rows(prompts, x_i.device, unconditional=True)
-        if self.guidance_loss == "combined":
-            u, c = (replay(model, self.call, x_t, timesteps, branch) for branch in (unconditional, conditional))
-            return guided(u, c, self.guidance_scale), target, weight
-        if self.guidance_loss == "corrected":
-            with torch.no_grad(), without_adapters(self.denoiser, self.adapters):
-                u = replay(self.denoiser, self.call, x_t, timesteps, unconditional)
-            target = corrected_target(target, u.to(target.dtype), self.guidance_scale)
-        elif dropped.any():
-            return self._caption_dropped(model, x_t, timesteps, prompts, dropped), target, weight
-        return replay(model, self.call, x_t, timesteps, conditional), target, weight
+        unconditional: bool = False,
+    ) -> torch.Tensor:
+        """Prediction of one branch, with the conditioning of the rows' prompts."""
+        return replay(model, self.call, x_t, timesteps, self.conditioning.rows(prompts, x_t.device, unconditional))
 
-    def _caption_dropped(
+    def _predict_dropped(
         self,
-        model: Callable[..., Any],
+        model: torch.nn.Module,
         x_t: torch.Tensor,
         timesteps: torch.Tensor,
         prompts: torch.Tensor,
         dropped: torch.Tensor,
     ) -> torch.Tensor:
-        """Prediction with the unconditional input in the dropped rows."""
+        """Prediction with the unconditional input in the dropped rows and the conditional one in the others."""
         branches = [self.conditioning.rows(prompts, x_t.device, unconditional) for unconditional in (False, True)]
         if same_shapes(*branches):
             mixed = choose_rows(dropped, branches[1], branches[0], self.conditioning.batch_axes)
             return replay(model, self.call, x_t, timesteps, mixed)
         # Prompts and negative prompts of different lengths make no common batch.
         parts = [(mask.nonzero().flatten(), is_dropped) for mask, is_dropped in ((~dropped, False), (dropped, True))]
-        predictions = []
-        for rows, is_dropped in parts:
-            if len(rows):
-                own = self.conditioning.rows(prompts[rows], x_t.device, is_dropped)
-                predictions.append(replay(model, self.call, x_t[rows.to(x_t.device)], timesteps[rows], own))
+        predictions = [
+            self._predict(model, x_t[rows.to(x_t.device)], timesteps[rows], prompts[rows], is_dropped)
+            for rows, is_dropped in parts
+            if len(rows)
+        ]
         order = torch.cat([rows for rows, _ in parts]).argsort()
         return torch.cat(predictions)[order.to(x_t.device)]
 
 
 def graft_loss(policy: Policy, name: str, conditioning: Conditioning) -> GraftLoss:
-    """The loss by which adapter `name` of a policy is fine-tuned on prompts with this conditioning."""
+    r"""
+    The loss by which an adapter of a policy is fine-tuned.
+
+    Args:
+        policy ([`Policy`]):
+            Pipeline and adapter; its configuration has the kind of the loss.
+        name (`str`):
+            Name of the adapter in the denoiser.
+        conditioning ([`Conditioning`]):
+            Recorded conditioning of the prompts.
+    """
     adapters = [n for n in dict.fromkeys([ADAPTER_NAME, name]) if n in policy.denoiser.peft_config]
     return GraftLoss(
         denoiser_of(policy.pipeline),

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Accelerator, optimizer, learning rate, and one optimizer step."""
+"""Accelerator, optimizer, learning rate, and the optimizer steps that every fine-tuning takes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import ProjectConfiguration
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
 
 from ..adapters.lora import tuner_layers
 from ..config import GraftConfig
@@ -23,17 +26,31 @@ MOST_SKIPPED_IN_A_ROW = 10
 @contextmanager
 def prepared(
     accelerator: Accelerator, denoiser: torch.nn.Module, optimizer: torch.optim.Optimizer
-) -> Iterator[tuple[Any, Any]]:
-    """Denoiser and optimizer as accelerate wraps them; afterwards, also after an error, they are as they were."""
+) -> Iterator[tuple[torch.nn.Module, AcceleratedOptimizer]]:
+    r"""
+    Have accelerate wrap a denoiser and its optimizer inside the block; afterwards, also after an error, the denoiser
+    is as it was.
+
+    Args:
+        accelerator (`Accelerator`):
+            The processes, their device and their precision.
+        denoiser (`torch.nn.Module`):
+            Module that is fine-tuned; it is called in evaluation mode, its adapters in training mode.
+        optimizer (`torch.optim.Optimizer`):
+            Optimizer of its trainable parameters.
+
+    Yields:
+        `tuple[torch.nn.Module, AcceleratedOptimizer]`: the denoiser and the optimizer to train with.
+    """
     was_training = denoiser.training
     denoiser.eval()
     # Only the adapters' own dropout is wanted: a denoiser in training mode may drop its class labels, unseeded.
     for layer in tuner_layers(denoiser):
         layer.train()
     forwards = [(module, vars(module).get("forward")) for module in (denoiser, uncompiled(denoiser))]
-    model, stepper = accelerator.prepare(denoiser, optimizer)
+    model, wrapped = accelerator.prepare(denoiser, optimizer)
     try:
-        yield model, stepper
+        yield model, wrapped
     finally:
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         accelerator.free_memory()
@@ -46,46 +63,95 @@ def prepared(
         denoiser.train(was_training)
 
 
-def take_step(
-    accelerator: Accelerator,
-    optimizer: Any,
-    parameters: Sequence[torch.Tensor],
-    max_norm: float,
-    on_event: Callable[[str], Any] = lambda event: None,
-) -> bool:
-    """One optimizer step; skipped where the gradient is not finite."""
-    norm = accelerator.clip_grad_norm_(parameters, max_norm)
-    finite = bool(torch.isfinite(norm))
-    on_event("on_pre_optimizer_step")
-    if finite or accelerator.scaler is not None:
-        optimizer.step()
-    on_event("on_optimizer_step")
-    optimizer.zero_grad()
-    return finite
+@dataclass
+class OptimizerSteps:
+    r"""
+    The optimizer steps of one fine-tuning: gradients are clipped, a step whose gradient is not finite is skipped and
+    counted, and a moving average of the parameters is kept.
+
+    Args:
+        accelerator (`Accelerator`):
+            The accelerator that wrapped the optimizer.
+        optimizer (`AcceleratedOptimizer`):
+            The optimizer, as [`prepared`] yields it.
+        max_grad_norm (`float`):
+            Norm of the gradient above which it is scaled down.
+        learning_rate_field (`str`):
+            Configuration field of the learning rate, which the error's message names.
+        average (`EMAModel`, *optional*):
+            Moving average of the optimizer's parameters, updated after each step; none is kept where not given.
+        on_event (`Callable[[str], Any]`, *optional*):
+            Called with `on_pre_optimizer_step` and `on_optimizer_step` in each step, after clipping and before the
+            gradients are cleared.
+        taken (`int`, *optional*, defaults to `0`):
+            Steps taken so far, skipped ones included.
+        skipped (`int`, *optional*, defaults to `0`):
+            Skipped steps among them.
+    """
+
+    accelerator: Accelerator
+    optimizer: AcceleratedOptimizer
+    max_grad_norm: float
+    learning_rate_field: str
+    average: EMAModel | None = None
+    on_event: Callable[[str], Any] = lambda event: None
+    taken: int = 0
+    skipped: int = 0
+    _skipped_in_a_row: int = field(default=0, init=False)
+
+    def take(self, learning_rate: float) -> None:
+        r"""
+        Take one step along the gradients that are there, and clear them.
+
+        Args:
+            learning_rate (`float`):
+                Learning rate of this step.
+
+        Raises:
+            `RuntimeError`: this was the tenth step in a row whose gradient was not finite.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        parameters = parameters_of(self.optimizer)
+        is_finite = bool(torch.isfinite(self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm)))
+        self.on_event("on_pre_optimizer_step")
+        # A gradient scaler skips such a step by itself, and lowers its scale.
+        if is_finite or self.accelerator.scaler is not None:
+            self.optimizer.step()
+        self.on_event("on_optimizer_step")
+        self.optimizer.zero_grad()
+        self.taken, self.skipped = self.taken + 1, self.skipped + (not is_finite)
+        self._skipped_in_a_row = 0 if is_finite else self._skipped_in_a_row + 1
+        if self._skipped_in_a_row == MOST_SKIPPED_IN_A_ROW:
+            raise RuntimeError(
+                f"The last {MOST_SKIPPED_IN_A_ROW} optimizer steps had non-finite gradients and were skipped. Lower "
+                f"{self.learning_rate_field} or train in a higher mixed_precision."
+            )
+        if self.average is not None:
+            self.average.step(parameters)
 
 
-def stop_if_skipped(skipped_in_a_row: int, learning_rate_field: str) -> None:
-    """Raise where too many optimizer steps in a row had gradients that are not finite."""
-    if skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
-        raise RuntimeError(
-            f"The last {skipped_in_a_row} optimizer steps had non-finite gradients and were skipped. Lower "
-            f"{learning_rate_field} or train in a higher mixed_precision."
-        )
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    """All parameters of an optimizer, in its own order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def learning_rates(kind: str, peak: float, warmup_steps: int, length: int) -> Callable[[int], float]:
-    """
+    r"""
     Learning rate by step, on one of diffusers' schedules over `length` optimizer steps.
 
     Args:
         kind (`str`):
-            Name for `diffusers.optimization.get_scheduler`.
+            Name of the schedule, as `diffusers.optimization.get_scheduler` takes it.
         peak (`float`):
             Learning rate that the schedule scales.
         warmup_steps (`int`):
             Steps of warm-up.
         length (`int`):
-            Steps in all; steps after that stay at its end, where a cosine would rise again.
+            Steps in all; later steps have the rate of the last one, where a cosine would rise again.
+
+    Returns:
+        `Callable[[int], float]`: maps the number of a step, from 0, to its learning rate.
     """
     unit = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     scheduler = get_scheduler(kind, unit, num_warmup_steps=warmup_steps, num_training_steps=length)
@@ -94,17 +160,25 @@ def learning_rates(kind: str, peak: float, warmup_steps: int, length: int) -> Ca
 
 
 def make_accelerator(config: GraftConfig, output_dir: Path) -> Accelerator:
-    """Accelerator of a run: precision by device where the configuration leaves it open, logs under `output_dir`."""
+    r"""
+    Accelerator of a run.
+
+    Args:
+        config ([`GraftConfig`]):
+            Configuration of the run; without its `mixed_precision`, the device determines the precision.
+        output_dir (`Path`):
+            Output folder of the run, made if missing; logs are written to `config.logdir` inside.
+    """
     logs = output_dir / config.logdir / (config.run_name if config.log_with == "tensorboard" else "")
-    project = {"project_dir": str(output_dir), "logging_dir": str(logs), **config.project_kwargs}
+    own = {"project_dir": str(output_dir), "logging_dir": str(logs)}
     output_dir.mkdir(parents=True, exist_ok=True)
     if config.allow_tf32 and torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
     return Accelerator(
         log_with=config.log_with,
         mixed_precision=config.mixed_precision or _best_precision(),
-        project_config=ProjectConfiguration(**project),
-        **config.accelerator_kwargs,
+        project_config=ProjectConfiguration(**{**own, **cast(dict[str, Any], config.project_kwargs)}),
+        **cast(dict[str, Any], config.accelerator_kwargs),
     )
 
 
@@ -115,13 +189,25 @@ def _best_precision() -> str:
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], config: GraftConfig) -> torch.optim.Optimizer:
-    """AdamW with the configuration's values; 8-bit where asked."""
-    kind = torch.optim.AdamW
+    r"""
+    AdamW with the values of a configuration.
+
+    Args:
+        parameters (`list[torch.nn.Parameter]`):
+            Parameters to train.
+        config ([`GraftConfig`]):
+            Learning rate, betas, weight decay, epsilon, and whether the moments are kept in 8 bits.
+
+    Raises:
+        `ImportError`: `config.train_use_8bit_adam` is set, and bitsandbytes is not installed.
+    """
+    kind: type[torch.optim.Optimizer] = torch.optim.AdamW
     if config.train_use_8bit_adam:
         try:
-            from bitsandbytes.optim import AdamW8bit as kind
+            from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
             raise ImportError("train_use_8bit_adam=True needs bitsandbytes: pip install bitsandbytes.") from error
+        kind = AdamW8bit
     return kind(
         parameters,
         lr=config.train_learning_rate,

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What accelerate's trackers are told: how they start, plain values, and pictures."""
+"""What accelerate's trackers are given: their arguments, plain values, and pictures."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from accelerate.tracking import GeneralTracker
@@ -13,12 +13,12 @@ from ..config import GraftConfig
 
 
 class NoTracker(GeneralTracker):
-    """What an `image_samples_hook` gets where `log_with` names no tracker: it takes everything and keeps nothing."""
+    """The tracker of an `image_samples_hook` where `log_with` names none: it takes everything and keeps nothing."""
 
     name = "none"
     requires_logging_directory = False
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(_blank=True)
 
     def log_images(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
@@ -26,31 +26,31 @@ class NoTracker(GeneralTracker):
 
 
 def tracker_values(values: dict[str, Any]) -> dict[str, Any]:
-    """Values that every tracker takes: numbers and strings."""
+    """The values of a configuration as every tracker takes them: numbers and strings."""
     return {name: v if isinstance(v, int | float | str | bool) else str(v) for name, v in values.items()}
 
 
 def tracker_arguments(config: GraftConfig) -> dict[str, dict[str, Any]]:
-    """Each tracker's own arguments: `run_name` where it takes one, and `tracker_kwargs`."""
+    """Arguments by tracker: the configuration's `tracker_kwargs`, and its `run_name` where the tracker takes one."""
+    arguments = cast(dict[str, dict[str, Any]], config.tracker_kwargs)
     if not config.run_name or config.log_with not in ("wandb", "trackio"):
-        return config.tracker_kwargs
-    named = {"name": config.run_name, **config.tracker_kwargs.get(config.log_with, {})}
-    return {**config.tracker_kwargs, config.log_with: named}
+        return arguments
+    return {**arguments, config.log_with: {"name": config.run_name, **arguments.get(config.log_with, {})}}
 
 
 def log_image(trackers: Sequence[GeneralTracker], name: str, image: Image.Image, step: int) -> None:
-    """
+    r"""
     Send a picture to every tracker that takes pictures.
 
     Args:
         trackers (`Sequence[GeneralTracker]`):
-            accelerate's trackers.
+            Trackers of an accelerator.
         name (`str`):
-            Under which name.
+            Name of the picture in the tracker.
         image (`PIL.Image.Image`):
-            The picture.
+            The picture, of any size.
         step (`int`):
-            Optimizer steps so far.
+            Optimizer steps so far, on the tracker's axis.
     """
     for tracker in trackers:
         if tracker.name == "tensorboard":

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The optimizer steps that every fine-tuning takes, on one parameter whose right values are known by hand."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+
+from trl_pgraft.training.optimizer import OptimizerSteps, learning_rates
+
+
+@pytest.fixture
+def make():
+    """Steps of plain gradient descent from (3, 4), and the parameter."""
+
+    def steps_of(average=None, **options):
+        parameter = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+        optimizer = torch.optim.SGD([{"params": [parameter]}], lr=123.0)
+        accelerator = Accelerator(cpu=True)
+        average = EMAModel([parameter], decay=average) if average else None
+        prepared = accelerator.prepare(optimizer)
+        return OptimizerSteps(accelerator, prepared, 10.0, "learning_rate", average, **options), parameter
+
+    return steps_of
+
+
+def take(steps, parameter, gradient, learning_rate=0.5):
+    parameter.grad = torch.tensor(gradient)
+    steps.take(learning_rate)
+
+
+def test_a_step_has_the_learning_rate_it_is_given_and_clears_the_gradient(make):
+    steps, parameter = make()
+    take(steps, parameter, [2.0, 0.0], learning_rate=0.5)
+    assert parameter.tolist() == [2.0, 4.0] and parameter.grad is None
+    take(steps, parameter, [0.0, 2.0], learning_rate=0.25)
+    assert parameter.tolist() == [2.0, 3.5]
+    assert (steps.taken, steps.skipped) == (2, 0)
+
+
+def test_a_gradient_of_a_larger_norm_is_scaled_down(make):
+    steps, parameter = make()
+    take(steps, parameter, [30.0, 40.0])
+    torch.testing.assert_close(parameter.detach(), torch.tensor([3.0 - 0.5 * 6.0, 4.0 - 0.5 * 8.0]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_without_a_finite_gradient_is_skipped_and_counted(make, value):
+    steps, parameter = make()
+    take(steps, parameter, [value, 1.0])
+    assert parameter.tolist() == [3.0, 4.0] and parameter.grad is None
+    take(steps, parameter, [2.0, 0.0])
+    assert parameter.tolist() == [2.0, 4.0]
+    assert (steps.taken, steps.skipped) == (2, 1)
+
+
+def test_the_tenth_skipped_step_in_a_row_is_an_error(make):
+    steps, parameter = make()
+    for gradient in (*[float("nan")] * 9, 1.0, *[float("nan")] * 9):
+        take(steps, parameter, [gradient, 1.0])
+    assert (steps.taken, steps.skipped) == (19, 18)
+    with pytest.raises(RuntimeError, match="The last 10 optimizer steps .* Lower learning_rate or train in a higher"):
+        take(steps, parameter, [float("nan"), 1.0])
+
+
+def test_the_average_follows_the_parameters(make):
+    """diffusers' average warms up: its decay is 0 at the first step, and 2 / 11 at the second."""
+    steps, parameter = make(average=0.9)
+    take(steps, parameter, [2.0, 0.0])
+    take(steps, parameter, [2.0, 0.0])
+    (average,) = steps.average.shadow_params
+    torch.testing.assert_close(average, torch.tensor([2.0 + (1 - 2 / 11) * (1.0 - 2.0), 4.0]))
+    assert parameter.tolist() == [1.0, 4.0]
+
+
+def test_events_come_around_the_step_and_before_the_gradient_is_cleared(make):
+    seen = []
+
+    def on_event(event):
+        seen.append((event, parameter.tolist(), parameter.grad.norm().item()))
+
+    steps, parameter = make(on_event=on_event)
+    take(steps, parameter, [20.0, 0.0])
+    names = [event for event, _, _ in seen]
+    assert names == ["on_pre_optimizer_step", "on_optimizer_step"]
+    assert [values for _, values, _ in seen] == [[3.0, 4.0], pytest.approx([-2.0, 4.0])]
+    assert [norm for *_, norm in seen] == pytest.approx([10.0, 10.0])
+
+
+def test_the_learning_rate_stays_at_the_end_of_its_schedule():
+    rate = learning_rates("cosine", 0.4, 2, 6)
+    assert [rate(step) for step in (0, 1, 2, 4, 6, 9)] == pytest.approx([0.0, 0.2, 0.4, 0.2, 0.0, 0.0])

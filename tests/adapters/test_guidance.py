@@ -2,10 +2,10 @@
 
 """What guidance does to fine-tuning on its own samples, on a two-dimensional conditional mixture with exact denoisers.
 
-Samples drawn with guidance follow no law whose score the guided field is, so a fit to them drifts even when everything
-is accepted. Compared are the losses of the conditional branch: on the plain target ("conditional", with caption
-dropout), on the corrected target ("corrected"), and the difference of two equal corrected fits, to the accepted and to
-all samples ("control adapter").
+Images sampled with guidance follow no law whose score the guided field is, so training on them drifts even when
+everything is accepted. Compared are the losses of the conditional branch: on the plain target ("conditional", with
+caption dropout), on the corrected target ("corrected"), and the difference of two equal corrected trainings, on the
+accepted and on all samples ("control adapter").
 """
 
 import math
@@ -63,7 +63,7 @@ class Policy:
         return euler(velocity, noise, 1, 0, EULER_STEPS)
 
 
-def fit(policy, loss, x_0, condition, seed, steps, batch_size=256):
+def train(policy, loss, x_0, condition, seed, steps, batch_size=256):
     """One more residual on the policy. Equal seeds give equal starts, timesteps and noise."""
     torch.manual_seed(seed)
     residual = Residual(64, CONDITIONS + 1)
@@ -89,11 +89,11 @@ def fit(policy, loss, x_0, condition, seed, steps, batch_size=256):
 
 
 def tune(policy, method, x_0, condition, accepted, seed, steps):
-    """The policy after a round."""
+    """The policy after an iteration."""
     loss = "conditional" if method == "conditional" else "corrected"
-    residuals = [*policy.residuals, (1.0, fit(policy, loss, x_0[accepted], condition[accepted], seed, steps))]
+    residuals = [*policy.residuals, (1.0, train(policy, loss, x_0[accepted], condition[accepted], seed, steps))]
     if method == "control adapter":
-        residuals.append((-1.0, fit(policy, loss, x_0, condition, seed, steps)))
+        residuals.append((-1.0, train(policy, loss, x_0, condition, seed, steps)))
     return Policy(residuals, tunes_unconditional=method == "conditional")
 
 
@@ -106,11 +106,11 @@ def evaluate(policy, per_condition=1000):
     return reward(ours.flatten(0, 1), condition).mean().item(), kl
 
 
-def run(method, steps, rounds=1, seed=0, groups=128, signal=True):
-    """(reward, KL) after each round; without signal, the accepted 2 of 8 are any two."""
+def run(method, steps, iterations=1, seed=0, groups=128, signal=True):
+    """(reward, KL) after each iteration; without signal, the accepted 2 of 8 are any two."""
     policy, rows = Policy(), []
     condition = torch.arange(CONDITIONS).repeat_interleave(8 * groups)
-    for i in range(rounds):
+    for i in range(iterations):
         x_0 = policy.sample(condition, 1000 * seed + i)
         scores = reward(x_0, condition) if signal else torch.rand(len(x_0), generator=torch.Generator().manual_seed(i))
         policy = tune(policy, method, x_0, condition, top_k_mask(scores, 8, 2), 100 * seed + i, steps)
@@ -123,7 +123,7 @@ SEEDS = (0, 1, 2)
 
 
 def mean_run(**options):
-    """(reward, KL) after one short round, averaged over the seeds."""
+    """(reward, KL) after one short iteration, averaged over the seeds."""
     return torch.tensor([run(seed=seed, steps=60, **options)[0] for seed in SEEDS]).mean(0).tolist()
 
 
@@ -155,12 +155,12 @@ def test_short_training_buys_the_same_reward_at_half_the_kl_or_less(short):
     assert controlled_kl < plain_kl / 2
 
 
-def ideal_rewards(rounds, count=65_536):
-    """Mean reward of the accepted samples themselves, round after round."""
+def ideal_rewards(iterations, count=65_536):
+    """Mean reward of the accepted samples themselves, iteration after iteration."""
     condition = torch.arange(CONDITIONS).repeat_interleave(count)
     scores = reward(Policy().sample(condition, 5), condition)
     means = []
-    for i in range(rounds):
+    for i in range(iterations):
         scores = scores[torch.randperm(len(scores), generator=torch.Generator().manual_seed(i))]
         scores = scores[top_k_mask(scores, 8, 2)]
         means.append(scores.mean().item())
@@ -169,10 +169,10 @@ def ideal_rewards(rounds, count=65_536):
 
 @pytest.mark.slow
 def test_long_training_follows_the_theory_only_with_a_corrected_target():
-    rounds = 2
-    theory = [(r, implied_kl(8, 2, i + 1)) for i, r in enumerate(ideal_rewards(rounds))]
-    table = {method: run(method, steps=2500, rounds=rounds) for method in METHODS}
-    drift = {method: run(method, steps=2500, rounds=rounds, signal=False) for method in METHODS}
+    iterations = 2
+    theory = [(r, implied_kl(8, 2, i + 1)) for i, r in enumerate(ideal_rewards(iterations))]
+    table = {method: run(method, steps=2500, iterations=iterations) for method in METHODS}
+    drift = {method: run(method, steps=2500, iterations=iterations, signal=False) for method in METHODS}
     print(theory, table, drift, sep="\n")
     for (value, kl), (ideal, implied) in zip(table["corrected"], theory, strict=True):
         assert value == pytest.approx(ideal, abs=0.1) and kl == pytest.approx(implied, abs=0.4)

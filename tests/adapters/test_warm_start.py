@@ -188,7 +188,7 @@ def test_what_is_neither_folder_nor_repository_is_refused(hub, config, source):
     assert "hf_secret_token" not in str(error.value)
 
 
-# Refused before anything is drawn.
+# Refused before anything is sampled.
 
 
 def test_another_switch_level_is_refused_with_the_one_to_set(config, pgraft):

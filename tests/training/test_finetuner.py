@@ -272,17 +272,17 @@ def test_the_last_batch_is_filled_up_from_the_first_rows(tuned):
 
 
 def test_the_learning_rate_is_that_of_the_schedule(tuned):
-    asked = []
+    numbers = []
 
     def schedule(step):
-        asked.append(step)
+        numbers.append(step)
         return 0.1 if step < 2 else 0.0
 
     start = values_of(tuned)
     fine_tune_on(tuned, [[0, 1]] * 2, config_of(), lr_schedule=schedule)
     after_two = values_of(tuned)
     fine_tune_on(tuned, [[0, 1]] * 2, config_of(), lr_schedule=lambda step: 0.0)
-    assert asked == [0, 1]
+    assert numbers == [0, 1]
     assert not torch.equal(start[0], after_two[0])
     assert all(torch.equal(a, b) for a, b in zip(after_two, values_of(tuned), strict=True))
 

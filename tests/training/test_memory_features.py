@@ -90,14 +90,14 @@ def test_a_run_leaves_the_pipeline_offloaded(make_trainer, options):
     plain, pipeline = make_trainer("plain", tiny_sd(), num_epochs=2, **options), tiny_sd()
     pipeline.enable_model_cpu_offload(device="cpu")
     trainer = make_trainer("offloaded", pipeline, num_epochs=2, **options)
-    offloaded_in_fit = []
+    offloaded_seen = []
     pipeline.unet.conv_in.register_forward_hook(
-        lambda *_: offloaded_in_fit.append(offload_device(pipeline) is not None) if torch.is_grad_enabled() else None
+        lambda *_: offloaded_seen.append(offload_device(pipeline) is not None) if torch.is_grad_enabled() else None
     )
     for each in (plain, trainer):
         each.train()
     assert offload_device(pipeline) is not None
-    assert offloaded_in_fit and not any(offloaded_in_fit)
+    assert offloaded_seen and not any(offloaded_seen)
     assert_same_results(trainer, plain)
 
 
@@ -168,15 +168,15 @@ def test_on_a_gpu_parameters_and_optimizer_state_move_together(make_trainer):
     pipeline.enable_model_cpu_offload()
     trainer = make_trainer("offloaded", pipeline, **options)
     assert {p.device.type for m in (pipeline.unet, pipeline.vae) for p in m.parameters()} == {"cpu"}
-    in_fit = set()
+    seen = set()
     pipeline.unet.conv_in.register_forward_hook(
-        lambda *_: in_fit.update({pipeline.vae.device.type, *places(trainer)}) if torch.is_grad_enabled() else None
+        lambda *_: seen.update({pipeline.vae.device.type, *places(trainer)}) if torch.is_grad_enabled() else None
     )
     trainer.train(epochs=1)
     assert places(trainer) == {"cpu"}
     trainer.train()
     assert places(trainer) == {"cpu"}
-    assert "cuda" in in_fit and len(in_fit) == 2, "in a fit the denoiser alone is on the device"
+    assert "cuda" in seen and len(seen) == 2, "in training the denoiser alone is on the device"
     plain.train()
     assert losses(trainer) == pytest.approx(losses(plain), rel=1e-2)
     resumed = make_trainer("offloaded", pipeline, **{**options, "num_epochs": 3}, resume_from_checkpoint=True)
@@ -278,7 +278,7 @@ def test_a_compiled_denoiser_is_trained_alike(make_trainer, tmp_path, graphs, ho
     assert trainer.policy.sampled_by() == plain.policy.sampled_by()
     for each in (plain, trainer):
         each.train()
-    assert True in graphs and False in graphs, "fitted and sampled with what was compiled"
+    assert True in graphs and False in graphs, "trained and sampled with what was compiled"
     assert_same_results(trainer, plain)
     files = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("plain", "compiled")]
     assert load_file(files[0]).keys() == load_file(files[1]).keys()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The optimizer steps that every fine-tuning takes, on one parameter whose right values are known by hand."""
+"""The optimizer steps that every fine-tuning takes, on one parameter with values found by hand."""
 
 import pytest
 import torch

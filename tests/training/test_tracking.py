@@ -76,7 +76,7 @@ def test_wandb(tmp_path, monkeypatch):
     assert b"mine" in written and b"project" in written and b"tuned_fraction" in written
     pictures = list((folder / "files" / "media" / "images").iterdir())
     grids = [path for path in pictures if path.name.startswith("samples_")]
-    assert len(grids) == 2 and len(pictures) > 2, "a grid a round, and the hook's own"
+    assert len(grids) == 2 and len(pictures) > 2, "a grid an iteration, and the hook's own"
     assert_is_grid(Image.open(grids[0]))
 
 

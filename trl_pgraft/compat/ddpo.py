@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What DDPO's scripts know: their pipeline, Stable Diffusion with DDIM, and how they are handed samples."""
+"""What DDPO's scripts use: their pipeline, Stable Diffusion with DDIM, and how they are handed samples."""
 
 import copy
 import logging

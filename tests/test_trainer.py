@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from peft import LoHaConfig, LoraConfig
-from runs import ANIMALS, adapter_of, any_animal, brightness, make_trainer
+from runs import ANIMALS, adapter_of, any_animal, brightness, make_trainer, sample_iteration
 from tiny_pipelines import ATTENTION, adapter_use, tiny_flux, tiny_sd, tiny_sdxl
 from transformers import TrainerCallback
 
@@ -293,13 +293,13 @@ def test_a_round_is_the_same_whatever_the_batches(config):
     for size, count in ((5, 6), (30, 1)):
         options = {"sample_batch_size": size, "sample_num_batches_per_epoch": count, "train_batch_size": 4}
         trainers.append(make_trainer(config(**options, samples_per_prompt=24)))
-    rounds = [trainer._draw_round(0) for trainer in trainers]
+    rounds = [sample_iteration(trainer) for trainer in trainers]
     assert [group.size for group in rounds[0].groups] == [24, 6]
     torch.testing.assert_close(rounds[0].states, rounds[1].states, rtol=0, atol=1e-5)
     torch.testing.assert_close(rounds[0].total_reward, rounds[1].total_reward, rtol=0, atol=1 / 255)
     assert torch.equal(rounds[0].accepted, rounds[1].accepted)
     for trainer, round_ in zip(trainers, rounds, strict=True):
-        trainer._fine_tune(round_, 0)
+        trainer.finetuner.fine_tune(trainer.finetuner.training_set(round_, 0), 0, lambda step: 1e-2)
     assert_close(adapter_of(trainers[0]), adapter_of(trainers[1]), atol=1e-3)
 
 
@@ -318,8 +318,8 @@ def test_samples_from_the_reference_do_not_depend_on_the_policy(config, tmp_path
         trainer = make_trainer(config(sample_from=source, num_epochs=2, output_dir=str(tmp_path / source)))
         for parameter in adapter_parameters(trainer.denoiser, "pgraft"):
             parameter.data.fill_(0.5)
-        rounds[source] = trainer._draw_round(0).states
-    untouched = make_trainer(config())._draw_round(0).states
+        rounds[source] = sample_iteration(trainer).states
+    untouched = sample_iteration(make_trainer(config())).states
     assert torch.equal(rounds["reference"], untouched)
     assert not torch.allclose(rounds["policy"], untouched, atol=1e-3)
 
@@ -333,9 +333,10 @@ def test_a_prompt_is_asked_for_once_a_group_and_its_columns_reach_the_reward(con
 
     dataset = datasets.Dataset.from_dict({"prompt": ["a cat", "an ant"], "number": [0, 1], "legs": [4, 6]})
     two_groups = config(sample_num_batches_per_epoch=2)
-    make_trainer(two_groups, reward=None, prompts=None, reward_funcs=spy, train_dataset=dataset)._draw_round(0)
+    options = {"reward": None, "prompts": None, "reward_funcs": spy, "train_dataset": dataset}
+    sample_iteration(make_trainer(two_groups, **options))
     assert sorted(seen) == [("a cat", 0, 4)] * 4 + [("an ant", 1, 6)] * 4
-    make_trainer(two_groups, prompts=lambda: (f"prompt {next(count)}", {}))._draw_round(0)
+    sample_iteration(make_trainer(two_groups, prompts=lambda: (f"prompt {next(count)}", {})))
     assert next(count) == 2
 
 
@@ -353,7 +354,7 @@ def test_weights_and_left_out_samples_enter_the_sum(config):
         return [40.0, 30.0, 20.0, 10.0]
 
     trainer = make_trainer(config(), reward=None, reward_funcs=[first, second], reward_weights=[1.0, 0.1])
-    round_ = trainer._draw_round(0)
+    round_ = sample_iteration(trainer)
     assert round_.total_reward[[0, 1, 3]].tolist() == pytest.approx([5.0, 5.0, 5.0]) and round_.total_reward[2].isnan()
     metrics = trainer.train()[-1]
     assert metrics["rewards/first/mean"] == pytest.approx(7 / 3) and metrics["rewards/second/mean"] == 25
@@ -369,7 +370,7 @@ def test_rewards_may_be_async_and_scored_in_threads(config, tmp_path):
     for reward, is_async in ((redness, False), (later, True)):
         options = {"async_reward_computation": is_async, "max_workers": 3, "sample_batch_size": 2}
         trainer = make_trainer(config(**options, sample_num_batches_per_epoch=4), reward=None, reward_funcs=reward)
-        rounds.append(trainer._draw_round(0))
+        rounds.append(sample_iteration(trainer))
     assert torch.equal(rounds[0].rewards, rounds[1].rewards) and rounds[0].rewards.unique().numel() > 2
     assert torch.equal(rounds[0].accepted, rounds[1].accepted)
 
@@ -395,7 +396,7 @@ def test_rewards_are_known_by_name(config, monkeypatch):
 
 def test_of_equal_images_one_is_accepted(config):
     options = {"acceptance": "all", "deduplicate_by": lambda image, prompt: prompt}
-    round_ = make_trainer(config(**options, sample_num_batches_per_epoch=2))._draw_round(0)
+    round_ = sample_iteration(make_trainer(config(**options, sample_num_batches_per_epoch=2)))
     assert round_.accepted.tolist() == [True, False, False, False] * 2
 
 
@@ -766,7 +767,7 @@ def no_call(monkeypatch):
             {"options": {"control_adapter": True}, "peft_config": LoHaConfig(r=2, target_modules=ATTENTION)},
             "peft_config: control_adapter=True subtracts one LoRA from another; this is a LoHaConfig",
         ),
-        ({"options": {"sample_batch_size": 1}}, "sample_batch_size.*= 1.*Draw more images"),
+        ({"options": {"sample_batch_size": 1}}, "sample_batch_size.*= 1.*Sample more images"),
         ({"options": {"samples_per_prompt": 8, "acceptance_kwargs": {"k": 4}}}, "groups have 4 images, of which k=4"),
     ],
 )

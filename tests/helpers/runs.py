@@ -28,6 +28,11 @@ def make_trainer(config, pipeline=None, reward=brightness, prompts=any_animal, *
     return PGraftTrainer(config, reward, prompts, pipeline or tiny_sd(), **options)
 
 
+def sample_iteration(trainer, epoch=0):
+    """The samples of an iteration, scored and selected."""
+    return trainer.collector.sample_rollout(epoch)[0]
+
+
 def adapter_of(trainer):
     return [p.detach().clone() for p in adapter_parameters(trainer.denoiser, "pgraft")]
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
+import configparser
+from pathlib import Path
+
 import datasets
 import pytest
 import torch
@@ -12,17 +15,8 @@ from random_rounds import as_dataset, random_round
 from tiny_pipelines import tiny_sd
 
 from trl_pgraft import SwitchLevel
-from trl_pgraft.hub.cards import (
-    AdapterFacts,
-    as_code,
-    label_of,
-    metrics_of,
-    plain,
-    repository_of,
-    some_prompts,
-    write_adapter_card,
-    write_samples_card,
-)
+from trl_pgraft.hub.cards import as_code, plain, write_adapter_card, write_samples_card
+from trl_pgraft.hub.facts import AdapterFacts, label_of, metrics_of, repository_of, some_prompts
 
 
 SWITCH = SwitchLevel(500.0, -0.5, 450.0)
@@ -202,3 +196,15 @@ def test_the_snippet_leaves_open_what_it_cannot_know(tmp_path):
         in write(tmp_path, takes_prompts=False, inputs=["class_labels"], arguments={"guidance_scale": 4.0}).text
     )
     assert "pipeline('a fox', image=...)" in write(tmp_path, prompts=["a fox"], inputs=["image"]).text
+
+
+def test_every_template_is_installed():
+    root = Path(__file__).parents[2]
+    setup = configparser.ConfigParser()
+    setup.read(root / "setup.cfg")
+    package = root / "trl_pgraft"
+    installed = {
+        path for pattern in setup["options.package_data"]["trl_pgraft"].split() for path in package.glob(pattern)
+    }
+    assert installed == {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert {path.name for path in installed} >= {"adapter_card.md", "samples_card.md", "corrector_card.md"}

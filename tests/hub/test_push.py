@@ -17,13 +17,14 @@ from trl_pgraft import load_pgraft_adapter, push_adapter_to_hub, push_samples_to
 from trl_pgraft.adapters.files import redacted
 from trl_pgraft.adapters.gate import TimestepGate
 from trl_pgraft.adapters.lora import adapter_parameters, add_adapter, full_copy_config
-from trl_pgraft.hub import push as publishing
-from trl_pgraft.hub.push import PushError, check_samples_repository
+from trl_pgraft.hub import push as pushing, repositories
+from trl_pgraft.hub.push import PushError
+from trl_pgraft.hub.repositories import check_samples_repository
 
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(publishing, "WAITS", (0.0, 0.0))
+    monkeypatch.setattr(repositories, "WAITS", (0.0, 0.0))
 
 
 @pytest.fixture
@@ -168,7 +169,7 @@ def test_samples_of_another_run_are_not_overwritten(hub, samples):
     check_samples_repository(folder, "ann/samples", 1, "hf_write")
     add_round(0, seed=99)
     add_round(1)
-    for check in (push_samples_to_hub, functools.partial(check_samples_repository, first_round=1)):
+    for check in (push_samples_to_hub, functools.partial(check_samples_repository, first_iteration=1)):
         with pytest.raises(ValueError, match="ann/samples has other samples as round_0000/samples-00000"):
             check(folder, "ann/samples", token="hf_write")
     assert len(commits(hub.repo("ann/samples", "dataset"))) == 1
@@ -190,9 +191,9 @@ def test_a_repository_with_rounds_yet_to_be_drawn_is_refused(hub, samples, tmp_p
     folder, add_round = samples
     add_round(0)
     push_samples_to_hub(folder, "ann/samples", **TOKEN)
-    for run, first_round in [(tmp_path / "another", 0), (tmp_path / "another", 1), (folder, 0)]:
+    for run, first_iteration in [(tmp_path / "another", 0), (tmp_path / "another", 1), (folder, 0)]:
         with pytest.raises(ValueError, match="samples that are not of this run, e.g. round_0000.*output_dir"):
-            check_samples_repository(run, "ann/samples", first_round, "hf_write")
+            check_samples_repository(run, "ann/samples", first_iteration, "hf_write")
 
 
 @pytest.mark.parametrize("failing", ["repos/create", "commit", "validate-yaml"])
@@ -231,7 +232,8 @@ def test_the_command_of_a_failed_push_of_samples_works(hub, samples):
 
 def test_a_dead_hub_is_given_up_on(hub, adapter, monkeypatch):
     api = HfApi(endpoint="http://127.0.0.1:9", **TOKEN)
-    monkeypatch.setattr(publishing, "HfApi", lambda token: api)
+    for module in (pushing, repositories):
+        monkeypatch.setattr(module, "HfApi", lambda token: api)
     with pytest.raises(PushError, match="hf upload ann/lora"):
         push_adapter_to_hub(adapter[1], "ann/lora", **TOKEN)
 

@@ -1,3 +1,3 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What keeps scripts written for TRL's DDPOTrainer running."""
+"""Classes and data of TRL's DDPO, for scripts that were written for it."""

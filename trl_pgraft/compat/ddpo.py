@@ -1,25 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What DDPO's scripts use: their pipeline, Stable Diffusion with DDIM, and how they are handed samples."""
+"""The parts of DDPO's interface beside its trainer: the pipeline class, its hook's data and its rewards' form."""
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapters.files import LORA_FILE, SWITCH_FILE, load_adapter_weights, read_switch, save_pgraft_adapter
 from ..adapters.gate import TimestepGate
 from ..adapters.lora import ADAPTER_NAME, add_adapter, default_lora_config
 from ..core.switch_level import ALWAYS_ON, SwitchLevel
-from ..pipelines.pixels import to_unit_range
+from ..pipelines.pixels import to_uint8, to_unit_range
+from ..report.grids import image_grid
 from ..rewards.conventions import Reward
-from ..rollouts.rollout import RolloutBatch
+from ..rewards.scorer import Scorer
+from ..rollouts.collect import RolloutCollector
+from ..rollouts.rollout import Rollout, RolloutBatch
+from ..training.tracking import NoTracker, log_image
 
 
 logger = logging.getLogger(__name__)
@@ -30,7 +35,7 @@ class DefaultDDPOStableDiffusionPipeline:
     Stable Diffusion as DDPO's scripts make it: with DDIM, without a safety checker, with a LoRA if there is one.
 
     A call samples from the model as it is trained: with the adapter above its switch level and without it below. The
-    guidance scale is the caller's throughout.
+    guidance scale of the call holds at all steps.
 
     Args:
         pretrained_model_name (`str`):
@@ -38,9 +43,9 @@ class DefaultDDPOStableDiffusionPipeline:
             [`~DefaultDDPOStableDiffusionPipeline.save_pretrained`] gives the adapter and its switch level back; any
             other `pytorch_lora_weights.safetensors` in it becomes part of the reference model.
         pretrained_model_revision (`str`, *optional*, defaults to `"main"`):
-            Revision of the repository.
+            Branch, tag or commit of the repository.
         use_lora (`bool`, *optional*, defaults to `True`):
-            Train an adapter; `False`: all weights of the denoiser.
+            Whether to train an adapter; `False` trains all weights of the denoiser.
     """
 
     def __init__(self, pretrained_model_name: str, *, pretrained_model_revision: str = "main", use_lora: bool = True):
@@ -58,7 +63,7 @@ class DefaultDDPOStableDiffusionPipeline:
         self.unet.requires_grad_(not self.use_lora)
 
     def _load_adapter(self, use_lora: bool) -> bool:
-        """Load the adapter that lies beside the model, if one does; it decides whether a LoRA is trained."""
+        """Load the adapter in the model's folder, if there is one, and return whether a LoRA is to be trained."""
         folder = Path(self.pretrained_model)
         if (folder / SWITCH_FILE).is_file():
             self.switch = read_switch(folder)
@@ -74,7 +79,7 @@ class DefaultDDPOStableDiffusionPipeline:
         return True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The diffusers pipeline's own call and result, with the adapter switched at its level."""
+        """Arguments and result are those of the diffusers pipeline's call; the adapter switches at its level."""
         dtype = self.vae.dtype
         with ExitStack() as stack:
             if not self.use_lora and dtype != torch.float32:
@@ -87,41 +92,41 @@ class DefaultDDPOStableDiffusionPipeline:
             return self.sd_pipeline(*args, **kwargs)
 
     @property
-    def unet(self) -> Any:
+    def unet(self) -> UNet2DConditionModel:
         """The denoiser."""
         return self.sd_pipeline.unet
 
     @property
-    def vae(self) -> Any:
+    def vae(self) -> AutoencoderKL:
         """The autoencoder."""
         return self.sd_pipeline.vae
 
     @property
-    def text_encoder(self) -> Any:
+    def text_encoder(self) -> PreTrainedModel:
         """The text encoder."""
         return self.sd_pipeline.text_encoder
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer."""
         return self.sd_pipeline.tokenizer
 
     @property
     def scheduler(self) -> DDIMScheduler:
-        """The sampler."""
+        """The scheduler."""
         return self.sd_pipeline.scheduler
 
     @property
     def autocast(self) -> Callable[..., Any] | None:
-        """A context without autocast where a LoRA is trained; `None`: the accelerator's."""
+        """`nullcontext` where a LoRA is trained; otherwise `None`, for the accelerator's autocast."""
         return nullcontext if self.use_lora else None
 
     def set_progress_bar_config(self, *args: Any, **kwargs: Any) -> None:
-        """As the diffusers pipeline's method."""
+        """Arguments are those of the diffusers pipeline's method of this name."""
         self.sd_pipeline.set_progress_bar_config(*args, **kwargs)
 
     def get_trainable_layers(self) -> torch.nn.Module:
-        """The denoiser; where a LoRA is trained, with one of rank 4 on the attention, unless it has its adapter."""
+        """The denoiser; if a LoRA is trained and there is none yet, one of rank 4 is added to the attention."""
         if self.use_lora and ADAPTER_NAME not in getattr(self.unet, "peft_config", {}):
             add_adapter(self.unet, default_lora_config(self.unet, rank=4), ADAPTER_NAME)
         return self.unet
@@ -134,7 +139,7 @@ class DefaultDDPOStableDiffusionPipeline:
 
         Args:
             output_dir (`str` or `Path`):
-                Where to write.
+                Folder to write to; made if missing.
         """
         unet = self.unet
         self.sd_pipeline.unet = _without_adapter(unet)
@@ -146,7 +151,7 @@ class DefaultDDPOStableDiffusionPipeline:
             save_pgraft_adapter(self.sd_pipeline, output_dir, self.switch or ALWAYS_ON)
 
 
-def _without_adapter(unet: Any) -> Any:
+def _without_adapter(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """A copy of plain weights: without the trained adapter, with every other one fused in."""
     names = [name for name in getattr(unet, "peft_config", {}) if name != ADAPTER_NAME]
     plain = copy.deepcopy(unet)
@@ -157,14 +162,68 @@ def _without_adapter(unet: Any) -> Any:
     return plain
 
 
-def as_ddpo(values: torch.Tensor, infos: list[Any], rewards: Sequence[Reward]) -> tuple[torch.Tensor, Any]:
+def score_batches(
+    scorer: Scorer, batches: Sequence[tuple[torch.Tensor, Sequence[str], Sequence[Any]]], rewards: Sequence[Reward]
+) -> Iterator[tuple]:
+    """
+    Score batches of images as DDPO's `compute_rewards` does.
+
+    Args:
+        scorer ([`Scorer`]):
+            Scores with `rewards`, in threads if it has any.
+        batches (`Sequence[tuple[torch.Tensor, Sequence[str], Sequence[Any]]]`):
+            Images of shape `(B, 3, H, W)`, uint8 or float in [0, 1]; `B` prompts; and the metadata of each.
+        rewards (`Sequence[Reward]`):
+            The `F` reward functions.
+
+    Returns:
+        `Iterator[tuple]`: the rewards of each batch, of shape `(B,)` with NaN where left out; then each one's infos.
+    """
+    for images, prompts, metadata in batches:
+        images = images if images.dtype == torch.uint8 else to_uint8(images)
+        scorer.add(images, list(prompts), {"metadata": list(metadata)})
+    return zip(*(_as_ddpo(*result, rewards) for result in scorer.results()), strict=True)
+
+
+def show_samples(
+    hook: Callable[..., Any] | None,
+    rollout: Rollout,
+    batches: Sequence[RolloutBatch],
+    collector: RolloutCollector,
+    step: int,
+) -> None:
+    """
+    Send a grid of an iteration's samples to the trackers, and call DDPO's `image_samples_hook` with them.
+
+    Args:
+        hook (`Callable` or `None`):
+            `hook(image_data, global_step, tracker)`. `image_data` has `[images, prompts, metadata, rewards,
+            reward_metadata]` of each batch, images of shape `(B, 3, H, W)` in [0, 1]; `tracker` is the first tracker,
+            or one that does nothing.
+        rollout ([`Rollout`]):
+            Samples of all processes.
+        batches (`Sequence[RolloutBatch]`):
+            This process's samples, as they were scored.
+        collector ([`RolloutCollector`]):
+            Has the reward functions and the trackers.
+        step (`int`):
+            Optimizer steps so far.
+    """
+    trackers, data = collector.accelerator.trackers, []
+    if trackers and collector.accelerator.is_main_process:
+        images = torch.cat([batch.images for batch in batches])
+        grid = image_grid(images, rollout.captions()[: len(images)], rollout.groups[0].size)
+        log_image(trackers, "samples", grid, step)
+    if hook is None:
+        return
+    for batch in batches:
+        metadata = batch.columns.get("metadata", [sample.group.columns for sample in batch.samples])
+        images, values = to_unit_range(batch.images), _as_ddpo(batch.rewards, batch.infos, collector.rewards)
+        data.append([images, tuple(batch.prompts), tuple(metadata), *values])
+    hook(data, step, trackers[0] if trackers else NoTracker())
+
+
+def _as_ddpo(values: torch.Tensor, infos: list[Any], rewards: Sequence[Reward]) -> tuple[torch.Tensor, Any]:
     """A batch's values `(B, F)` and infos as DDPO has them: one reward a sample, and the info of the only function."""
     weights = torch.tensor([reward.weight for reward in rewards], dtype=torch.float64)
     return values @ weights, infos[0] if len(infos) == 1 else infos
-
-
-def hook_data(batch: RolloutBatch, rewards: Sequence[Reward]) -> list[Any]:
-    """A batch as `image_samples_hook` takes it: images in [0, 1], prompts, metadata, rewards and their info."""
-    metadata = batch.columns.get("metadata", [sample.group.columns for sample in batch.samples])
-    images = to_unit_range(batch.images)
-    return [images, tuple(batch.prompts), tuple(metadata), *as_ddpo(batch.rewards, batch.infos, rewards)]

@@ -1,21 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a run pushes to the Hub: checked before the first sample is drawn, and never a reason to stop after that."""
+"""A run's pushes to the Hub: checked before the first sample; after that, a failed push does not stop the run."""
 
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
 
 from ..adapters.files import clean, redacted
 from ..config import GraftConfig
-from .push import check_samples_repository, prepare_repository, push_adapter_to_hub, push_samples_to_hub, retried
+from ..report.grids import before_after_grid
+from ..rollouts.prompts import Prompt
+from .cards import GRID_FILE, write_adapter_card
+from .facts import AdapterFacts, label_of
+from .push import push_adapter_to_hub, push_samples_to_hub
+from .repositories import check_samples_repository, prepare_repository, retried
 
 
 class Publisher:
@@ -24,50 +30,50 @@ class Publisher:
 
     Args:
         config ([`GraftConfig`]):
-            Its `push_to_hub` and `hub_*` fields.
+            The run's configuration, of which the fields `push_to_hub` and `hub_*` are read.
         output_dir (`Path`):
-            The run's folder.
+            The run's folder. Its `samples` are pushed, and its name is the model repository's where none is given.
         accelerator (`Accelerator`):
-            Its main process pushes.
-        draws (`bool`, *optional*, defaults to `True`):
-            Whether the run draws samples; it does not push those that it was given.
+            The processes of the run, of which the main one pushes.
+        is_sampling (`bool`, *optional*, defaults to `True`):
+            Whether the run samples; `False` never pushes samples, because the run was given them.
     """
 
-    def __init__(self, config: GraftConfig, output_dir: Path, accelerator: Accelerator, draws: bool = True):
+    def __init__(self, config: GraftConfig, output_dir: Path, accelerator: Accelerator, is_sampling: bool = True):
         self.config = config
         self.samples_folder = output_dir / "samples"
         self.model_id = config.hub_model_id or output_dir.resolve().name
         self.dataset_id = config.hub_dataset_id
-        self.pushes_samples = draws and bool(config.hub_dataset_id)
+        self.pushes_samples = is_sampling and bool(config.hub_dataset_id)
         self._accelerator = accelerator
 
-    def check(self, first_round: int) -> None:
+    def check(self, first_iteration: int) -> None:
         """
         Check token, permission and repository names.
 
         Args:
-            first_round (`int`):
-                Number of the next round to be drawn, whose place must be free.
+            first_iteration (`int`):
+                Number of the next iteration to be sampled, from 0; the dataset must not have it yet.
 
         Raises:
-            `ValueError`: on all processes; the message has the field and the fix.
+            `ValueError`: the run cannot push, raised on all processes; the message has the field and the fix.
         """
-        error = [None]
+        error: list[str | None] = [None]
         if self._accelerator.is_main_process:
             try:
-                self._check(first_round)
+                self._check(first_iteration)
             except Exception as reason:
                 error = [redacted(reason, self.config.hub_token)]
         broadcast_object_list(error)
         if error[0]:
             raise ValueError(error[0])
 
-    def _check(self, first_round: int) -> None:
+    def _check(self, first_iteration: int) -> None:
         if self.config.push_to_hub:
             self.model_id = self._prepared("hub_model_id", self.model_id, "model")
-        if self.pushes_samples:
+        if self.pushes_samples and self.dataset_id:
             self.dataset_id = self._prepared("hub_dataset_id", self.dataset_id, "dataset")
-            check_samples_repository(self.samples_folder, self.dataset_id, first_round, self.config.hub_token)
+            check_samples_repository(self.samples_folder, self.dataset_id, first_iteration, self.config.hub_token)
 
     def _prepared(self, name: str, repo_id: str, kind: str) -> str:
         config = self.config
@@ -80,22 +86,76 @@ class Publisher:
             ) from error
 
     def push_samples(self) -> None:
-        """Push the rounds that are not on the Hub yet, if the run pushes samples."""
+        """Push the iterations that are not on the Hub yet, if the run pushes samples; a failure becomes a warning."""
         self._accelerator.wait_for_everyone()
-        if self.pushes_samples and self._accelerator.is_main_process:
+        repo_id = self.dataset_id if self.pushes_samples and self._accelerator.is_main_process else None
+        if repo_id:
             options = {"private": self.config.hub_private_repo, "token": self.config.hub_token}
-            self.attempt(lambda: push_samples_to_hub(self.samples_folder, self.dataset_id, **options))
+            self.attempt(functools.partial(push_samples_to_hub, self.samples_folder, repo_id, **options))
 
     def complete_name(self) -> None:
-        """Put the token's own namespace before a model repository's bare name, if the Hub says what it is."""
+        """Put the token's own namespace before a bare name of the model repository, if the Hub returns it."""
         if "/" not in self.model_id and self._accelerator.is_main_process:
             with contextlib.suppress(Exception):
                 self.model_id = f"{HfApi(token=clean(self.config.hub_token)).whoami()['name']}/{self.model_id}"
 
+    def write_card(
+        self,
+        folder: Path,
+        facts: AdapterFacts,
+        shown: Sequence[Prompt],
+        sample: Callable[[Sequence[Prompt], bool], torch.Tensor],
+        title: str | None = None,
+    ) -> None:
+        """
+        Write the card of the model repository, and the grid of images that it shows.
+
+        Args:
+            folder (`Path`):
+                Folder of the adapter; made if missing.
+            facts ([`AdapterFacts`]):
+                What the card says.
+            shown (`Sequence[Prompt]`):
+                `P` prompts of the grid; there is none without prompts.
+            sample (`Callable[[Sequence[Prompt], bool], torch.Tensor]`):
+                Returns an image of each prompt, of shape `(P, 3, H, W)` and uint8: of the base model if its second
+                argument is `True`, otherwise of the tuned model.
+            title (`str`, *optional*):
+                Heading; the repository's name where not given.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        if shown:
+            labels = [label_of(prompt) for prompt in shown]
+            before_after_grid(sample(shown, True), sample(shown, False), labels).save(folder / GRID_FILE)
+        write_adapter_card(folder, self.model_id, facts, title)
+
     def push_adapter(
         self, folder: Path, commit_message: str, blocking: bool, token: str | None, revision: str | None
-    ) -> Any:
-        """Push the adapter's folder; a future where not `blocking`."""
+    ) -> str | Future[str] | None:
+        """
+        Push an adapter's folder to the model repository, from the main process.
+
+        Args:
+            folder (`Path`):
+                Folder of the adapter and its card.
+            commit_message (`str`):
+                Message of the commit.
+            blocking (`bool`):
+                Whether to wait for the end of the push.
+            token (`str` or `None`):
+                Token that may write there; `None` for `config.hub_token`.
+            revision (`str` or `None`):
+                Branch; `None` for the main one.
+
+        Returns:
+            `str`, `Future[str]` or `None`: the repository, as `user/name`, or a future of it where not `blocking`;
+                `None` in the other processes.
+
+        Raises:
+            [`PushError`]: the upload failed, also when it was repeated.
+        """
+        if not self._accelerator.is_main_process:
+            return None
         push = functools.partial(
             push_adapter_to_hub,
             folder,
@@ -107,10 +167,10 @@ class Publisher:
         )
         return push() if blocking else HfApi().run_as_future(push)
 
-    def attempt(self, push: Callable[[], Any]) -> Any:
-        """Push; a failure becomes a warning that says what was not pushed and how it is pushed later."""
+    def attempt(self, push: Callable[[], object]) -> None:
+        """Call `push`; an error becomes a warning with what was not pushed and the command to push it later."""
         try:
-            return push()
+            push()
         except Exception as error:
             message = redacted(error, self.config.hub_token)
             warnings.warn(f"The run goes on, but a push failed: {message}", stacklevel=2)

@@ -16,13 +16,14 @@ from peft import PeftConfig
 
 from ..adapters.lora import default_lora_config
 from ..core.seeding import seed_of
-from ..hub.cards import repository_of
+from ..hub.facts import repository_of
 from ..pipelines.conditioning import Conditioning
 from ..pipelines.denoiser_call import denoiser_of
 from ..pipelines.denoiser_format import DenoiserFormat, uncompiled
 from ..pipelines.inputs import takes_prompts
 from ..pipelines.placement import on_device, place_pipeline
 from ..training.checkpoints import archive_previous_run
+from ..training.run_log import METRICS_FILE, RunLog
 from .config import NoiseCorrectionConfig
 from .correctors import FlowCorrector, GaussianCorrector, LoraCorrector, NetworkCorrector
 from .correctors.gaussian import check_size
@@ -34,7 +35,6 @@ from .gaussianity import gaussianity, random_part
 from .pipeline import NoiseCorrectedPipeline
 
 
-METRICS_FILE = "metrics.jsonl"
 CORRECTOR_FOLDER = "corrector"
 
 
@@ -233,10 +233,8 @@ class NoiseCorrectionTrainer:
         return CorrectorData(data, rows, self.sampler.call, self.sampler.record(list(unique)))
 
     def log(self, metrics: dict[str, float]) -> None:
-        """Append a line of metrics to `metrics.jsonl` in the output folder."""
-        if self.accelerator.is_main_process:
-            with open(self.output_dir / METRICS_FILE, "a") as file:
-                file.write(json.dumps(metrics) + "\n")
+        """Append a line of `metrics` to `metrics.jsonl` in the output folder."""
+        RunLog(self.output_dir, self.accelerator).write(metrics)
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """

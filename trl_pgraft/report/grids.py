@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Pictures: a grid of images before and after fine-tuning, and the curves by which t_I is chosen."""
+"""Grids of images: samples with their captions, and pairs from before and after fine-tuning."""
 
 import textwrap
 from collections.abc import Sequence
@@ -26,13 +26,13 @@ def before_after_grid(
         before, after (`torch.Tensor` of shape `(N, 3, H, W)`, uint8):
             Images of the same prompts and seeds; of videos `(N, F, 3, H, W)` the middle frame is shown.
         labels (`Sequence[str]`):
-            `N` prompts.
+            `N` prompts; of each, the first 120 characters are written.
         columns (`int`, *optional*, defaults to `8`):
             Pairs in a row.
         size (`int`, *optional*, defaults to `128`):
-            Edge of a drawn image in pixels.
+            Edge of each image in the grid, in pixels.
         titles (`tuple[str, str]`, *optional*, defaults to `("base", "tuned")`):
-            What stands to the left of the upper and of the lower images.
+            Words to the left of the upper and of the lower images.
     """
     gap, margin, text = 4, 56, 46
     rows = -(-len(labels) // columns)
@@ -55,19 +55,19 @@ def image_grid(
     images: torch.Tensor, captions: Sequence[str], columns: int = 8, size: int = 128, most: int = 64
 ) -> Image.Image:
     """
-    Images row by row, each with its caption.
+    Images row by row, with the caption under each.
 
     Args:
         images (`torch.Tensor` of shape `(N, 3, H, W)`, uint8):
             Images; of videos `(N, F, 3, H, W)` the middle frame is shown.
         captions (`Sequence[str]`):
-            `N` captions.
+            `N` captions; of each, the first 120 characters are written.
         columns (`int`, *optional*, defaults to `8`):
             Images in a row.
         size (`int`, *optional*, defaults to `128`):
-            Edge of a drawn image in pixels.
+            Edge of each image in the grid, in pixels.
         most (`int`, *optional*, defaults to `64`):
-            Images drawn; the rest is left out.
+            Largest number of images in the grid; the rest is left out.
     """
     gap, text = 4, 60
     shown = list(zip(_stills(images[:most]), captions, strict=False))
@@ -85,7 +85,7 @@ def _stills(images: torch.Tensor) -> list[Image.Image]:
     return to_pil(images[:, images.shape[1] // 2] if images.ndim == 5 else images)
 
 
-def _write(draw: ImageDraw.ImageDraw, position: tuple[int, int], text: str) -> None:
-    """Text below a picture. It is shown, not interpreted: control characters become spaces, the end is cut."""
+def _write(draw: ImageDraw.ImageDraw, corner: tuple[int, int], text: str) -> None:
+    """Write text below an image; control characters become spaces, and the end is cut."""
     printable = "".join(c if c.isprintable() else " " for c in text)[:120]
-    draw.multiline_text(position, textwrap.fill(printable, 24), fill="black", font=ImageFont.load_default(10))
+    draw.multiline_text(corner, textwrap.fill(printable, 24), fill="black", font=ImageFont.load_default(10))

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Curves, drawn with matplotlib."""
+"""Curves, plotted with matplotlib."""
 
 from pathlib import Path
 
 from ..analysis.intermediate_step import IntermediateStep
 
 
-def draw_choice(result: "IntermediateStep", path: str | Path) -> None:
+def draw_choice(result: IntermediateStep, path: str | Path) -> None:
     """
-    Draw the curves of a choice and the proposal to an image file.
+    Plot the curves of a choice of t_I, and the proposal, to an image file.
 
     Args:
         result ([`IntermediateStep`]):
-            From [`choose_intermediate_step`].
+            Result of [`choose_intermediate_step`].
         path (`str` or `Path`):
             File to write; its suffix is the format.
     """

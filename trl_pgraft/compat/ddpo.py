@@ -162,17 +162,15 @@ def _without_adapter(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     return plain
 
 
-def score_batches(
-    scorer: Scorer, batches: Sequence[tuple[torch.Tensor, Sequence[str], Sequence[Any]]], rewards: Sequence[Reward]
-) -> Iterator[tuple]:
+def score_batches(scorer: Scorer, batches: Sequence[Sequence[Any]], rewards: Sequence[Reward]) -> Iterator[tuple]:
     """
     Score batches of images as DDPO's `compute_rewards` does.
 
     Args:
         scorer ([`Scorer`]):
             Scores with `rewards`, in threads if it has any.
-        batches (`Sequence[tuple[torch.Tensor, Sequence[str], Sequence[Any]]]`):
-            Images of shape `(B, 3, H, W)`, uint8 or float in [0, 1]; `B` prompts; and the metadata of each.
+        batches (`Sequence`):
+            Of each batch `(images, prompts, metadata)`: images of shape `(B, 3, H, W)`, uint8 or float in [0, 1].
         rewards (`Sequence[Reward]`):
             The `F` reward functions.
 

@@ -128,7 +128,8 @@ def gather_facts(
         "control_adapter": finetuner.has_control,
         "control_scale": config.control_scale if finetuner.has_control else None,
     }
-    settings, name = {**config.to_dict(), **control}, policy.start and policy.start.repository
+    settings, repository = {**config.to_dict(), **control}, policy.start.repository if policy.start else None
+    start = f"[{repository}](https://huggingface.co/{repository})" if repository else "an adapter on disk"
     return AdapterFacts(
         switch=policy.switch,
         base_model=repository_of(policy.pipeline),
@@ -143,7 +144,7 @@ def gather_facts(
         tags=[tags] if isinstance(tags, str) else tags or [],
         dataset=dataset,
         kind=kind_of(policy.peft_config),
-        start=policy.start and (f"[{name}](https://huggingface.co/{name})" if name else "an adapter on disk"),
+        start=start if policy.start else None,
     )
 
 

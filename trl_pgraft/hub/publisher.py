@@ -90,8 +90,8 @@ class Publisher:
         self._accelerator.wait_for_everyone()
         repo_id = self.dataset_id if self.pushes_samples and self._accelerator.is_main_process else None
         if repo_id:
-            options = {"private": self.config.hub_private_repo, "token": self.config.hub_token}
-            self.attempt(functools.partial(push_samples_to_hub, self.samples_folder, repo_id, **options))
+            private, token = self.config.hub_private_repo, self.config.hub_token
+            self.attempt(lambda: push_samples_to_hub(self.samples_folder, repo_id, private=private, token=token))
 
     def complete_name(self) -> None:
         """Put the token's own namespace before a bare name of the model repository, if the Hub returns it."""

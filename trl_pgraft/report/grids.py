@@ -11,6 +11,9 @@ from PIL import Image, ImageDraw, ImageFont
 from ..pipelines.pixels import to_pil
 
 
+GAP = 4
+
+
 def before_after_grid(
     before: torch.Tensor,
     after: torch.Tensor,
@@ -34,19 +37,13 @@ def before_after_grid(
         titles (`tuple[str, str]`, *optional*, defaults to `("base", "tuned")`):
             Words to the left of the upper and of the lower images.
     """
-    gap, margin, text = 4, 56, 46
-    rows = -(-len(labels) // columns)
-    pair = 2 * size + gap + text
-    width = margin + min(columns, len(labels)) * (size + gap)
-    grid = Image.new("RGB", (width, rows * pair + gap), "white")
+    grid, corners = _make_grid(
+        [_stills(before), _stills(after)], labels, columns, size, margin=56, text=42, bottom=GAP
+    )
     draw = ImageDraw.Draw(grid)
-    for index, images in enumerate(zip(_stills(before), _stills(after), strict=True)):
-        x, y = margin + (index % columns) * (size + gap), gap + (index // columns) * pair
-        for line, image in enumerate(images):
-            grid.paste(image.resize((size, size), Image.LANCZOS), (x, y + line * (size + gap)))
-        _write(draw, (x, y + 2 * size + gap + 2), labels[index])
-        for line, title in enumerate(titles if index % columns == 0 else ()):
-            middle = y + line * (size + gap) + size // 2 - 6
+    for _, y in corners[::columns]:
+        for line, title in enumerate(titles):
+            middle = y + line * (size + GAP) + size // 2 - 6
             draw.text((4, middle), title, fill="black", font=ImageFont.load_default(14))
     return grid
 
@@ -69,23 +66,36 @@ def image_grid(
         most (`int`, *optional*, defaults to `64`):
             Largest number of images in the grid; the rest is left out.
     """
-    gap, text = 4, 60
-    shown = list(zip(_stills(images[:most]), captions, strict=False))
-    columns = min(columns, len(shown))
-    grid = Image.new("RGB", (columns * (size + gap) + gap, -(-len(shown) // columns) * (size + text)), "white")
-    draw = ImageDraw.Draw(grid)
-    for index, (image, caption) in enumerate(shown):
-        x, y = gap + (index % columns) * (size + gap), gap + (index // columns) * (size + text)
-        grid.paste(image.resize((size, size), Image.LANCZOS), (x, y))
-        _write(draw, (x, y + size + 2), caption)
+    shown = images[: min(most, len(captions))]
+    grid, _ = _make_grid([_stills(shown)], captions[: len(shown)], columns, size, margin=GAP, text=56, bottom=0)
     return grid
+
+
+def _make_grid(
+    lines: Sequence[list[Image.Image]],
+    captions: Sequence[str],
+    columns: int,
+    size: int,
+    margin: int,
+    text: int,
+    bottom: int,
+) -> tuple[Image.Image, list[tuple[int, int]]]:
+    """Stacks of images, one of each of `lines`, row by row with captions below; and the stacks' upper left corners."""
+    height = len(lines) * (size + GAP) + text
+    columns = min(columns, len(captions))
+    corners = [(margin + i % columns * (size + GAP), GAP + i // columns * height) for i in range(len(captions))]
+    extent = (margin + columns * (size + GAP), -(-len(captions) // columns) * height + bottom)
+    grid = Image.new("RGB", extent, "white")
+    draw = ImageDraw.Draw(grid)
+    for (x, y), stack, caption in zip(corners, zip(*lines, strict=True), captions, strict=True):
+        for line, image in enumerate(stack):
+            grid.paste(image.resize((size, size), Image.Resampling.LANCZOS), (x, y + line * (size + GAP)))
+        # The caption is shown, not interpreted: control characters become spaces, and the end is cut.
+        printable = textwrap.fill("".join(c if c.isprintable() else " " for c in caption)[:120], 24)
+        below = (x, y + len(lines) * (size + GAP) - GAP + 2)
+        draw.multiline_text(below, printable, fill="black", font=ImageFont.load_default(10))
+    return grid, corners
 
 
 def _stills(images: torch.Tensor) -> list[Image.Image]:
     return to_pil(images[:, images.shape[1] // 2] if images.ndim == 5 else images)
-
-
-def _write(draw: ImageDraw.ImageDraw, corner: tuple[int, int], text: str) -> None:
-    """Write text below an image; control characters become spaces, and the end is cut."""
-    printable = "".join(c if c.isprintable() else " " for c in text)[:120]
-    draw.multiline_text(corner, textwrap.fill(printable, 24), fill="black", font=ImageFont.load_default(10))

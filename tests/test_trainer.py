@@ -179,7 +179,7 @@ def test_guidance_is_that_of_the_tuned_steps(config, monkeypatch, options, scale
     assert scales == [scale] * 2
     assert {loss.guidance_scale for loss, _, _ in runs} == {guidance}
     expected = [["pgraft_accepted"], ["pgraft_control"], ["pgraft", "pgraft_accepted"], ["pgraft", "pgraft_control"]]
-    assert [loss.adapters for loss, _, _ in runs] == expected, "what tells the policy from the reference"
+    assert [loss.adapters for loss, _, _ in runs] == expected, "which distinguish the policy from the reference"
 
 
 def test_without_a_signal_the_control_changes_next_to_nothing(config):
@@ -207,7 +207,7 @@ def test_a_moving_average_lags_behind(config, tmp_path):
     assert all(0 < lagging < change for change, lagging in zip(*changes, strict=True))
 
 
-def test_the_learning_rate_follows_its_schedule_over_the_rounds(config, monkeypatch):
+def test_the_learning_rate_follows_its_schedule_over_the_iterations(config, monkeypatch):
     rates, original = [], finetuner_module.fine_tune_adapter
 
     def spy(*args, **kwargs):
@@ -219,7 +219,7 @@ def test_the_learning_rate_follows_its_schedule_over_the_rounds(config, monkeypa
     assert rates == pytest.approx([0.0, 0.2, 0.4, 0.3, 0.2, 0.1]), "two of warm-up, then down to the end of six"
 
 
-def test_no_round_is_run_where_none_is_wanted(config):
+def test_no_iteration_is_run_where_none_is_wanted(config):
     trainer = make_trainer(config())
     before = adapter_of(trainer)
     assert trainer.train(epochs=0) == [] and equal(before, adapter_of(trainer))
@@ -284,22 +284,22 @@ def test_rewards_improve_towards_red_and_towards_blue(config, options):
         assert gain.mean() > 4 * gain.std() / 24**0.5, f"direction {sign}"
 
 
-# Rounds.
+# Iterations.
 
 
-def test_a_round_is_the_same_whatever_the_batches(config):
+def test_an_iteration_is_the_same_whatever_the_batches(config):
     """Groups of 24 and of 6 in six batches of 5 and in one batch."""
     trainers = []
     for size, count in ((5, 6), (30, 1)):
         options = {"sample_batch_size": size, "sample_num_batches_per_epoch": count, "train_batch_size": 4}
         trainers.append(make_trainer(config(**options, samples_per_prompt=24)))
-    rounds = [sample_iteration(trainer) for trainer in trainers]
-    assert [group.size for group in rounds[0].groups] == [24, 6]
-    torch.testing.assert_close(rounds[0].states, rounds[1].states, rtol=0, atol=1e-5)
-    torch.testing.assert_close(rounds[0].total_reward, rounds[1].total_reward, rtol=0, atol=1 / 255)
-    assert torch.equal(rounds[0].accepted, rounds[1].accepted)
-    for trainer, round_ in zip(trainers, rounds, strict=True):
-        trainer.finetuner.fine_tune(trainer.finetuner.training_set(round_, 0), 0, lambda step: 1e-2)
+    rollouts = [sample_iteration(trainer) for trainer in trainers]
+    assert [group.size for group in rollouts[0].groups] == [24, 6]
+    torch.testing.assert_close(rollouts[0].states, rollouts[1].states, rtol=0, atol=1e-5)
+    torch.testing.assert_close(rollouts[0].total_reward, rollouts[1].total_reward, rtol=0, atol=1 / 255)
+    assert torch.equal(rollouts[0].accepted, rollouts[1].accepted)
+    for trainer, rollout in zip(trainers, rollouts, strict=True):
+        trainer.finetuner.fine_tune(trainer.finetuner.training_set(rollout, 0), 0, lambda step: 1e-2)
     assert_close(adapter_of(trainers[0]), adapter_of(trainers[1]), atol=1e-3)
 
 
@@ -313,18 +313,18 @@ def test_equal_seeds_are_equal_runs_and_other_seeds_are_not(config, tmp_path):
 
 
 def test_samples_from_the_reference_do_not_depend_on_the_policy(config, tmp_path):
-    rounds = {}
+    rollouts = {}
     for source in ("policy", "reference"):
         trainer = make_trainer(config(sample_from=source, num_epochs=2, output_dir=str(tmp_path / source)))
         for parameter in adapter_parameters(trainer.denoiser, "pgraft"):
             parameter.data.fill_(0.5)
-        rounds[source] = sample_iteration(trainer).states
+        rollouts[source] = sample_iteration(trainer).states
     untouched = sample_iteration(make_trainer(config())).states
-    assert torch.equal(rounds["reference"], untouched)
-    assert not torch.allclose(rounds["policy"], untouched, atol=1e-3)
+    assert torch.equal(rollouts["reference"], untouched)
+    assert not torch.allclose(rollouts["policy"], untouched, atol=1e-3)
 
 
-def test_a_prompt_is_asked_for_once_a_group_and_its_columns_reach_the_reward(config):
+def test_the_prompt_function_is_called_once_a_group_and_its_columns_reach_the_reward(config):
     count, seen = itertools.count(), []
 
     def spy(*, prompts, images, number, legs):
@@ -340,7 +340,7 @@ def test_a_prompt_is_asked_for_once_a_group_and_its_columns_reach_the_reward(con
     assert next(count) == 2
 
 
-def test_prompts_drawn_at_random_are_new_in_each_round_and_the_same_when_it_is_repeated(config):
+def test_prompts_chosen_at_random_are_new_in_each_iteration_and_the_same_when_it_is_repeated(config):
     trainer = make_trainer(config(), prompts=lambda: (str(random.random()), {}))
     prompts = [trainer.collector.groups(epoch)[0].prompt for epoch in (0, 1, 2, 3, 2)]
     assert len(set(prompts)) == 4 and prompts[4] == prompts[2]
@@ -354,8 +354,10 @@ def test_weights_and_left_out_samples_enter_the_sum(config):
         return [40.0, 30.0, 20.0, 10.0]
 
     trainer = make_trainer(config(), reward=None, reward_funcs=[first, second], reward_weights=[1.0, 0.1])
-    round_ = sample_iteration(trainer)
-    assert round_.total_reward[[0, 1, 3]].tolist() == pytest.approx([5.0, 5.0, 5.0]) and round_.total_reward[2].isnan()
+    rollout = sample_iteration(trainer)
+    assert (
+        rollout.total_reward[[0, 1, 3]].tolist() == pytest.approx([5.0, 5.0, 5.0]) and rollout.total_reward[2].isnan()
+    )
     metrics = trainer.train()[-1]
     assert metrics["rewards/first/mean"] == pytest.approx(7 / 3) and metrics["rewards/second/mean"] == 25
 
@@ -366,13 +368,13 @@ def test_rewards_may_be_async_and_scored_in_threads(config, tmp_path):
         return redness(prompts=prompts, images=images)
 
     later.__name__ = "redness"
-    rounds = []
+    rollouts = []
     for reward, is_async in ((redness, False), (later, True)):
         options = {"async_reward_computation": is_async, "max_workers": 3, "sample_batch_size": 2}
         trainer = make_trainer(config(**options, sample_num_batches_per_epoch=4), reward=None, reward_funcs=reward)
-        rounds.append(sample_iteration(trainer))
-    assert torch.equal(rounds[0].rewards, rounds[1].rewards) and rounds[0].rewards.unique().numel() > 2
-    assert torch.equal(rounds[0].accepted, rounds[1].accepted)
+        rollouts.append(sample_iteration(trainer))
+    assert torch.equal(rollouts[0].rewards, rollouts[1].rewards) and rollouts[0].rewards.unique().numel() > 2
+    assert torch.equal(rollouts[0].accepted, rollouts[1].accepted)
 
 
 @pytest.mark.parametrize("is_async", [False, True])
@@ -386,7 +388,7 @@ def test_rewards_of_images_can_be_computed_as_in_ddpo(config, is_async):
     assert infos == ((1, 2), (3, 4))
 
 
-def test_rewards_are_known_by_name(config, monkeypatch):
+def test_rewards_are_found_by_name(config, monkeypatch):
     monkeypatch.setattr(functions, "_REGISTRY", dict(functions._REGISTRY))
     register_reward("red")(redness)
     trainer = make_trainer(config(), reward=None, reward_funcs=["red", "trl_pgraft.rewards.jpeg:jpeg_compressibility"])
@@ -396,8 +398,8 @@ def test_rewards_are_known_by_name(config, monkeypatch):
 
 def test_of_equal_images_one_is_accepted(config):
     options = {"acceptance": "all", "deduplicate_by": lambda image, prompt: prompt}
-    round_ = sample_iteration(make_trainer(config(**options, sample_num_batches_per_epoch=2)))
-    assert round_.accepted.tolist() == [True, False, False, False] * 2
+    rollout = sample_iteration(make_trainer(config(**options, sample_num_batches_per_epoch=2)))
+    assert rollout.accepted.tolist() == [True, False, False, False] * 2
 
 
 @pytest.mark.parametrize("acceptance", ["best_of_n", accept_best_of_n])
@@ -406,7 +408,7 @@ def test_acceptance_by_name_or_callable(config, acceptance):
     assert metrics["accepted"] == 1 and metrics["acceptance_rate"] == 0.25
 
 
-def test_a_round_without_signal_trains_nothing_and_goes_on(config):
+def test_an_iteration_without_signal_trains_nothing_and_goes_on(config):
     trainer = make_trainer(config(num_epochs=2), reward=lambda images, *_: (torch.ones(len(images)), {}))
     before = adapter_of(trainer)
     history = trainer.train()
@@ -452,16 +454,16 @@ def test_metrics_are_returned_logged_and_written(config):
     history = trainer.train()
     written = [json.loads(line) for line in (trainer.output_dir / "metrics.jsonl").read_text().splitlines()]
     assert written == history
-    rounds = [m for m in history if "reward" in m]
-    assert [m["epoch"] for m in rounds] == [0, 1] and [m["images"] for m in rounds] == [4, 8]
-    assert [m["denoiser_calls"] for m in rounds] == [4 * 4 * 2, 4 * 4 * 2 * 2]
-    assert rounds[0]["implied_kl_sum"] < rounds[1]["implied_kl_sum"]
+    iterations = [m for m in history if "reward" in m]
+    assert [m["epoch"] for m in iterations] == [0, 1] and [m["images"] for m in iterations] == [4, 8]
+    assert [m["denoiser_calls"] for m in iterations] == [4 * 4 * 2, 4 * 4 * 2 * 2]
+    assert iterations[0]["implied_kl_sum"] < iterations[1]["implied_kl_sum"]
     evaluations = [m for m in history if "eval/reward" in m]
     assert [m["epoch"] for m in evaluations] == [0, 1, 2], "the base comes first"
     assert evaluations[0]["eval/reward"] == evaluations[0]["eval/rewards/brightness/mean"]
 
 
-def test_evaluation_repeats_itself_and_knows_the_reference(config):
+def test_evaluation_repeats_itself_and_samples_the_reference(config):
     trainer = make_trainer(config(train_learning_rate=0.3))
     before = trainer.evaluate(ANIMALS)
     trainer.train()
@@ -557,7 +559,7 @@ def test_two_processes_are_one_with_twice_the_batch(config, tmp_path, options):
 
 
 class Interrupting:
-    """A reward that leaves the run when it is asked for the n-th time."""
+    """A reward that leaves the run when it is called for the n-th time."""
 
     def __init__(self, at):
         self.at, self.calls, self.__name__ = at, 0, "brightness"
@@ -603,7 +605,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(config, tmp_path, control_adapte
     assert resumed.state.global_step == whole.state.global_step == 6
 
 
-def test_train_resumes_where_it_is_asked_to(config, tmp_path):
+def test_train_resumes_from_the_given_folder(config, tmp_path):
     first = make_trainer(config(num_epochs=2))
     first.train()
     folder = str(first.output_dir / "checkpoints")
@@ -642,7 +644,7 @@ def test_a_new_run_in_a_used_folder_puts_the_old_one_aside(config):
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
-def test_a_run_resumed_for_more_rounds_goes_on_with_the_longer_schedule(config, monkeypatch, kind):
+def test_a_run_resumed_for_more_iterations_goes_on_with_the_longer_schedule(config, monkeypatch, kind):
     options = {"lr_scheduler_type": kind, "train_learning_rate": 0.4}
     make_trainer(config(num_epochs=1, **options)).train()
     rates, original = [], finetuner_module.fine_tune_adapter
@@ -691,18 +693,18 @@ def test_where_there_is_nothing_to_resume(config, tmp_path):
 # Training on samples that were kept.
 
 
-def kept_round(trainer, epoch=0):
+def kept_samples(trainer, epoch=0):
     folder = trainer.output_dir / "samples" / f"round_{epoch:04d}"
     files = [str(path) for path in sorted(folder.iterdir())]
     return datasets.load_dataset("parquet", data_files=files, cache_dir=str(trainer.output_dir / "cache"))["train"]
 
 
 @pytest.mark.parametrize("control_adapter", [False, True])
-def test_a_kept_round_trains_the_same_adapter_again(config, tmp_path, monkeypatch, control_adapter):
+def test_kept_samples_train_the_same_adapter_again(config, tmp_path, monkeypatch, control_adapter):
     options = {"control_adapter": control_adapter, "sample_num_batches_per_epoch": 2}
     first = make_trainer(config(**options))
     first.train()
-    dataset = kept_round(first)
+    dataset = kept_samples(first)
     assert len(dataset) == 8 and sum(dataset["accepted"]) == 2
     options["output_dir"] = str(tmp_path / "again")
     again = make_trainer(config(**options), reward=None, prompts=None, samples_dataset=dataset)
@@ -722,10 +724,10 @@ def test_samples_of_another_configuration_are_refused(config, tmp_path):
     first.train()
     other = config(sample_guidance_scale=2.0, output_dir=str(tmp_path / "other"))
     with pytest.raises(ValueError, match="samples_dataset was sampled from another model, scheduler, guidance"):
-        make_trainer(other, reward=None, prompts=None, samples_dataset=kept_round(first)).train()
+        make_trainer(other, reward=None, prompts=None, samples_dataset=kept_samples(first)).train()
 
 
-# Wrong input is named before anything is drawn.
+# Wrong input is named before anything is sampled.
 
 
 @pytest.fixture
@@ -792,7 +794,7 @@ def test_a_prompt_that_is_no_string_is_refused_before_sampling(config):
         (lambda images, *_: (images.mean((1, 2, 3)) * float("nan"), {}), "returned nan for"),
     ],
 )
-def test_a_reward_that_answers_wrongly_stops_the_round(config, reward, message):
+def test_a_reward_with_wrong_values_stops_the_iteration(config, reward, message):
     trainer = make_trainer(config(), reward=reward)
     with pytest.raises(RewardError, match=f"Reward '<lambda>' on prompts .*{message}"):
         trainer.train()

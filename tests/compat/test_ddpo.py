@@ -46,7 +46,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def config(tmp_path):
-    """Makes DDPO's configuration with all its small defaults but the number of steps and rounds."""
+    """Makes DDPO's configuration with all its small defaults but the number of steps and iterations."""
 
     def make(**options):
         return DDPOConfig(**{"num_epochs": 1, "sample_num_steps": 4, "output_dir": str(tmp_path / "out"), **options})
@@ -167,7 +167,7 @@ layer = tuner_layers(trainer.denoiser)[0]
 layer.register_forward_hook(lambda *_: autocast.append(torch.is_autocast_enabled("cpu")) if layer.training else None)
 trainer.train()
 assert [metrics["accepted"] for metrics in trainer.history] == [1, 1]
-assert all(autocast) and len(autocast) >= trainer.state.global_step == 8, "in the second round too"
+assert all(autocast) and len(autocast) >= trainer.state.global_step == 8, "in the second iteration too"
 assert {p.dtype for p in before} == {torch.float32}
 assert {p.dtype for name, p in pipeline.unet.named_parameters() if "base_layer" in name} == {torch.bfloat16}
 assert all(p.isfinite().all() for p in weights(trainer)) and not equal(before, weights(trainer))
@@ -213,7 +213,7 @@ def test_by_default_what_a_control_leaves_is_added_to_the_pipelines_lora(model, 
     trainer = DDPOTrainer(config(num_epochs=2), brightness, prompt_fn, pipeline)
     trainer.train()
     assert trainer.finetuner.has_control and list(trainer.denoiser.peft_config) == ["pgraft"]
-    assert trainer.denoiser.peft_config["pgraft"].r == 4 * (1 + 2 * 2), "its own rank, and twice that a round"
+    assert trainer.denoiser.peft_config["pgraft"].r == 4 * (1 + 2 * 2), "its own rank, and twice that per iteration"
 
 
 def test_a_call_of_the_pipeline_samples_from_the_tuned_model(model, config):
@@ -400,12 +400,12 @@ def test_fault_12_a_reward_of_the_wrong_shape_is_explained(model, config):
 
 
 @pytest.mark.slow
-def test_fault_13_several_processes_save_and_so_is_the_last_round(two_processes):
+def test_fault_13_several_processes_save_and_so_is_the_last_iteration(two_processes):
     assert [path.name for path in (two_processes / "checkpoints").iterdir()] == ["checkpoint_1"]
     assert (two_processes / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_fault_13_the_last_round_is_saved(model, config):
+def test_fault_13_the_last_iteration_is_saved(model, config):
     trainer = train(config(num_epochs=3, save_freq=2), model)
     names = sorted(Path(path).name for path in (trainer.output_dir / "checkpoints").iterdir())
     assert names == ["checkpoint_1", "checkpoint_2"]

@@ -27,7 +27,7 @@ def write(folder, **options):
     return ModelCard.load(folder / "README.md")
 
 
-def test_a_card_tells_what_was_trained(tmp_path):
+def test_a_card_says_what_was_trained(tmp_path):
     (tmp_path / "before_after.png").write_bytes(b"")
     card = write(
         tmp_path,
@@ -127,7 +127,7 @@ def test_no_prompt_breaks_a_dataset(prompt, tmp_path):
     assert some_prompts([], None, tmp_path) == [(prompt, {}), ("a dog", {})]
 
 
-def test_the_viewer_finds_the_rounds_and_their_features(tmp_path):
+def test_the_viewer_finds_the_iterations_and_their_features(tmp_path):
     for number in range(2):
         folder = tmp_path / f"round_{number:04d}"
         folder.mkdir()
@@ -147,14 +147,14 @@ def test_the_viewer_finds_the_rounds_and_their_features(tmp_path):
     assert torch.equal(torch.tensor(found.with_format("numpy")["x_I"][:]), torch.cat([first.x_i, second.x_i]))
 
 
-def test_metrics_come_from_held_out_prompts_or_else_from_the_rounds():
-    rounds = [{"reward": 1.0, "rewards/red/mean": 2.0}, {"reward": 3.0, "rewards/red/mean": float("nan")}]
-    source, metrics = metrics_of(rounds, ["red"])
+def test_metrics_come_from_held_out_prompts_or_else_from_the_iterations():
+    iterations = [{"reward": 1.0, "rewards/red/mean": 2.0}, {"reward": 3.0, "rewards/red/mean": float("nan")}]
+    source, metrics = metrics_of(iterations, ["red"])
     assert "first and last round" in source and metrics == {"reward": (1.0, 3.0)}
     evaluations = [{"eval/reward": value, "eval/rewards/red/mean": value} for value in (0.5, 0.6, 0.75)]
-    source, metrics = metrics_of([*rounds, *evaluations], ["red"])
+    source, metrics = metrics_of([*iterations, *evaluations], ["red"])
     assert source == "held-out prompts" and metrics == {"reward": (0.5, 0.75), "red": (0.5, 0.75)}
-    assert metrics_of(rounds[:1], [])[1] == {"reward": (None, 1.0)}
+    assert metrics_of(iterations[:1], [])[1] == {"reward": (None, 1.0)}
     assert metrics_of([], ["red"])[1] == {}
 
 
@@ -190,7 +190,7 @@ def test_a_prompt_with_other_inputs_is_another_one(tmp_path):
     assert [label_of(prompt) for prompt in [*shown, *rows[:1]]] == ["class_labels 3", "class_labels 7", "a"]
 
 
-def test_the_snippet_leaves_open_what_it_cannot_know(tmp_path):
+def test_the_snippet_leaves_open_what_depends_on_the_user(tmp_path):
     assert (
         "pipeline(class_labels=..., guidance_scale=4.0)"
         in write(tmp_path, takes_prompts=False, inputs=["class_labels"], arguments={"guidance_scale": 4.0}).text

@@ -45,10 +45,10 @@ def adapter_of(trainer):
 
 
 def no_call(*args, **kwargs):
-    raise AssertionError("nothing is to be drawn")
+    raise AssertionError("nothing is to be sampled")
 
 
-def forbid_drawing(trainer, monkeypatch):
+def forbid_sampling(trainer, monkeypatch):
     monkeypatch.setattr(trainer.pipeline.scheduler, "step", no_call)
     return trainer
 
@@ -84,8 +84,8 @@ def test_a_run_reaches_the_hub_and_its_card_runs(hub, base, config, tmp_path, mo
     exec(compile(snippet_of(card), "snippet", "exec"), {})
     with Image.open("image.png") as image:
         assert image.size == (16, 16)
-    rounds = [commit.paths for commit in hub.repo("ann/samples", "dataset").commits[1:]]
-    assert len(rounds) == 2 and [[p for p in paths if "round_" in p][0][:10] for paths in rounds] == [
+    iterations = [commit.paths for commit in hub.repo("ann/samples", "dataset").commits[1:]]
+    assert len(iterations) == 2 and [[p for p in paths if "round_" in p][0][:10] for paths in iterations] == [
         "round_0000", "round_0001"
     ]  # fmt: skip
     printed = "".join(capfd.readouterr())
@@ -101,7 +101,7 @@ def test_training_goes_on_from_the_samples_on_the_hub(hub, config, tmp_path, mon
     first.train()
     other = {"output_dir": str(tmp_path / "again"), "hub_dataset_id": "ann/samples", "hub_token": TOKEN}
     again = make_trainer(config(**other), train_dataset=None, samples_dataset=datasets.load_dataset("ann/samples"))
-    forbid_drawing(again, monkeypatch).train()
+    forbid_sampling(again, monkeypatch).train()
     assert all(torch.equal(a, b) for a, b in zip(adapter_of(first), adapter_of(again), strict=True))
     samples = datasets.load_dataset("ann/samples", split="train")
     changed = tiny_sd()
@@ -141,12 +141,12 @@ def test_what_cannot_be_pushed_to_is_found_before_sampling(hub, config, monkeypa
     api.create_repo("ann/taken", repo_type="dataset")
     hub.repo("ann/taken", "dataset").files["round_0000/samples-00000-of-00001.parquet"] = b"of another run"
     defaults = {"push_to_hub": True, "hub_model_id": "ann/lora", "hub_token": TOKEN}
-    trainer = forbid_drawing(make_trainer(config(**{**defaults, **options})), monkeypatch)
+    trainer = forbid_sampling(make_trainer(config(**{**defaults, **options})), monkeypatch)
     with pytest.raises(ValueError, match=f"(?s){message}"):
         trainer.train()
 
 
-def test_without_a_push_the_hub_is_not_asked(hub, config):
+def test_without_a_push_no_request_is_made(hub, config):
     make_trainer(config(hub_model_id="ann/lora", hub_token=TOKEN)).train()
     assert hub.requests == []
 
@@ -186,7 +186,7 @@ def test_a_resumed_run_pushes_only_what_is_missing(hub, config):
         make_trainer(config(**options, seed=1)).train()
 
 
-def test_push_to_hub_as_users_of_trl_know_it(hub, config, monkeypatch):
+def test_push_to_hub_has_the_signature_of_trl(hub, config, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     trainer = make_trainer(config())
     trainer.train()
@@ -216,7 +216,7 @@ def test_a_saved_model_is_pushed_where_the_configuration_says_so(hub, config, tm
 def test_a_card_without_a_push(hub, config):
     trainer = make_trainer(config())
     trainer.create_model_card()
-    assert not (trainer.adapter_dir / "before_after.png").exists(), "nothing was drawn yet to take prompts from"
+    assert not (trainer.adapter_dir / "before_after.png").exists(), "nothing was sampled yet to take prompts from"
     trainer.train()
     trainer.create_model_card()
     card = ModelCard.load(trainer.adapter_dir / "README.md")

@@ -38,15 +38,15 @@ def adapter(tmp_path):
 
 @pytest.fixture
 def samples(tmp_path):
-    """Folder of samples, and a function that adds a round to it."""
+    """Folder of samples, and a function that adds an iteration to it."""
 
-    def add_round(number, seed=None):
+    def add_iteration(number, seed=None):
         folder = tmp_path / "samples" / f"round_{number:04d}"
         folder.mkdir(parents=True, exist_ok=True)
         dataset = as_dataset(random_round(seed=number if seed is None else seed))
         dataset.to_parquet(folder / "samples-00000-of-00001.parquet")
 
-    return tmp_path / "samples", add_round
+    return tmp_path / "samples", add_iteration
 
 
 def commits(repo):
@@ -110,7 +110,7 @@ def test_a_private_adapter_needs_the_token(hub, adapter):
 
 def test_a_public_repository_is_not_taken_for_a_private_one(hub, adapter):
     HfApi(**TOKEN).create_repo("ann/lora")
-    with pytest.raises(ValueError, match="ann/lora is public, and a private one is asked for"):
+    with pytest.raises(ValueError, match="ann/lora is public, and a private one is required"):
         push_adapter_to_hub(adapter[1], "ann/lora", private=True, **TOKEN)
     assert hub.repo("ann/lora").files == {}
 
@@ -135,10 +135,10 @@ def test_a_folder_without_an_adapter_is_refused_before_any_request(hub, tmp_path
     assert hub.requests == []
 
 
-def test_rounds_are_appended_and_nothing_is_rewritten(hub, samples):
-    folder, add_round = samples
+def test_iterations_are_appended_and_nothing_is_rewritten(hub, samples):
+    folder, add_iteration = samples
     for number in range(3):
-        add_round(number)
+        add_iteration(number)
         assert push_samples_to_hub(folder, "samples", **TOKEN) == "ann/samples"
     push_samples_to_hub(folder, "ann/samples", **TOKEN)
     name = "round_{:04d}/samples-00000-of-00001.parquet"
@@ -153,31 +153,31 @@ def test_rounds_are_appended_and_nothing_is_rewritten(hub, samples):
 
 
 def test_a_card_edited_on_the_hub_stays(hub, samples):
-    folder, add_round = samples
-    add_round(0)
+    folder, add_iteration = samples
+    add_iteration(0)
     push_samples_to_hub(folder, "ann/samples", **TOKEN)
     hub.repo("ann/samples", "dataset").files["README.md"] += b"edited"
-    add_round(1)
+    add_iteration(1)
     push_samples_to_hub(folder, "ann/samples", **TOKEN)
     assert hub.repo("ann/samples", "dataset").files["README.md"].endswith(b"edited")
 
 
 def test_samples_of_another_run_are_not_overwritten(hub, samples):
-    folder, add_round = samples
-    add_round(0)
+    folder, add_iteration = samples
+    add_iteration(0)
     push_samples_to_hub(folder, "ann/samples", **TOKEN)
     check_samples_repository(folder, "ann/samples", 1, "hf_write")
-    add_round(0, seed=99)
-    add_round(1)
+    add_iteration(0, seed=99)
+    add_iteration(1)
     for check in (push_samples_to_hub, functools.partial(check_samples_repository, first_iteration=1)):
         with pytest.raises(ValueError, match="ann/samples has other samples as round_0000/samples-00000"):
             check(folder, "ann/samples", token="hf_write")
     assert len(commits(hub.repo("ann/samples", "dataset"))) == 1
 
 
-def test_a_file_of_equal_size_is_told_by_its_content(hub, samples):
-    folder, add_round = samples
-    add_round(0)
+def test_a_file_of_equal_size_is_recognised_by_its_content(hub, samples):
+    folder, add_iteration = samples
+    add_iteration(0)
     push_samples_to_hub(folder, "ann/samples", **TOKEN)
     path = folder / "round_0000" / "samples-00000-of-00001.parquet"
     content = bytearray(path.read_bytes())
@@ -187,9 +187,9 @@ def test_a_file_of_equal_size_is_told_by_its_content(hub, samples):
         push_samples_to_hub(folder, "ann/samples", **TOKEN)
 
 
-def test_a_repository_with_rounds_yet_to_be_drawn_is_refused(hub, samples, tmp_path):
-    folder, add_round = samples
-    add_round(0)
+def test_a_repository_with_iterations_to_come_is_refused(hub, samples, tmp_path):
+    folder, add_iteration = samples
+    add_iteration(0)
     push_samples_to_hub(folder, "ann/samples", **TOKEN)
     for run, first_iteration in [(tmp_path / "another", 0), (tmp_path / "another", 1), (folder, 0)]:
         with pytest.raises(ValueError, match="samples that are not of this run, e.g. round_0000.*output_dir"):
@@ -209,8 +209,8 @@ def test_the_command_of_a_failed_push_of_an_adapter_works(hub, adapter, failing,
     hub.fail_next(3, failing, status)
     with pytest.raises(PushError, match="was not pushed to model repository ann/lora") as failure:
         push_adapter_to_hub(adapter[1], "ann/lora", private=True, **TOKEN)
-    asked = [request for request in hub.requests if failing in request]
-    assert len(asked) == (1 if status == 403 else 3), "what is refused is not asked again"
+    requests = [request for request in hub.requests if failing in request]
+    assert len(requests) == (1 if status == 403 else 3), "a refused request is not repeated"
     assert ("ann/lora" not in str(hub.repos)) or hub.repo("ann/lora").files == {}
     hub._failures.clear()
     run_printed_command(failure.value)
@@ -219,10 +219,10 @@ def test_the_command_of_a_failed_push_of_an_adapter_works(hub, adapter, failing,
 
 
 def test_the_command_of_a_failed_push_of_samples_works(hub, samples):
-    folder, add_round = samples
-    add_round(0)
+    folder, add_iteration = samples
+    add_iteration(0)
     push_samples_to_hub(folder, "ann/samples", **TOKEN)
-    add_round(1)
+    add_iteration(1)
     hub.fail_next(3, "commit")
     with pytest.raises(PushError, match="dataset repository ann/samples") as failure:
         push_samples_to_hub(folder, "ann/samples", **TOKEN)

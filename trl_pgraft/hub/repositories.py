@@ -50,7 +50,7 @@ def prepare_repository(repo_id: str, kind: str, private: bool, token: str | None
     api.preupload_lfs_files(repo_id, [CommitOperationAdd(CARD_FILE, b"\n")], repo_type=kind)
     if private and not api.repo_info(repo_id, repo_type=kind).private:
         raise ValueError(
-            f"{kind} repository {repo_id} is public, and a private one is asked for: change its visibility, or give "
+            f"{kind} repository {repo_id} is public, and a private one is required: change its visibility, or give "
             "another name."
         )
     return repo_id

@@ -114,7 +114,7 @@ def test_a_field_that_the_run_has_does_not_count_as_its_default(stored):
 
 def test_a_field_of_noise_correction_newer_than_the_run_counts_as_its_default():
     config = NoiseCorrectionConfig(warmup_steps=7)
-    run = config.shaping()
+    run = config.resume_signature()
     stored = {name: value for name, value in run.items() if name not in ("warmup_steps", "seed")}
     with pytest.raises(ChangedRunError, match="run: warmup_steps was 100 and is 7. Resume"):
         refuse_changes(Path("checkpoint"), stored, run, default_values(config))

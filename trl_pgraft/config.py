@@ -21,6 +21,10 @@ from .core.acceptance import ACCEPTANCE_RULES, get_acceptance
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+    Kwargs = dict[str, Any]
+else:
+    Kwargs = dict | str | None  # from a command line it comes as JSON; a configuration that was made has a dict
+
 
 GUIDANCE_LOSSES = ("conditional", "corrected", "combined")
 PPO_ONLY_FIELDS = (
@@ -172,12 +176,9 @@ class GraftConfig:
     log_with: str | None = config_field(
         None, "Tracker that accelerate logs to. None: none.", choices=["wandb", "tensorboard", "trackio"]
     )
-    # `dict | str | None`, because a command line has a dict as JSON.
-    tracker_kwargs: dict | str | None = config_field(
-        dict, 'Keyword arguments by tracker, e.g. {"wandb": {"entity": "me"}}.'
-    )
-    accelerator_kwargs: dict | str | None = config_field(dict, "Keyword arguments for the accelerator.")
-    project_kwargs: dict | str | None = config_field(
+    tracker_kwargs: Kwargs = config_field(dict, 'Keyword arguments by tracker, e.g. {"wandb": {"entity": "me"}}.')
+    accelerator_kwargs: Kwargs = config_field(dict, "Keyword arguments for the accelerator.")
+    project_kwargs: Kwargs = config_field(
         dict, "Keyword arguments for accelerate's project configuration (e.g. project_dir)."
     )
     tracker_project_name: str = config_field("trl", "Name of the project in the tracker.")
@@ -244,7 +245,7 @@ class GraftConfig:
         None, "Group size M. None: 8, or all images of the iteration where they are fewer."
     )
     acceptance: str = config_field("top_k", f"Acceptance rule: {', '.join(ACCEPTANCE_RULES)}, or a callable.")
-    acceptance_kwargs: dict | str | None = config_field(
+    acceptance_kwargs: Kwargs = config_field(
         dict, "Arguments of the acceptance rule, e.g. k of top_k (default: M / 4)."
     )
     deduplicate_by: Callable | None = config_field(
@@ -380,7 +381,7 @@ class GraftConfig:
     def _check_acceptance(self) -> None:
         """Check the acceptance rule, its arguments and the group size; a preference sets the group size to 2."""
         rule = get_acceptance(self.acceptance)
-        kwargs = typing.cast(dict[str, Any], self.acceptance_kwargs)
+        kwargs = self.acceptance_kwargs
         size, k = self.samples_per_prompt, kwargs.get("k")
         if size is not None and size < 2:
             raise ValueError(f"samples_per_prompt={size}: selection needs a group of at least 2 samples.")

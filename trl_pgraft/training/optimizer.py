@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -177,8 +177,8 @@ def make_accelerator(config: GraftConfig, output_dir: Path) -> Accelerator:
     return Accelerator(
         log_with=config.log_with,
         mixed_precision=config.mixed_precision or _best_precision(),
-        project_config=ProjectConfiguration(**{**own, **cast(dict[str, Any], config.project_kwargs)}),
-        **cast(dict[str, Any], config.accelerator_kwargs),
+        project_config=ProjectConfiguration(**{**own, **config.project_kwargs}),
+        **config.accelerator_kwargs,
     )
 
 

@@ -3,7 +3,7 @@
 """What accelerate's trackers are given: their arguments, plain values, and pictures."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from accelerate.tracking import GeneralTracker
@@ -32,7 +32,7 @@ def tracker_values(values: dict[str, Any]) -> dict[str, Any]:
 
 def tracker_arguments(config: GraftConfig) -> dict[str, dict[str, Any]]:
     """Arguments by tracker: the configuration's `tracker_kwargs`, and its `run_name` where the tracker takes one."""
-    arguments = cast(dict[str, dict[str, Any]], config.tracker_kwargs)
+    arguments = config.tracker_kwargs
     if not config.run_name or config.log_with not in ("wandb", "trackio"):
         return arguments
     return {**arguments, config.log_with: {"name": config.run_name, **arguments.get(config.log_with, {})}}

@@ -127,9 +127,10 @@ class PGraftTrainer:
 
     def train(self, epochs: int | None = None, resume_from_checkpoint: str | bool | None = None) -> list[Metrics]:
         """
-        Run iterations until there are `epochs` in all, `config.num_epochs` where not given, and save the adapter.
+        Run iterations until there are `epochs` in all (by default `config.num_epochs`), and save the adapter.
 
-        `resume_from_checkpoint` is as the configuration's field of this name. Returns the metrics of the whole run.
+        `resume_from_checkpoint` is a checkpoint's folder, or `True` for the newest of this run, or by default none.
+        Returns the metrics of the whole run, those before a resume included.
         """
         if resume_from_checkpoint:
             self.state = self.run_folder.resume(resume_from_checkpoint, self.state)
@@ -164,23 +165,23 @@ class PGraftTrainer:
     def step(self, epoch: int, global_step: int) -> int:
         """Run iteration number `epoch`, after `global_step` optimizer steps; returns the optimizer steps after it."""
         self.run_folder.begin(self.run_log, self.state)
-        started, names = time.perf_counter(), [reward.name for reward in self.rewards]
+        started = time.perf_counter()
         if self.samples_dataset is None:
             rollout, batches = self.collector.sample_rollout(epoch)
             show_samples(self.image_samples_hook, rollout, batches, self.collector, self.state.global_step)
             self.state.images += len(rollout.samples)
             self.state.denoiser_calls += rollout.denoiser_calls
         else:
-            rollout = rollout_from_dataset(self.samples_dataset, names)
+            rollout = rollout_from_dataset(self.samples_dataset, self.collector.reward_names)
         sampled = time.perf_counter()
         report = fine_tune(self.finetuner, rollout, epoch, self.epochs, global_step, self.state, self.callbacks)
-        metrics = iteration_metrics(self.finetuner, rollout, report, names, self.state)
+        metrics = iteration_metrics(self.finetuner, rollout, report, self.collector.reward_names, self.state)
         times = {"time/sampling": sampled - started, "time/training": time.perf_counter() - sampled}
         self.log({**metrics, **times, "epoch": epoch})
         return self.state.global_step
 
     def compute_rewards(self, prompt_image_pairs: Sequence[Sequence[Any]], is_async: bool = False) -> Iterator[tuple]:
-        """Score batches as DDPO does, see [`score_batches`]; `is_async` (default `False`) scores them in threads."""
+        """Score `prompt_image_pairs` as [`score_batches`] does, in threads with `is_async` (default `False`)."""
         return score_batches(self.collector.make_scorer(is_async), prompt_image_pairs, self.rewards)
 
     def evaluate(
@@ -189,7 +190,8 @@ class PGraftTrainer:
         """
         Sample one image of each prompt, with seeds that depend on its place alone, and score it.
 
-        `prompts` are by default the held-out ones; `columns` are their further columns. See [`Evaluation.sample`].
+        `prompts` (by default the held-out ones) may have further `columns`, lists of a value for each prompt. With
+        `reference` (default `False`) the reference model samples. Raises a `ValueError` where there are no prompts.
         """
         return Evaluation.sample(self.collector, self.held_out, prompts, columns, reference)
 
@@ -224,7 +226,8 @@ class PGraftTrainer:
         """
         Write a model card with images of base and tuned model into `adapter_dir`.
 
-        `model_name` is its heading, `dataset_name` the dataset repository that it names, `tags` are further tags.
+        `model_name` is its heading (by default the repository's name), `dataset_name` the dataset repository that it
+        names (`config.hub_dataset_id`), and `tags` one or several further tags (none).
         """
         if self.accelerator.is_main_process:
             shown = some_prompts(self.held_out, self.samples_dataset, self.output_dir / "samples")
@@ -241,9 +244,11 @@ class PGraftTrainer:
         **kwargs: Any,
     ) -> str | Future[str] | None:
         """
-        Save the adapter, write its card and push both to `config.hub_model_id`.
+        Save the adapter, write its card (`kwargs` are for `create_model_card`), push both to `config.hub_model_id`.
 
-        Arguments, result and errors are those of [`Publisher.push_adapter`]; `**kwargs` go to `create_model_card`.
+        `commit_message`, `token` (by default `config.hub_token`) and branch (`revision`, by default the main one) are
+        the commit's. Returns the repository on the main process, or a future of it if not `blocking`. Raises
+        [`PushError`] where the Hub does not take it; the message has the command that pushes it later.
         """
         self.run_folder.save_adapter(self.adapter_dir)
         self.publisher.complete_name()

@@ -22,7 +22,7 @@ UNGUIDED = {"num_inference_steps": 5, "guidance_scale": 1.0}
 @pytest.mark.parametrize("arguments", [GUIDED, UNGUIDED, {**GUIDED, "negative_prompt": "ugly"}])
 def test_stable_diffusion_is_understood(sd, arguments):
     call = introspect(sd, arguments).call
-    assert (call.latents_name, call.timestep_name) == ("sample", "timestep")
+    assert (call.format.latents_name, call.format.timestep_name) == ("sample", "timestep")
     assert call.clock == (1.0, 0.0) and call.sign == 1 and call.calls_per_step == 1
     assert call.is_guided == (arguments is not UNGUIDED)
     assert call.conditional_branch == (1 if call.is_guided else 0)
@@ -34,7 +34,7 @@ def test_stable_diffusion_is_understood(sd, arguments):
 def test_flux_is_understood(guidance_embeds, dtype):
     flux = tiny_flux(guidance_embeds=guidance_embeds).to(dtype=dtype)
     call = introspect(flux, GUIDED).call
-    assert (call.latents_name, call.timestep_name) == ("hidden_states", "timestep")
+    assert (call.format.latents_name, call.format.timestep_name) == ("hidden_states", "timestep")
     assert call.clock == (0.001, 0.0) and call.training_timestep(0.5) == pytest.approx(500)
     assert not call.is_guided and call.timestep_dtype == dtype
     axes = call.batch_axes
@@ -48,7 +48,7 @@ def test_flux_is_understood(guidance_embeds, dtype):
 def test_other_conventions_are_found_out(conditional_first, calls, sign):
     pipeline = ToyPipeline(conditional_first, calls, clock=lambda t: 1 - t / 1000, sign=sign)
     call = introspect(pipeline, {"guidance_scale": 2.0}).call
-    assert (call.latents_name, call.timestep_name) == ("x", "t")
+    assert (call.format.latents_name, call.format.timestep_name) == ("x", "t")
     assert call.clock == (-0.001, 1.0) and call.training_timestep(0.25) == 750
     assert call.sign == sign and call.calls_per_step == calls and call.is_guided
     assert call.conditional_branch == (0 if conditional_first else 1)

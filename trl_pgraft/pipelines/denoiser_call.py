@@ -57,17 +57,8 @@ class DenoiserCall:
     guidance_scale: float | None = 1.0
 
     @property
-    def latents_name(self) -> str:
-        """Argument that takes the noisy latents."""
-        return self.format.latents_name
-
-    @property
-    def timestep_name(self) -> str:
-        """Argument that takes the timestep."""
-        return self.format.timestep_name
-
-    @property
     def is_guided(self) -> bool:
+        """Whether the pipeline combines a conditional and an unconditional prediction."""
         return self.branches == 2
 
     def training_timestep(self, denoiser_timestep: float) -> float:

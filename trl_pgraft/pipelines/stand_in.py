@@ -41,25 +41,21 @@ def smallest_answer(pipeline: DiffusionPipeline, kwargs: dict[str, Any], format:
 
 def _smaller_arguments(pipeline: DiffusionPipeline, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Arguments of ever larger images, those of the call itself last."""
-    images = {name: value for name, value in kwargs.items() if _are_images(value)}
-    parameters = parameters_of(pipeline)
-    own_edge = kwargs.get("height") or math.inf
-    for edge in SMALL_EDGES if images or "height" in parameters else ():
+    parameters, own_edge = parameters_of(pipeline), kwargs.get("height") or math.inf
+    for edge in SMALL_EDGES if {"height", "image"} & parameters.keys() else ():
         if edge < own_edge:
             # Binned to a resolution of training, a small size would not stay small.
             small = {"height": edge, "width": edge, "num_frames": 1, "use_resolution_binning": False}
-            resized = {name: _resized(value, edge) for name, value in images.items()}
-            yield {**kwargs, **{name: value for name, value in small.items() if name in parameters}, **resized}
+            resized = {name: _resized(value, edge) for name, value in kwargs.items()}
+            yield {**resized, **{name: value for name, value in small.items() if name in parameters}}
     yield kwargs
 
 
-def _are_images(value: Any) -> bool:
-    values = value if isinstance(value, list) else [value]
-    return bool(values) and all(isinstance(image, Image.Image) for image in values)
-
-
 def _resized(value: Any, edge: int) -> Any:
-    return [_resized(image, edge) for image in value] if isinstance(value, list) else value.resize((edge, edge))
+    """Images in a smaller size; other arguments as they are."""
+    if isinstance(value, list):
+        return [_resized(part, edge) for part in value]
+    return value.resize((edge, edge)) if isinstance(value, Image.Image) else value
 
 
 def _check_latents(given: dict[str, Any], returned: Any, format: DenoiserFormat, pipeline: DiffusionPipeline) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import CASES, make_trainer
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from tiny_pipelines import ToyPipeline, tiny_flux
 from tiny_transformers import tiny_wan
 from torch import nn
@@ -13,6 +14,7 @@ from torch import nn
 from trl_pgraft.pipelines.conditioning import record_conditioning
 from trl_pgraft.pipelines.denoiser_call import denoiser_of
 from trl_pgraft.pipelines.introspection import introspect
+from trl_pgraft.pipelines.stand_in import answer_like
 
 
 GUIDED = {"num_inference_steps": 5, "guidance_scale": 3.0}
@@ -203,3 +205,29 @@ def test_a_size_that_a_pipeline_does_not_take_is_passed_over(sd):
     assert tried[:3] == [16, 32, 64] and set(tried[3:]) == {128}
     with pytest.raises(RuntimeError, match="100 is no multiple of 64"):
         introspect(sd, {**GUIDED, "height": 100, "width": 100})
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_clock_of_one_step_is_determined_from_two(steps):
+    """One pair, t = 1 and 0.999 for the denoiser, fits a clock of t within rounding as well as one of 1 - t / 1000."""
+    pipeline = ToyPipeline()
+    set_timesteps = pipeline.scheduler.set_timesteps
+
+    def from_the_middle(count):
+        set_timesteps(2 * count)
+        pipeline.scheduler.timesteps = pipeline.scheduler.timesteps[-count:] + (1 if count == 1 else 0)
+
+    pipeline.scheduler.set_timesteps = from_the_middle
+    assert introspect(pipeline, {"num_inference_steps": steps}).call.clock == (-0.001, 1.0)
+
+
+def test_a_stand_in_has_the_layout_of_what_was_returned():
+    """Channels beyond the latents' stay, rows and sizes follow; a second output of other axes has the rows."""
+    answer = answer_like(torch.ones(2, 4, 2, 2), (torch.ones(2, 8, 2, 2), torch.ones(2, 5), None))
+    prediction, further, nothing = answer(torch.ones(3, 4, 6, 8))
+    assert prediction.shape == (3, 8, 6, 8) and further.shape == (3, 5) and nothing is None
+    lists = answer_like([torch.ones(4, 1, 2, 2)] * 2, ([torch.ones(4, 1, 2, 2)] * 2,))
+    assert [part.shape for part in lists([torch.ones(4, 1, 6, 6)] * 3)[0]] == [(4, 1, 6, 6)] * 3
+    named = answer_like(torch.ones(2, 4, 2, 2), UNet2DConditionOutput(sample=torch.ones(2, 4, 2, 2)))
+    assert named(torch.ones(1, 4, 6, 6)).sample.shape == (1, 4, 6, 6)
+    assert answer_like(torch.ones(2, 4, 2, 2), (torch.ones(2, 16),)) is None

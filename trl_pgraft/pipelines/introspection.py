@@ -8,6 +8,7 @@ every step at the real size, batch axes from two and three prompts, the conditio
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,10 +112,11 @@ def introspect(
 
         count = len(sampler.timesteps)  # left after the last of them, so that no image is decoded
         steps = record_call(pipeline, PROBE_PROMPTS[:1], kwargs, count, facts).measured
+        clock = _fit_clock(steps if count > 1 else _two_steps(pipeline, kwargs, facts), pipeline)
     call = DenoiserCall(
         format=format,
         timestep_dtype=format.timestep(step.calls[0]).dtype,
-        clock=_fit_clock(steps, pipeline),
+        clock=clock,
         sign=sign,
         calls_per_step=len(step.calls),
         branches=branches,
@@ -235,6 +237,14 @@ def _guidance_scale(
     return float(scale) if residual <= tolerance else None
 
 
+def _two_steps(
+    pipeline: DiffusionPipeline, kwargs: dict[str, Any], facts: Callable[[Step], StepFacts]
+) -> list[StepFacts]:
+    """Facts of two steps of a pipeline that makes one, because one pair of timesteps does not determine a clock."""
+    count = kwargs.get("num_inference_steps") or parameters_of(pipeline)["num_inference_steps"].default
+    return record_call(pipeline, PROBE_PROMPTS[:1], {**kwargs, "num_inference_steps": 2 * count}, 2, facts).measured
+
+
 def _fit_clock(steps: list[StepFacts], pipeline: DiffusionPipeline) -> tuple[float, float]:
     """Affine map between the two clocks; a common one where it fits, because bf16 timesteps are rounded."""
     total = float(pipeline.scheduler.config.num_train_timesteps)
@@ -244,11 +254,6 @@ def _fit_clock(steps: list[StepFacts], pipeline: DiffusionPipeline) -> tuple[flo
         if all(abs(scale * t + offset - m) < 5e-3 * span for t, m in pairs):
             return scale, offset
     (t_0, m_0), (t_1, m_1) = pairs[0], pairs[-1]
-    if t_0 == t_1:
-        raise ValueError(
-            f"{type(pipeline).__name__}: its denoiser is given {m_0:g} at timestep {t_0:g}, and one step does not "
-            "determine its clock. Sample with at least two steps."
-        )
     scale = (m_1 - m_0) / (t_1 - t_0)
     return scale, m_0 - scale * t_0
 

@@ -91,13 +91,17 @@ def answer_like(given: Any, returned: Any) -> Answer | None:
     Returns:
         `Callable` or `None`: a function of another call's latents argument. An axis on which the tensors of `given`
             and `returned` agree follows the latents; on another, such as the channels of a learned variance, the
-            returned size stays. `None` where the two have different numbers of axes, so that they do not correspond.
+            returned size stays. Of what has another number of axes the rows follow alone. `None` where nothing that
+            is returned has the latents' axes.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator, small = torch.Generator().manual_seed(0), _first(given)
+    laid_out_alike = False
 
     def noise(like: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        sizes = zip(like.shape, _first(given).shape, latents.shape, strict=True)
-        shape = [new if own == old else own for own, old, new in sizes]
+        nonlocal laid_out_alike
+        laid_out_alike |= like.ndim == small.ndim
+        axes = range(like.ndim if like.ndim == small.ndim else min(1, like.ndim))
+        shape = [latents.shape[i] if i in axes and n == small.shape[i] else n for i, n in enumerate(like.shape)]
         return torch.randn(shape, generator=generator).to(latents.device, like.dtype)
 
     def fill(part: Any, latents: Any) -> Any:
@@ -109,11 +113,8 @@ def answer_like(given: Any, returned: Any) -> Answer | None:
             return type(part)(**{name: fill(value, latents) for name, value in part.items()})
         return type(part)(fill(own, latents) for own in part) if isinstance(part, list | tuple) else part
 
-    try:
-        fill(returned, given)
-    except ValueError:
-        return None
-    return functools.partial(fill, returned)
+    fill(returned, given)
+    return functools.partial(fill, returned) if laid_out_alike else None
 
 
 def _first(latents: Any) -> torch.Tensor:

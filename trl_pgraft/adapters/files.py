@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import get_token, snapshot_download
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
@@ -59,19 +59,25 @@ def save_pgraft_adapter(
     state = save_adapter_weights(denoiser, folder, name, metadata)
     config = denoiser.peft_config[name]
     if isinstance(config, LoraConfig) and hasattr(pipeline, "save_lora_weights"):
-        _save_for_diffusers(pipeline, folder, state, config, metadata)
+        prefix, path = denoiser_name_of(pipeline), folder / LORA_FILE
+        # Without the adapter's own metadata diffusers forgets alpha, and a LoRA of alpha != r comes back wrong.
+        arguments = {f"{prefix}_lora_layers": state, f"{prefix}_lora_adapter_metadata": config.to_dict()}
+        pipeline.save_lora_weights(folder, **arguments)
+        with safe_open(path, "pt") as file:
+            written = file.metadata() or {}
+        save_file(load_file(path), path, metadata={**written, **metadata})
     (folder / SWITCH_FILE).write_text(json.dumps(asdict(switch), indent=2) + "\n")
 
 
 def save_adapter_weights(
-    denoiser: torch.nn.Module, folder: Path, name: str, metadata: dict[str, str]
+    denoiser: ModelMixin, folder: Path, name: str, metadata: dict[str, str]
 ) -> dict[str, torch.Tensor]:
     r"""
     Write an adapter in PEFT's format.
 
     Args:
-        denoiser (`torch.nn.Module`):
-            Module that has the adapter; not compiled.
+        denoiser (`diffusers.ModelMixin`):
+            Model that has the adapter; not compiled.
         folder (`Path`):
             Folder to write to; made if missing.
         name (`str`):
@@ -87,23 +93,6 @@ def save_adapter_weights(
     save_file({PEFT_PREFIX + k: v for k, v in state.items()}, folder / "adapter_model.safetensors", metadata=metadata)
     denoiser.peft_config[name].save_pretrained(str(folder))
     return state
-
-
-def _save_for_diffusers(
-    pipeline: DiffusionPipeline,
-    folder: Path,
-    state: dict[str, torch.Tensor],
-    config: LoraConfig,
-    metadata: dict[str, str],
-) -> None:
-    name = denoiser_name_of(pipeline)
-    # Without the adapter's own metadata diffusers forgets alpha, and a LoRA of alpha != r comes back wrong.
-    arguments = {f"{name}_lora_layers": state, f"{name}_lora_adapter_metadata": config.to_dict()}
-    pipeline.save_lora_weights(folder, **arguments)
-    path = folder / LORA_FILE
-    with safe_open(path, "pt") as file:
-        written = file.metadata() or {}
-    save_file(load_file(path), path, metadata={**written, **metadata})
 
 
 def read_switch(folder: str | Path) -> SwitchLevel:
@@ -165,8 +154,9 @@ def load_pgraft_adapter(
     """
     folder = Path(source)
     if not folder.is_dir():
-        files = [SWITCH_FILE, *PEFT_FILES]
-        folder = Path(snapshot_download(str(source), allow_patterns=files, revision=revision, token=token))
+        folder = Path(
+            snapshot_download(str(source), allow_patterns=[SWITCH_FILE, *PEFT_FILES], revision=revision, token=token)
+        )
     check_adaptable(denoiser_of(pipeline))
     switch, denoiser = read_switch(folder), uncompiled(denoiser_of(pipeline))
     if switch.tuned_guidance_scale is not None:
@@ -179,12 +169,12 @@ def load_pgraft_adapter(
     return TimestepGate(denoiser_of(pipeline), name, switch.switch_timestep, switch.clock, pipeline)
 
 
-def load_adapter_weights(denoiser: torch.nn.Module, folder: str | Path, name: str) -> None:
+def load_adapter_weights(denoiser: ModelMixin, folder: str | Path, name: str) -> None:
     """Add the PEFT adapter stored in `folder` to the denoiser as `name`, trainable and in float32."""
     put_adapter(denoiser, *read_adapter(folder), name, folder)
 
 
-def load_frozen_adapter(denoiser: torch.nn.Module, folder: str | Path, name: str) -> None:
+def load_frozen_adapter(denoiser: ModelMixin, folder: str | Path, name: str) -> None:
     """Add the PEFT adapter stored in `folder` as `name`, to sample with: frozen, in the denoiser's precision."""
     load_adapter_weights(denoiser, folder, name)
     for parameter in adapter_parameters(denoiser, name):
@@ -194,20 +184,19 @@ def load_frozen_adapter(denoiser: torch.nn.Module, folder: str | Path, name: str
 
 def read_adapter(folder: str | Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
     """Configuration and weights of the PEFT adapter stored in `folder`."""
-    state = load_file(Path(folder) / PEFT_FILES[0])
-    state = {key.removeprefix(PEFT_PREFIX): value for key, value in state.items()}
+    state = {k.removeprefix(PEFT_PREFIX): v for k, v in load_file(Path(folder) / PEFT_FILES[0]).items()}
     return PeftConfig.from_pretrained(str(folder)), state
 
 
 def put_adapter(
-    denoiser: torch.nn.Module, peft_config: PeftConfig, state: dict[str, torch.Tensor], name: str, source: str | Path
+    denoiser: ModelMixin, peft_config: PeftConfig, state: dict[str, torch.Tensor], name: str, source: str | Path
 ) -> None:
     r"""
     Add an adapter with given weights to a denoiser, trainable and in float32.
 
     Args:
-        denoiser (`torch.nn.Module`):
-            Module that gets the adapter.
+        denoiser (`diffusers.ModelMixin`):
+            Model that gets the adapter.
         peft_config (`PeftConfig`):
             The adapter's configuration.
         state (`dict[str, torch.Tensor]`):

@@ -3,7 +3,7 @@
 """Run a fine-tuned adapter above a noise level and not below it, whatever the sampler and its number of steps."""
 
 import weakref
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ..pipelines.observe import observe_calls
 from .lora import AdapterSwitch
 
 
-class TimestepGate:
+class TimestepGate(AbstractContextManager["TimestepGate"]):
     r"""
     Run the denoiser with an adapter at noisy timesteps and without it at clean ones (P-GRAFT's inference).
 
@@ -61,12 +61,8 @@ class TimestepGate:
         self._hooks = ExitStack()
         self._hooks.callback(self._adapter.restore)
         self._hooks.enter_context(observe_calls(denoiser, self._on_call))
-        after_call = denoiser.register_forward_hook(self._restore_after_failure, always_call=True)
-        self._hooks.callback(after_call.remove)
+        self._hooks.callback(denoiser.register_forward_hook(self._restore_after_failure, always_call=True).remove)
         _active_gates.add(self)
-
-    def __enter__(self) -> "TimestepGate":
-        return self
 
     def __exit__(self, *exception: Any) -> None:
         self.remove()
@@ -88,14 +84,11 @@ class TimestepGate:
                 "TimestepGate: the rows of one denoiser call have different timesteps. The gate serves sampling; call "
                 "`remove()` (or leave its `with` block) before training."
             )
-        if not self._completes_a_step():
+        scheduler = getattr(self._pipeline, "scheduler", None)
+        if getattr(scheduler, "state_in_first_order", True):  # otherwise the call completes a step begun before
             scale, offset = self.clock
             self._is_on = self.is_on_at((float(values[0]) - offset) / scale)
         self._adapter.turn(self._is_on)
-
-    def _completes_a_step(self) -> bool:
-        scheduler = getattr(self._pipeline, "scheduler", None)
-        return not getattr(scheduler, "state_in_first_order", True)
 
     def _restore_after_failure(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
         if output is None:

@@ -63,9 +63,8 @@ class TunedGuidance:
         self._hooks.close()
 
     def _on_call(self, arguments: dict[str, Any]) -> None:
-        timestep = float(self.call.format.timestep(arguments).flatten()[0])
-        switch = self.switch_timestep
-        self._is_tuned = switch is None or self.call.training_timestep(timestep) > switch
+        timestep = self.call.training_timestep(float(self.call.format.timestep(arguments).flatten()[0]))
+        self._is_tuned = self.switch_timestep is None or timestep > self.switch_timestep
 
     def _rescale(self, module: torch.nn.Module, args: tuple, output: Any) -> Any:
         if not self._is_tuned:

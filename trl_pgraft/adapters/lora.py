@@ -4,9 +4,10 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
+from diffusers import ModelMixin
 from peft import LNTuningConfig, LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -15,13 +16,13 @@ ADAPTER_NAME = "pgraft"
 ATTENTION_PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 
 
-def add_adapter(denoiser: torch.nn.Module, peft_config: PeftConfig, name: str, seed: int | None = None) -> None:
+def add_adapter(denoiser: ModelMixin, peft_config: PeftConfig, name: str, seed: int | None = None) -> None:
     r"""
     Add a trainable adapter to the denoiser in float32 or better, next to those it has, and make it active.
 
     Args:
-        denoiser (`torch.nn.Module`):
-            A diffusers model; not compiled.
+        denoiser (`diffusers.ModelMixin`):
+            Model that gets the adapter; not compiled.
         peft_config (`PeftConfig`):
             Configuration of the adapter.
         name (`str`):
@@ -34,15 +35,24 @@ def add_adapter(denoiser: torch.nn.Module, peft_config: PeftConfig, name: str, s
         `ValueError`: PEFT cannot make such an adapter in this denoiser.
     """
     active = active_adapters(denoiser)
-    with torch.random.fork_rng(enabled=seed is not None):
+    with torch.random.fork_rng(enabled=seed is not None), warnings.catch_warnings():
         if seed is not None:
             torch.manual_seed(seed)
-        with warnings.catch_warnings():
-            # PEFT warns of a second adapter in one model, which is meant here.
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-            # And of layers whose numbers of features it cannot read, which a copy of the layer does not need.
-            warnings.filterwarnings("ignore", message="Unsupported layer type")
-            _inject(denoiser, peft_config, name)
+        # PEFT warns of a second adapter in one model, which is meant here.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        # And of layers whose numbers of features it cannot read, which a copy of the layer does not need.
+        warnings.filterwarnings("ignore", message="Unsupported layer type")
+        try:
+            # Some diffusers models (UNet2DModel, DiT, PixArt, HunyuanDiT) have no `add_adapter`.
+            if hasattr(denoiser, "add_adapter"):
+                denoiser.add_adapter(peft_config, adapter_name=name)
+            else:
+                inject_adapter_in_model(peft_config, denoiser, name)
+        except Exception as error:
+            raise ValueError(
+                f"peft_config: PEFT cannot put a {type(peft_config).__name__} into this {type(denoiser).__name__} "
+                f"({type(error).__name__}: {error}). LoRA, DoRA, LoHa, LoKr, OFT, BOFT, IA3 and HRA were tried."
+            ) from error
     for layer in tuner_layers(denoiser):
         layer.set_adapter([*active, name])
     make_trainable(denoiser, name)
@@ -50,28 +60,13 @@ def add_adapter(denoiser: torch.nn.Module, peft_config: PeftConfig, name: str, s
 
 def make_trainable(denoiser: torch.nn.Module, name: str) -> None:
     """Let adapter `name` be trained, in float32 or better, and nothing else of the denoiser."""
-    for parameter in denoiser.parameters():
-        parameter.requires_grad_(False)
+    denoiser.requires_grad_(False)
     for parameter in adapter_parameters(denoiser, name):
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         parameter.requires_grad_(True)
 
 
-def _inject(denoiser: torch.nn.Module, peft_config: PeftConfig, name: str) -> None:
-    try:
-        # Some diffusers models (UNet2DModel, DiT, PixArt, HunyuanDiT) have no `add_adapter`.
-        if hasattr(denoiser, "add_adapter"):
-            denoiser.add_adapter(peft_config, adapter_name=name)
-        else:
-            inject_adapter_in_model(peft_config, denoiser, name)
-    except Exception as error:
-        raise ValueError(
-            f"peft_config: PEFT cannot put a {type(peft_config).__name__} into this {type(denoiser).__name__} "
-            f"({type(error).__name__}: {error}). LoRA, DoRA, LoHa, LoKr, OFT, BOFT, IA3 and HRA were tried."
-        ) from error
-
-
-def remove_adapter(denoiser: torch.nn.Module, name: str) -> None:
+def remove_adapter(denoiser: ModelMixin, name: str) -> None:
     """Delete adapter `name` from the denoiser."""
     if hasattr(denoiser, "delete_adapters"):
         denoiser.delete_adapters(name)
@@ -106,8 +101,8 @@ def full_copy_config(denoiser: torch.nn.Module) -> LNTuningConfig:
     Raises:
         `ValueError`: the denoiser has adapters, or a parameter outside its innermost modules.
     """
-    layers = [name for name, module in denoiser.named_modules() if not list(module.children())]
-    layers = [name for name in layers if list(denoiser.get_submodule(name).parameters())]
+    modules = denoiser.named_modules()
+    layers = [name for name, module in modules if not list(module.children()) and list(module.parameters())]
     amiss = [name for name, _ in denoiser.named_parameters() if name.rpartition(".")[0] not in set(layers)]
     if amiss or tuner_layers(denoiser):
         reason = f"{amiss[0]} is in no layer of its own" if amiss else "it has adapters, which must be fused first"
@@ -133,12 +128,8 @@ def adapter_parameters(denoiser: torch.nn.Module, name: str) -> list[torch.nn.Pa
     layers = tuner_layers(denoiser, name)
     # PEFT lists DoRA's parts in another order in a layer that is loaded, and optimizers go by the order.
     parts = (getattr(layer, part) for layer in layers for part in sorted(set(layer.adapter_layer_names)))
-    found: list[torch.nn.Parameter] = []
-    for part in parts:
-        if name in part:
-            value = part[name]
-            found += [value] if isinstance(value, torch.nn.Parameter) else list(value.parameters())
-    return found
+    values = [part[name] for part in parts if name in part]
+    return [p for v in values for p in ([v] if isinstance(v, torch.nn.Parameter) else v.parameters())]
 
 
 class AdapterSwitch:
@@ -187,14 +178,12 @@ class AdapterSwitch:
 @contextmanager
 def without_adapters(denoiser: torch.nn.Module, names: Sequence[str]) -> Iterator[None]:
     """Run the denoiser without its adapters `names` inside the block, as the reference model."""
-    switches = [AdapterSwitch(denoiser, name) for name in names]
-    for switch in switches:
-        switch.turn(False)
-    try:
+    with ExitStack() as stack:
+        for name in names:
+            switch = AdapterSwitch(denoiser, name)
+            stack.callback(switch.restore)
+            switch.turn(False)
         yield
-    finally:
-        for switch in reversed(switches):
-            switch.restore()
 
 
 def lora_extras(peft_config: PeftConfig) -> list[str]:

@@ -5,6 +5,7 @@
 from collections.abc import Sequence
 
 import torch
+from diffusers import ModelMixin
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
@@ -12,7 +13,7 @@ from .lora import AdapterSwitch, add_adapter, remove_adapter
 
 
 def merge_difference(
-    denoiser: torch.nn.Module, policy: str, accepted: str, control: str, scale: float = 1.0, max_rank: int = 256
+    denoiser: ModelMixin, policy: str, accepted: str, control: str, scale: float = 1.0, max_rank: int = 256
 ) -> None:
     r"""
     Replace LoRA `policy` by `policy + scale (accepted - control)`, and remove the other two.
@@ -21,7 +22,7 @@ def merge_difference(
     result of more than `max_rank` is cut to its `max_rank` largest singular values.
 
     Args:
-        denoiser (`torch.nn.Module`):
+        denoiser (`diffusers.ModelMixin`):
             Module that holds the adapters; not compiled.
         policy, accepted, control (`str`):
             Names of LoRAs in the denoiser; `policy` need not be there yet.

@@ -86,7 +86,9 @@ class Policy:
         example: dict[str, Any] | None = None,
     ):
         self.config, self.accelerator = config, accelerator
-        self.pipeline = _checked_pipeline(sd_pipeline)
+        if sd_pipeline is None:
+            raise ValueError("sd_pipeline is required: the diffusers pipeline to fine-tune.")
+        self.pipeline: DiffusionPipeline = getattr(sd_pipeline, "sd_pipeline", sd_pipeline)
         check_adaptable(denoiser_of(self.pipeline))
         _check_no_gate(denoiser_of(self.pipeline))
         self.denoiser = uncompiled(denoiser_of(self.pipeline))
@@ -106,7 +108,7 @@ class Policy:
         check_sampler(self.introspection.sampler, self.levels.step_index, config.sample_eta)
         _hand_over(self.switch, sd_pipeline)
         if self.start is not None:
-            self.start.check_level(self.switch, config, lambda: self.introspection.sampler)
+            self.start.check_level(self.switch, config, self.introspection.sampler)
         self.fingerprint = sampling_fingerprint(self.pipeline, self.arguments, self.levels.step_index)
 
     def inputs_of(self, columns: dict[str, Any]) -> dict[str, Any]:
@@ -144,14 +146,13 @@ class Policy:
 
     def make_adapter(self) -> None:
         """Add the adapter, or go on with the one that is given or that the pipeline has."""
+        peft_config = copy.deepcopy(self.peft_config)
         if self.start is not None:
-            peft_config = copy.deepcopy(self.peft_config)
             put_adapter(self.denoiser, peft_config, self.start.state, ADAPTER_NAME, self.start.source)
             self.accelerator.print(f"Training {self.start}.")
             self.start = replace(self.start, state={})  # the denoiser has it now
         elif not self.has_adapter:
-            seed = seed_of(self.config.seed, "adapter")
-            add_adapter(self.denoiser, copy.deepcopy(self.peft_config), ADAPTER_NAME, seed)
+            add_adapter(self.denoiser, peft_config, ADAPTER_NAME, seed_of(self.config.seed, "adapter"))
         make_trainable(self.denoiser, ADAPTER_NAME)
 
     def load_adapter(self, folder: str | Path) -> None:
@@ -162,9 +163,8 @@ class Policy:
 
     def sampled_by(self) -> str:
         """Identifies what samples: model, scheduler and arguments, and the adapter bit for bit."""
-        weights = {}
-        if self.has_adapter and self.config.sample_from == "policy":
-            weights = {name: p for name, p in self.denoiser.named_parameters() if f".{ADAPTER_NAME}." in name}
+        counts = self.has_adapter and self.config.sample_from == "policy"
+        weights = {n: p for n, p in self.denoiser.named_parameters() if counts and f".{ADAPTER_NAME}." in n}
         return f"{self.fingerprint} {fingerprint_of(weights)}"
 
     # Sampling.
@@ -180,25 +180,21 @@ class Policy:
     @contextmanager
     def sampler(self, reference: bool = False) -> Iterator[DiffusionPipeline]:
         """The pipeline as the policy samples with it, gate and guidance included, or as the reference does."""
-        called = denoiser_of(self.pipeline)
+        called, switch_timestep = denoiser_of(self.pipeline), self.switch.switch_timestep
         with ExitStack() as stack:
             if self.is_full:
                 # The trained copy is in float32 also where the frozen weights are not.
                 stack.enter_context(self.accelerator.autocast())
             if self.has_adapter:
-                where = (ADAPTER_NAME, self.switch.switch_timestep, self.call.clock, self.pipeline)
-                off = without_adapters(self.denoiser, [ADAPTER_NAME])
-                stack.enter_context(off if reference else TimestepGate(called, *where))
+                stack.enter_context(
+                    without_adapters(self.denoiser, [ADAPTER_NAME])
+                    if reference
+                    else TimestepGate(called, ADAPTER_NAME, switch_timestep, self.call.clock, self.pipeline)
+                )
             if self.config.tuned_guidance_scale is not None and not reference:
-                scales = (self.call.guidance_scale or math.nan, self.tuned_guidance_scale)
-                stack.enter_context(TunedGuidance(called, self.call, *scales, self.switch.switch_timestep))
+                own = self.call.guidance_scale or math.nan
+                stack.enter_context(TunedGuidance(called, self.call, own, self.tuned_guidance_scale, switch_timestep))
             yield self.pipeline
-
-
-def _checked_pipeline(sd_pipeline: DiffusionPipeline | PipelineWrapper | None) -> DiffusionPipeline:
-    if sd_pipeline is None:
-        raise ValueError("sd_pipeline is required: the diffusers pipeline to fine-tune.")
-    return getattr(sd_pipeline, "sd_pipeline", sd_pipeline)
 
 
 def _check_no_gate(denoiser: torch.nn.Module) -> None:

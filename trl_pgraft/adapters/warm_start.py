@@ -3,7 +3,6 @@
 """An adapter from which training continues: of a folder or a repository, in PEFT's or in diffusers' format."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +66,7 @@ class StartingAdapter:
     def __str__(self) -> str:
         return f"continues {self.source}; its reference is the pipeline without it"
 
-    def check_level(self, switch: SwitchLevel, config: GraftConfig, sampler: Callable[[], Sampler]) -> None:
+    def check_level(self, switch: SwitchLevel, config: GraftConfig, sampler: Sampler) -> None:
         r"""
         Check that it was trained for the noise levels at which it will be sampled with and trained.
 
@@ -76,16 +75,21 @@ class StartingAdapter:
                 Noise level at which the run's adapter hands over.
             config ([`GraftConfig`]):
                 Configuration of the run, whose `tuned_fraction` sets that level.
-            sampler (`Callable[[], Sampler]`):
-                Returns the pipeline's sampler. It is called for the error's message alone.
+            sampler ([`Sampler`]):
+                The pipeline's sampler, whose steps the error's message goes by.
 
         Raises:
             `ValueError`: it was trained for other levels; the message names them, and the value to set.
         """
         own = self.switch or ALWAYS_ON
         if not same_level(own, switch):
+            origin = (
+                f"has no {SWITCH_FILE}, so it is an ordinary adapter, made to run at all noise levels"
+                if self.switch is None
+                else f"was trained by a run that {level_in_words(self.switch)}"
+            )
             raise ValueError(
-                f"peft_config: {self.source} {self._level_in_words()}, and tuned_fraction={config.tuned_fraction:g} "
+                f"peft_config: {self.source} {origin}, and tuned_fraction={config.tuned_fraction:g} "
                 f"{level_in_words(switch)}. {_remedy(own, config, sampler)}"
             )
         if own.switch_timestep is not None and own.tuned_guidance_scale != switch.tuned_guidance_scale:
@@ -93,11 +97,6 @@ class StartingAdapter:
                 f"peft_config: {self.source} was trained with tuned_guidance_scale={own.tuned_guidance_scale}, and it "
                 f"is {switch.tuned_guidance_scale} now. Set it to that."
             )
-
-    def _level_in_words(self) -> str:
-        if self.switch is None:
-            return f"has no {SWITCH_FILE}, so it is an ordinary adapter, made to run at all noise levels"
-        return f"was trained by a run that {level_in_words(self.switch)}"
 
 
 def read_starting_adapter(
@@ -133,10 +132,15 @@ def read_starting_adapter(
             f"adapter_name={ADAPTER_NAME!r})` and hand in that pipeline without peft_config."
         )
     # The weights carry the switch level as well, for a folder that has lost its file.
-    has_file = (folder / SWITCH_FILE).is_file()
-    switch = read_switch(folder) if has_file else read_switch_of_weights(folder / weights)
-    repository = None if local.is_dir() else str(source)
-    return StartingAdapter(str(source), peft_config, state, switch, repository, fingerprint_of(state))
+    switch = read_switch(folder) if (folder / SWITCH_FILE).is_file() else read_switch_of_weights(folder / weights)
+    return StartingAdapter(
+        source=str(source),
+        peft_config=peft_config,
+        state=state,
+        switch=switch,
+        repository=None if local.is_dir() else str(source),
+        fingerprint=fingerprint_of(state),
+    )
 
 
 def _downloaded(source: str, token: str | None) -> Path:
@@ -185,15 +189,14 @@ def _read_with_diffusers(
             layer.set_adapter(active)
 
 
-def _remedy(switch: SwitchLevel, config: GraftConfig, sampler: Callable[[], Sampler]) -> str:
+def _remedy(switch: SwitchLevel, config: GraftConfig, sampler: Sampler) -> str:
     """The `tuned_fraction` to set for this switch level, as a sentence."""
     if switch.switch_timestep is None:
         return "Set tuned_fraction=1.0."
-    own, tried = sampler(), copy.copy(config)
-    steps = len(own.step_starts())
+    tried, steps = copy.copy(config), len(sampler.step_starts())
     for tuned in range(1, steps):
         tried.tuned_fraction = tuned / steps
-        if same_level(tuned_levels(tried, own)[1], switch):
+        if same_level(tuned_levels(tried, sampler)[1], switch):
             return f"Set tuned_fraction={tried.tuned_fraction:.4g}."
     return (
         f"None of this sampler's {steps} steps has that level: keep the scheduler, the sample_num_steps and the "

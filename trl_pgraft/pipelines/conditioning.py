@@ -33,7 +33,9 @@ class Conditioning:
     unconditional: dict[str, Any] | None
     batch_axes: dict[str, Any]
 
-    def rows(self, indices: Sequence[int], device: torch.device | str, unconditional: bool = False) -> dict[str, Any]:
+    def rows(
+        self, indices: Sequence[int] | torch.Tensor, device: torch.device | str, unconditional: bool = False
+    ) -> dict[str, Any]:
         """Denoiser arguments of the prompts at `indices`, on `device`."""
         branch = self.unconditional if unconditional else self.conditional
         return send_to_device(take_rows(branch, self.batch_axes, torch.as_tensor(indices).tolist()), device)

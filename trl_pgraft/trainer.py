@@ -28,10 +28,10 @@ from .rollouts.evaluation import Evaluation
 from .rollouts.sources import RunData
 from .training.callbacks import Callbacks
 from .training.finetuner import Finetuner
-from .training.iteration import begin_training, fine_tune, iteration_metrics
 from .training.optimizer import make_accelerator
 from .training.run_folder import RunFolder
 from .training.run_log import Metrics, RunLog
+from .training.state import begin_training, fine_tune
 
 
 class PGraftTrainer:
@@ -146,7 +146,7 @@ class PGraftTrainer:
             self.callbacks.notify("on_epoch_begin")
             self.step(epoch, self.state.global_step)
             self.callbacks.notify("on_epoch_end")
-            last = epoch + 1 == self.epochs or self.callbacks.should_stop
+            last = epoch + 1 == self.epochs or self.callbacks.control.should_training_stop
             evaluate, save = self.callbacks.pop_request("evaluate"), self.callbacks.pop_request("save")
             if self.held_out and (last or evaluate or (epoch + 1) % self.config.eval_freq == 0):
                 self._log_evaluation(epoch + 1)
@@ -174,10 +174,9 @@ class PGraftTrainer:
         else:
             rollout = rollout_from_dataset(self.samples_dataset, self.collector.reward_names)
         sampled = time.perf_counter()
-        report = fine_tune(self.finetuner, rollout, epoch, self.epochs, global_step, self.state, self.callbacks)
-        metrics = iteration_metrics(self.finetuner, rollout, report, self.collector.reward_names, self.state)
+        metrics = fine_tune(self.finetuner, rollout, epoch, self.epochs, global_step, self.state, self.callbacks)
         times = {"time/sampling": sampled - started, "time/training": time.perf_counter() - sampled}
-        self.log({**metrics, **times, "epoch": epoch})
+        self.log({**rollout.metrics(self.collector.reward_names), **metrics, **times, "epoch": epoch})
         return self.state.global_step
 
     def compute_rewards(self, prompt_image_pairs: Sequence[Sequence[Any]], is_async: bool = False) -> Iterator[tuple]:

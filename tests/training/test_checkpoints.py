@@ -13,7 +13,6 @@ from trl_pgraft.adapters.files import load_adapter_weights, read_switch
 from trl_pgraft.adapters.lora import adapter_parameters
 from trl_pgraft.training.checkpoints import (
     ChangedRunError,
-    TrainerState,
     check_same_run,
     checkpoints_in,
     find_checkpoint,
@@ -23,6 +22,7 @@ from trl_pgraft.training.checkpoints import (
     reading,
     save_checkpoint,
 )
+from trl_pgraft.training.state import TrainerState
 
 
 SWITCH = SwitchLevel(500.0, -0.5, 450.0)

@@ -11,7 +11,7 @@ from runs import any_animal, brightness
 from tiny_pipelines import tiny_sd
 
 from trl_pgraft import GraftConfig, PGraftTrainer
-from trl_pgraft.training.tracking import NoTracker, tracker_arguments, tracker_values
+from trl_pgraft.training.run_log import NoTracker, tracker_arguments, tracker_values
 
 
 NAMES = ("reward", "loss", "implied_kl", "rewards/brightness/mean")

@@ -7,7 +7,7 @@ from trl_pgraft import GraftConfig
 from trl_pgraft.core.divergence import implied_kl
 from trl_pgraft.rollouts.prompts import PromptGroup, samples_of
 from trl_pgraft.rollouts.rollout import Rollout
-from trl_pgraft.training.checkpoints import TrainerState
+from trl_pgraft.training.state import TrainerState
 
 
 def rollout(kl=None):

@@ -101,8 +101,9 @@ def full_copy_config(denoiser: torch.nn.Module) -> LNTuningConfig:
     Raises:
         `ValueError`: the denoiser has adapters, or a parameter outside its innermost modules.
     """
-    modules = denoiser.named_modules()
-    layers = [name for name, module in modules if not list(module.children()) and list(module.parameters())]
+    layers = [
+        name for name, module in denoiser.named_modules() if not list(module.children()) and list(module.parameters())
+    ]
     amiss = [name for name, _ in denoiser.named_parameters() if name.rpartition(".")[0] not in set(layers)]
     if amiss or tuner_layers(denoiser):
         reason = f"{amiss[0]} is in no layer of its own" if amiss else "it has adapters, which must be fused first"

@@ -24,7 +24,7 @@ from ..rewards.conventions import Reward
 from ..rewards.scorer import Scorer
 from ..rollouts.collect import RolloutCollector
 from ..rollouts.rollout import Rollout, RolloutBatch
-from ..training.tracking import NoTracker, log_image
+from ..training.run_log import NoTracker, log_image
 
 
 logger = logging.getLogger(__name__)

@@ -44,11 +44,6 @@ class Callbacks:
         self.values = values
         self.notify("on_init_end")
 
-    @property
-    def should_stop(self) -> bool:
-        """Whether a callback has requested that training stops."""
-        return self.control.should_training_stop
-
     def pop_request(self, what: str) -> bool:
         """Whether a callback has requested `what`, "save" or "evaluate", since the last call of this method."""
         requested = getattr(self.control, f"should_{what}")

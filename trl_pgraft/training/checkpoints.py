@@ -8,7 +8,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,72 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..config import GraftConfig, default_values
-from ..core.acceptance import default_k
 from ..core.atomic import atomic_save
-from ..core.divergence import accumulated_kl
-from ..rollouts.rollout import Rollout
+from .state import TrainerState
 
 
 PREFIX = "checkpoint_"
-
-
-@dataclass
-class TrainerState:
-    r"""
-    How far a run is.
-
-    Args:
-        epoch (`int`, *optional*, defaults to `0`):
-            Iterations completed.
-        global_step (`int`, *optional*, defaults to `0`):
-            Optimizer steps taken on accepted samples.
-        images (`int`, *optional*, defaults to `0`):
-            Images sampled for training, over all processes.
-        denoiser_calls (`int`, *optional*, defaults to `0`):
-            Denoiser evaluations for these images, counted per image and branch.
-        kl_rounds (`int`, *optional*, defaults to `0`):
-            Iterations whose selection accumulates.
-        kl_sum (`float`, *optional*, defaults to `0.0`):
-            Sum of the KL that each of them implies, in nats.
-        kl_composes (`bool`, *optional*, defaults to `True`):
-            Whether all of them were the same top-k selection, whose composition has a formula.
-        steps_per_round (`int`, *optional*, defaults to `0`):
-            Optimizer steps of the first iteration, which determine the length of the learning-rate schedule; 0 before
-            it.
-        history (`list[dict[str, float]]`, *optional*):
-            Metrics logged so far; none where not given.
-    """
-
-    epoch: int = 0
-    global_step: int = 0
-    images: int = 0
-    denoiser_calls: int = 0
-    kl_rounds: int = 0
-    kl_sum: float = 0.0
-    kl_composes: bool = True
-    steps_per_round: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
-
-    def add_kl(self, rollout: Rollout, config: GraftConfig) -> float:
-        r"""
-        Count the KL of an iteration, unless it was sampled from the reference, from where nothing accumulates.
-
-        Args:
-            rollout ([`Rollout`]):
-                The iteration's samples, selected.
-            config ([`GraftConfig`]):
-                The acceptance rule, and which model is sampled from.
-
-        Returns:
-            `float`: KL to the reference that the iterations so far imply, in nats.
-        """
-        if config.sample_from == "reference":
-            return rollout.implied_kl
-        kl, size = rollout.implied_kl, rollout.groups[0].size
-        k = config.acceptance_kwargs.get("k", default_k(size)) if config.acceptance == "top_k" else None
-        self.kl_rounds, self.kl_sum = self.kl_rounds + 1, self.kl_sum + kl
-        total, self.kl_composes = accumulated_kl(kl, self.kl_sum, self.kl_rounds, size, k, self.kl_composes)
-        return total
 
 
 def save_checkpoint(
@@ -138,9 +77,9 @@ def reading(checkpoint: Path) -> Iterator[None]:
     """Turn errors inside the block into a `ValueError` that names the checkpoint, and another one to resume from."""
     try:
         yield
+    except ChangedRunError:
+        raise
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, ChangedRunError):
-            raise
         others = [path.name for path in checkpoints_in(checkpoint.parent) if path != checkpoint]
         hint = f"resume_from={str(checkpoint.parent / others[-1])!r}" if others else "start without resume_from"
         raise ValueError(
@@ -171,7 +110,7 @@ def check_same_run(checkpoint: Path, signature: dict[str, Any], config: GraftCon
         `ChangedRunError`: they differ; the message names each.
     """
     stored = json.loads((checkpoint / "run.json").read_text())
-    defaults = {**default_values(config), "adapter": _comparable(default_values(peft_config))}
+    defaults = {**default_values(config), "adapter": adapter_values(default_values(peft_config))}
     refuse_changes(checkpoint, *map(_with_adapter_spread, (stored, signature, defaults)))
 
 
@@ -211,12 +150,8 @@ def refuse_changes(
         )
 
 
-def adapter_values(peft_config: PeftConfig) -> dict[str, Any]:
-    """Values of an adapter's configuration on which its training depends, comparable after a resume."""
-    return _comparable(peft_config.to_dict())
-
-
-def _comparable(values: dict[str, Any]) -> dict[str, Any]:
+def adapter_values(values: dict[str, Any]) -> dict[str, Any]:
+    """Those `values` of an adapter's configuration on which its training depends, comparable after a resume."""
     left_out = ("peft_version", "base_model_name_or_path", "inference_mode")
     values = {name: sorted(v) if isinstance(v, set) else v for name, v in values.items() if name not in left_out}
     return {name: v if isinstance(v, str | int | float | list | None) else str(v) for name, v in values.items()}
@@ -235,8 +170,7 @@ def archive_previous_run(output_dir: Path, names: Sequence[str]) -> None:
     left = [path for path in (output_dir / name for name in names) if path.exists()]
     if not left:
         return
-    number = 1 + len(list(output_dir.glob("previous_*")))
-    folder = output_dir / f"previous_{number}"
+    folder = output_dir / f"previous_{1 + len(list(output_dir.glob('previous_*')))}"
     folder.mkdir()
     for path in left:
         os.replace(path, folder / path.name)

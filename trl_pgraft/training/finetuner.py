@@ -103,9 +103,8 @@ class Finetuner:
             policy.pipeline, config, policy.peft_config, policy.example_arguments, policy.introspection
         )
         accelerator.print(self.memory)
-        self.has_control = config.control_adapter
-        if self.has_control is None:
-            self.has_control = guides_plainly(policy.call) and is_plain_lora(policy.peft_config)
+        can_subtract = guides_plainly(policy.call) and is_plain_lora(policy.peft_config)
+        self.has_control = can_subtract if config.control_adapter is None else config.control_adapter
         if policy.start is not None or not self.has_control:
             policy.make_adapter()
         self.optimizer = None if self.has_control else self._new_optimizer(ADAPTER_NAME)
@@ -178,8 +177,7 @@ class Finetuner:
             return self._fine_tune(ADAPTER_NAME, self.optimizer, data, data.rows.passes(), learning_rate, on_event)
         accepted, control = "pgraft_accepted", "pgraft_control"
         report = self._fine_tune_new(accepted, epoch, data, data.rows.passes(), learning_rate, on_event)
-        passes = data.rows.passes(control=True)
-        self._fine_tune_new(control, epoch, data, passes, learning_rate, lambda event: None)
+        self._fine_tune_new(control, epoch, data, data.rows.passes(control=True), learning_rate)
         scale = self.config.control_scale
         if self.config.guidance_loss == "conditional":
             scale /= self.policy.tuned_guidance_scale
@@ -201,23 +199,22 @@ class Finetuner:
         data: TrainingSet,
         passes: Iterator[Rows],
         learning_rate: Callable[[int], float],
-        on_event: Callable[[str], Any],
+        on_event: Callable[[str], Any] = lambda event: None,
     ) -> FineTuningReport:
-        """Fine-tune adapter `name` on the rows of `passes`, with a progress bar."""
+        """Fine-tune adapter `name` on the rows of `passes`."""
         policy, config, accelerator = self.policy, self.config, self.accelerator
-        total = count_microbatches(len(data.rows), config, accelerator.num_processes)
-        hidden = not accelerator.is_local_main_process
-
-        def notice(event: str) -> None:
-            if event in ("on_substep_end", "on_step_end"):
-                bar.update()
-            on_event(event)
-
-        bar = tqdm(total=total, desc=f"training {name}", leave=False, disable=hidden)
-        with bar, on_device(policy.pipeline, policy.denoiser, accelerator, optimizer):
+        with on_device(policy.pipeline, policy.denoiser, accelerator, optimizer):
             loss = graft_loss(policy, name, data.conditioning)
             return fine_tune_adapter(
-                accelerator, loss, data.states, passes, optimizer, config, learning_rate, on_event=notice
+                accelerator,
+                loss,
+                data.states,
+                passes,
+                optimizer,
+                config,
+                learning_rate,
+                on_event=on_event,
+                title=f"training {name}",
             )
 
 
@@ -230,6 +227,7 @@ def fine_tune_adapter(
     config: GraftConfig,
     learning_rate: Callable[[int], float],
     on_event: Callable[[str], Any] = lambda event: None,
+    title: str = "training",
 ) -> FineTuningReport:
     r"""
     Fine-tune the trainable adapter of `loss.denoiser` on accepted states.
@@ -253,6 +251,8 @@ def fine_tune_adapter(
         on_event (`Callable[[str], Any]`, *optional*):
             Called with the name of each event of transformers' callbacks: `on_step_begin`, `on_substep_end` or
             `on_step_end` after each microbatch, `on_pre_optimizer_step` and `on_optimizer_step`.
+        title (`str`, *optional*, defaults to `"training"`):
+            Title of the progress bar.
 
     Raises:
         `RuntimeError`: ten optimizer steps in a row had a non-finite loss or gradient.
@@ -260,7 +260,8 @@ def fine_tune_adapter(
     report, accumulation, device = FineTuningReport(), config.train_gradient_accumulation_steps, accelerator.device
     average = EMAModel(parameters_of(optimizer), decay=config.ema_decay) if config.ema_decay else None
     microbatches = list(microbatches_of(passes, config, accelerator))
-    with prepared(accelerator, loss.denoiser, optimizer) as (model, wrapped):
+    bar = tqdm(total=len(microbatches), desc=title, leave=False, disable=not accelerator.is_local_main_process)
+    with bar, prepared(accelerator, loss.denoiser, optimizer) as (model, wrapped):
         steps = OptimizerSteps(
             accelerator, wrapped, config.train_max_grad_norm, "train_learning_rate", average, on_event
         )
@@ -277,6 +278,7 @@ def fine_tune_adapter(
             report.bins.append(bins)
             if ends_step:
                 steps.take(learning_rate(steps.taken))
+            bar.update()
             on_event("on_step_end" if ends_step else "on_substep_end")
     if average is not None:
         average.copy_to(parameters_of(optimizer))

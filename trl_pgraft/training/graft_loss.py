@@ -5,6 +5,7 @@
 from dataclasses import dataclass
 
 import torch
+from diffusers import ModelMixin
 
 from ..adapters.lora import ADAPTER_NAME, without_adapters
 from ..adapters.policy import Policy
@@ -22,7 +23,7 @@ class GraftLoss:
     The weighted denoising loss on re-noised states, with guidance as configured (see [`renoise`]).
 
     Args:
-        denoiser (`torch.nn.Module`):
+        denoiser (`diffusers.ModelMixin`):
             What the pipeline calls, not wrapped by accelerate, for the reference's prediction.
         call ([`DenoiserCall`]):
             How the pipeline calls it.
@@ -43,7 +44,7 @@ class GraftLoss:
             Adapters in which policy and reference differ.
     """
 
-    denoiser: torch.nn.Module
+    denoiser: ModelMixin
     call: DenoiserCall
     conditioning: Conditioning
     levels: TunedLevels

@@ -55,8 +55,10 @@ class MemoryEstimate:
         return self.pipeline + self.adapter + self.gradients + self.optimizer + (self.activations or 0)
 
     def __str__(self) -> str:
-        names = ("pipeline", "adapter", "gradients", "optimizer", "activations")
-        parts = ", ".join(f"{name} {_readable(getattr(self, name))}" for name in names)
+        parts = ", ".join(
+            f"{name} {_readable(getattr(self, name))}"
+            for name in ("pipeline", "adapter", "gradients", "optimizer", "activations")
+        )
         copied = (
             "The adapter is a copy of all weights of the denoiser, a whole second set beside the frozen one. "
             if self.is_full_copy
@@ -101,14 +103,13 @@ def estimate_memory(
     trained = sum(parameter.numel() for parameter in adapter_parameters(shell, ADAPTER_NAME))
     layers = {id(layer) for layer in tuner_layers(shell, ADAPTER_NAME)}
     adapted = [plain.get_submodule(path) for path, module in shell.named_modules() if id(module) in layers]
-    passes = 2 if introspection.call.is_guided and config.guidance_loss == "combined" else 1
     activations: int | None = 0
     if not config.gradient_checkpointing:
-        kept = _input_sizes(plain, adapted, introspection.first_step)
-        images = config.train_batch_size * passes
-        activations = kept and kept * denoiser.dtype.itemsize // introspection.call.branches * images
-    modules = [m for m in pipeline.components.values() if isinstance(m, torch.nn.Module)]
-    modules = modules if offload_device(pipeline) is None else [denoiser]
+        kept, call = _input_sizes(plain, adapted, introspection.first_step), introspection.call
+        images = config.train_batch_size * (2 if call.is_guided and config.guidance_loss == "combined" else 1)
+        activations = kept and kept * denoiser.dtype.itemsize // call.branches * images
+    resident = pipeline.components.values() if offload_device(pipeline) is None else [denoiser]
+    modules = [component for component in resident if isinstance(component, torch.nn.Module)]
     weights = {id(p): p.numel() * p.element_size() for module in modules for p in module.parameters()}
     return MemoryEstimate(
         pipeline=sum(weights.values()),
@@ -125,15 +126,12 @@ def _input_sizes(denoiser: torch.nn.Module, modules: list[torch.nn.Module], call
     Numbers that `modules` of a float32 denoiser on the meta device are given in these calls; what several are given in
     turn counts once. `None` where the denoiser reads values of its arguments, which have none there.
     """
-    sizes: list[int] = []
-    last = None
+    inputs: list[torch.Tensor] = []
 
     def before_call(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        nonlocal last
         given = args[0] if args else next(iter(kwargs.values()))
-        if given is not last:
-            sizes.append(given.numel())
-        last = given
+        if not inputs or given is not inputs[-1]:
+            inputs.append(given)
 
     for module in modules:
         module.register_forward_pre_hook(before_call, with_kwargs=True)
@@ -143,7 +141,7 @@ def _input_sizes(denoiser: torch.nn.Module, modules: list[torch.nn.Module], call
                 denoiser(**convert_to_fp32(send_to_device(call, "meta")))
     except (RuntimeError, NotImplementedError, ValueError, TypeError):
         return None
-    return sum(sizes)
+    return sum(given.numel() for given in inputs)
 
 
 def _readable(count: int | None) -> str:

@@ -172,20 +172,17 @@ def make_accelerator(config: GraftConfig, output_dir: Path) -> Accelerator:
     logs = output_dir / config.logdir / (config.run_name if config.log_with == "tensorboard" else "")
     own = {"project_dir": str(output_dir), "logging_dir": str(logs)}
     output_dir.mkdir(parents=True, exist_ok=True)
-    if config.allow_tf32 and torch.cuda.is_available():
-        torch.backends.cuda.matmul.allow_tf32 = True
+    best_precision = "no"
+    if torch.cuda.is_available():
+        best_precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        if config.allow_tf32:
+            torch.backends.cuda.matmul.allow_tf32 = True
     return Accelerator(
         log_with=config.log_with,
-        mixed_precision=config.mixed_precision or _best_precision(),
+        mixed_precision=config.mixed_precision or best_precision,
         project_config=ProjectConfiguration(**{**own, **config.project_kwargs}),
         **config.accelerator_kwargs,
     )
-
-
-def _best_precision() -> str:
-    if not torch.cuda.is_available():
-        return "no"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], config: GraftConfig) -> torch.optim.Optimizer:
@@ -201,7 +198,7 @@ def make_optimizer(parameters: list[torch.nn.Parameter], config: GraftConfig) ->
     Raises:
         `ImportError`: `config.train_use_8bit_adam` is set, and bitsandbytes is not installed.
     """
-    kind: type[torch.optim.Optimizer] = torch.optim.AdamW
+    kind: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
     if config.train_use_8bit_adam:
         try:
             from bitsandbytes.optim import AdamW8bit

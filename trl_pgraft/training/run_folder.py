@@ -8,7 +8,6 @@ from typing import Any
 from ..adapters.files import save_pgraft_adapter
 from ..rollouts.collect import RolloutCollector
 from .checkpoints import (
-    TrainerState,
     adapter_values,
     archive_previous_run,
     check_same_run,
@@ -22,6 +21,7 @@ from .checkpoints import (
 )
 from .finetuner import Finetuner
 from .run_log import METRICS_FILE, RunLog
+from .state import TrainerState
 
 
 class RunFolder:
@@ -106,15 +106,14 @@ class RunFolder:
             source = str(self.checkpoints) if checkpoints_in(self.checkpoints) else None
         if not source:
             return state or TrainerState()
-        checkpoint = find_checkpoint(source)
+        checkpoint, finetuner = find_checkpoint(source), self.finetuner
         with reading(checkpoint):
-            finetuner = self.finetuner
             check_same_run(checkpoint, self.resume_signature(), finetuner.config, finetuner.policy.peft_config)
             state = load_trainer_state(checkpoint)
             if (checkpoint / "adapter_config.json").is_file():
-                self.finetuner.load_adapter(checkpoint)
-            if self.finetuner.optimizer is not None:
-                load_optimizer(checkpoint, self.finetuner.optimizer)
+                finetuner.load_adapter(checkpoint)
+            if finetuner.optimizer is not None:
+                load_optimizer(checkpoint, finetuner.optimizer)
         return state
 
     def resume_signature(self) -> dict[str, Any]:
@@ -122,7 +121,7 @@ class RunFolder:
         policy = self.finetuner.policy
         return {
             **self.finetuner.config.resume_signature(self.finetuner.accelerator.num_processes),
-            "adapter": adapter_values(policy.peft_config),
+            "adapter": adapter_values(policy.peft_config.to_dict()),
             "rewards": {reward.name: reward.weight for reward in self.collector.rewards},
             "weights of the starting adapter": policy.start.fingerprint if policy.start else None,
             "model, scheduler and sampling arguments": policy.fingerprint,

@@ -79,7 +79,7 @@ class LoraCorrector:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return adapter_values(uncompiled(self.module).peft_config[CORRECTION_ADAPTER])
+        return adapter_values(uncompiled(self.module).peft_config[CORRECTION_ADAPTER].to_dict())
 
     @contextmanager
     def active(self) -> Iterator[None]:

@@ -7,6 +7,41 @@ from pathlib import Path
 from ..analysis.intermediate_step import IntermediateStep
 
 
+# Of each panel the title, the label and the lower end of its axis, and its curves: column of the rows, format, colour,
+# label.
+PANELS = (
+    (
+        "What $x_I$ holds of the reward",
+        "share",
+        None,
+        (
+            ("readable", "o--", "gray", "readable (rank correlation)"),
+            ("reward_variance", "o:", "purple", "reward variance given $x_I$"),
+            ("information", "o-", "blue", "information"),
+            ("score", "s-", "green", "score"),
+        ),
+    ),
+    (
+        "What a fit must learn",
+        "squared mean gradient x steps",
+        None,
+        (
+            ("refit", "o-", "red", "refit: all states"),
+            ("selection", "o-", "orange", "selection: accepted less all"),
+        ),
+    ),
+    (
+        "Weighted loss of the reference",
+        "",
+        0,
+        (
+            ("difficulty", "o-", "brown", "accepted states"),
+            ("difficulty_all", "o--", "gray", "all states"),
+        ),
+    ),
+)
+
+
 def draw_choice(result: IntermediateStep, path: str | Path) -> None:
     """
     Plot the curves of a choice of t_I, and the proposal, to an image file.
@@ -20,32 +55,20 @@ def draw_choice(result: IntermediateStep, path: str | Path) -> None:
     from matplotlib.figure import Figure
 
     rows = result.curves
-    x = [row["fraction"] for row in rows]
-
-    def column(name: str) -> list[float]:
-        return [row[name] for row in rows]
-
     figure = Figure(figsize=(14, 4), layout="constrained")
-    information, gradients, losses = figure.subplots(1, 3)
-    information.plot(x, column("readable"), "o--", color="tab:gray", label="readable (rank correlation)")
-    if result.stochastic:
-        information.plot(x, column("reward_variance"), "o:", color="tab:purple", label="reward variance given $x_I$")
-    information.plot(x, column("information"), "o-", color="tab:blue", label="information")
-    information.plot(x, column("score"), "s-", color="tab:green", label="score")
-    information.set(title="What $x_I$ holds of the reward", ylabel="share")
-    for name, colour, label in (
-        ("refit", "tab:red", "refit: all states"),
-        ("selection", "tab:orange", "selection: accepted less all"),
-    ):
-        style = {"fmt": "o-", "capsize": 3, "color": colour, "label": label}
-        gradients.errorbar(x, column(name), column(f"{name}_error"), **style)
-    gradients.set(title="What a fit must learn", ylabel="squared mean gradient x steps")
-    losses.plot(x, column("difficulty"), "o-", color="tab:brown", label="accepted states")
-    losses.plot(x, column("difficulty_all"), "o--", color="tab:gray", label="all states")
-    losses.set(title="Weighted loss of the reference", ylim=(0, None))
-    for axes in (information, gradients, losses):
+    for axes, (title, ylabel, bottom, curves) in zip(figure.subplots(1, 3), PANELS, strict=True):
+        for name, line, colour, label in curves:
+            if name != "reward_variance" or result.stochastic:
+                x, y = zip(*((row["fraction"], row[name]) for row in rows), strict=True)
+                style = {"color": f"tab:{colour}", "label": label}
+                if f"{name}_error" in rows[0]:
+                    axes.errorbar(x, y, [row[f"{name}_error"] for row in rows], fmt=line, capsize=3, **style)
+                else:
+                    axes.plot(x, y, line, **style)
+        if bottom is not None:
+            axes.set_ylim(bottom, None)
         axes.axhline(0, color="black", linewidth=0.5)
         axes.axvline(result.fraction, color="tab:green", alpha=0.4, label=f"proposal {result.fraction:g}")
-        axes.set(xlabel="tuned fraction")
+        axes.set(title=title, xlabel="tuned fraction", ylabel=ylabel)
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)

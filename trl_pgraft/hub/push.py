@@ -132,13 +132,6 @@ def push_samples_to_hub(
     return _push(folder, repo_id, "dataset", write_samples_card, [], private, token, commit_message)
 
 
-def upload_command(folder: Path, repo_id: str, kind: str, private: bool = False, revision: str | None = None) -> str:
-    """The shell command that pushes a folder; `kind` of repository is `"model"` or `"dataset"`."""
-    command = ["hf", "upload", repo_id, str(folder.resolve()), ".", "--repo-type", kind]
-    command += ["--private"] if private else []
-    return shlex.join(command + (["--revision", revision] if revision else []))
-
-
 def _write_short_card(folder: Path, repo_id: str) -> None:
     kind = kind_of(PeftConfig.from_pretrained(str(folder)))
     write_adapter_card(folder, repo_id, AdapterFacts(read_switch(folder), kind=kind))
@@ -183,8 +176,10 @@ def _push(
         raise
     except Exception as error:
         ensure_card()
+        command = ["hf", "upload", name, str(folder.resolve()), ".", "--repo-type", kind]
+        command += [*(["--private"] if private else []), *(["--revision", revision] if revision else [])]
         raise PushError(
             f"{folder} was not pushed to {kind} repository {name}: {redacted(error, token)}\nNothing is lost. To "
             "push it later, logged in with `hf auth login` or HF_TOKEN:\n"
-            f"  {upload_command(folder, name, kind, private, revision)}"
+            f"  {shlex.join(command)}"
         ) from None

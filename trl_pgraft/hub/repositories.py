@@ -146,9 +146,9 @@ def _is_final(error: Exception) -> bool:
 
 def _is_same_file(path: Path, remote: RepoFile) -> bool:
     status = path.stat()
-    if status.st_size != remote.size:
-        return False
-    return remote.lfs is None or remote.lfs.sha256 == _sha256(path, status.st_size, status.st_mtime_ns)
+    return status.st_size == remote.size and (
+        remote.lfs is None or remote.lfs.sha256 == _sha256(path, status.st_size, status.st_mtime_ns)
+    )
 
 
 @functools.cache

@@ -25,7 +25,7 @@ from peft import LoraConfig
 from examples.emoji.verifier import emoji_score, emoji_soft_score
 from trl_pgraft import GraftConfig, PGraftTrainer
 from trl_pgraft.report.grids import before_after_grid
-from trl_pgraft.rollouts.evaluation import Evaluation
+from trl_pgraft.rollouts.rollout import Evaluation
 
 
 EMOJI = Path(__file__).parent / "emoji"

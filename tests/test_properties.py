@@ -146,7 +146,7 @@ ANSWER = st.one_of(
 @given(ANSWER)
 @MANY
 def test_any_answer_of_a_reward_is_a_list_of_numbers_or_an_error_that_names_it(answer):
-    reward = Reward("strange", lambda images, prompts, columns: (answer, {}))
+    reward = Reward("strange", lambda *, prompts, images: answer)
     images, prompts = torch.zeros(3, 3, 2, 2, dtype=torch.uint8), ["a cat", "a dog", "an ant"]
     try:
         values, _ = score(reward, images, prompts, {}, Patience(retries=0))

@@ -20,12 +20,11 @@ from .config import GraftConfig
 from .hub.facts import gather_facts, some_prompts
 from .hub.publisher import Publisher
 from .pipelines.denoiser_format import DenoiserFormat
-from .rewards.conventions import DDPORewardFunction, choose_rewards
-from .rewards.registry import RewardFunction
+from .rewards.registry import DDPORewardFunction, RewardFunction, choose_rewards
 from .rollouts.collect import RolloutCollector
-from .rollouts.dataset import rollout_from_dataset
-from .rollouts.evaluation import Evaluation
-from .rollouts.sources import RunData
+from .rollouts.dataset import check_samples, example_columns, rollout_from_dataset
+from .rollouts.prompts import check_group_size, check_held_out_columns, choose_prompts, with_columns
+from .rollouts.rollout import Evaluation
 from .training.callbacks import Callbacks
 from .training.finetuner import Finetuner
 from .training.optimizer import make_accelerator
@@ -95,19 +94,19 @@ class PGraftTrainer:
     ):
         self.config, self.sd_pipeline, self.image_samples_hook = config, sd_pipeline, image_samples_hook
         self.output_dir = Path(config.project_kwargs.get("project_dir") or config.output_dir)
-        self.adapter_dir = self.output_dir / "adapter"
+        self.adapter_dir, self.callbacks = self.output_dir / "adapter", Callbacks(callbacks or [], config)
         self.rewards = choose_rewards(reward_function, reward_funcs, reward_weights, required=samples_dataset is None)
-        pipeline = getattr(sd_pipeline, "sd_pipeline", sd_pipeline)
-        data = RunData.choose(config, pipeline, prompt_function, train_dataset, eval_dataset, samples_dataset)
-        self.held_out, self.callbacks = data.held_out, Callbacks(callbacks or [], config)
+        given = (prompt_function, train_dataset, eval_dataset, samples_dataset)
+        source, self.held_out = choose_prompts(config, getattr(sd_pipeline, "sd_pipeline", sd_pipeline), *given)
+        example = example_columns(samples_dataset if train_dataset is None else train_dataset)
         self.accelerator = accelerator = make_accelerator(config, self.output_dir)
-        data.check_group_size(config, accelerator.num_processes)
-        options = (peft_config, pipeline_kwargs, denoiser_format, data.example)
-        self.policy = Policy(sd_pipeline, config, accelerator, *options)
+        check_group_size(config, accelerator.num_processes, is_sampling=source is not None)
+        self.policy = Policy(sd_pipeline, config, accelerator, peft_config, pipeline_kwargs, denoiser_format, example)
         self.pipeline, self.denoiser = self.policy.pipeline, self.policy.denoiser
         self.finetuner = Finetuner(self.policy, config, accelerator)
-        self.samples_dataset = data.checked_samples(self.policy, self.rewards)
-        self.collector = RolloutCollector(self.policy, self.rewards, data.source, config, accelerator, self.output_dir)
+        check_held_out_columns(self.policy, self.held_out, example)
+        self.collector = RolloutCollector(self.policy, self.rewards, source, config, accelerator, self.output_dir)
+        self.samples_dataset = check_samples(samples_dataset, self.policy.fingerprint, self.collector.reward_names)
         self.publisher = Publisher(config, self.output_dir, accelerator, samples_dataset is None)
         self.run_folder = RunFolder(self.output_dir, self.finetuner, self.collector)
         self.run_log = RunLog(self.output_dir, accelerator, self.callbacks)
@@ -181,7 +180,7 @@ class PGraftTrainer:
 
     def compute_rewards(self, prompt_image_pairs: Sequence[Sequence[Any]], is_async: bool = False) -> Iterator[tuple]:
         """Score `prompt_image_pairs` as [`score_batches`] does, in threads with `is_async` (default `False`)."""
-        return score_batches(self.collector.make_scorer(is_async), prompt_image_pairs, self.rewards)
+        return score_batches(self.collector, prompt_image_pairs, is_async)
 
     def evaluate(
         self, prompts: Sequence[str] | None = None, reference: bool = False, columns: dict[str, list] | None = None
@@ -192,10 +191,10 @@ class PGraftTrainer:
         `prompts` (by default the held-out ones) may have further `columns`, lists of a value for each prompt. With
         `reference` (default `False`) the reference model samples. Raises a `ValueError` where there are no prompts.
         """
-        return Evaluation.sample(self.collector, self.held_out, prompts, columns, reference)
+        return self.collector.evaluate(self.held_out if prompts is None else with_columns(prompts, columns), reference)
 
     def _log_evaluation(self, epoch: int) -> None:
-        metrics = {**self.evaluate().metrics(self.rewards), "epoch": epoch}
+        metrics = {**self.evaluate().metrics(self.collector.reward_names), "epoch": epoch}
         self.log(metrics)
         self.callbacks.notify("on_evaluate", metrics=metrics)
 

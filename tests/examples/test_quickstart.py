@@ -9,7 +9,7 @@ import torch
 
 from examples import ddpo_dropin, quickstart
 from examples.benchmarks import recipes
-from trl_pgraft.rollouts.evaluation import Evaluation
+from trl_pgraft.rollouts.rollout import Evaluation
 
 
 SMALL = {

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import asyncio
+import functools
 import http.server
 import io
 import json
@@ -17,24 +18,30 @@ from PIL import Image
 from trl_pgraft.rewards import (
     Patience,
     RewardError,
-    Scorer,
-    ddpo_reward,
     get_reward,
     jpeg_compressibility,
     list_rewards,
+    make_reward,
+    map_in_threads,
     register_reward,
     registry as functions,
     score,
-    trl_reward,
+    score_all,
 )
 
 
 PROMPTS = ["a cat", "a dog", "a car"]
+ddpo_reward = functools.partial(make_reward, convention="ddpo")
 
 
 def batch(count=3, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (count, 3, 8, 8), generator=generator, dtype=torch.uint8)
+
+
+def table_of(reward, images=None):
+    """Rewards (3, 1) of a batch by one reward function that is called once."""
+    return score_all([reward], batch() if images is None else images, PROMPTS, {}, Patience(0))[0]
 
 
 def redness(*, prompts, images, **columns):
@@ -101,7 +108,7 @@ def test_a_reward_in_trls_convention_gets_pil_images_and_columns(function):
         seen.update(prompts=prompts, images=images, columns=columns)
         return function(prompts=prompts, images=images)
 
-    values, _ = score(trl_reward(spy), images, PROMPTS, {"number": [1, 2, 3]})
+    values, _ = score(make_reward(spy), images, PROMPTS, {"number": [1, 2, 3]})
     assert values == pytest.approx(images[:, 0].float().mean((1, 2)).tolist())
     assert seen["prompts"] == PROMPTS and seen["columns"] == {"number": [1, 2, 3]}
     assert all(isinstance(image, Image.Image) for image in seen["images"])
@@ -112,38 +119,34 @@ def test_async_rewards_work_in_a_notebook():
     """There the calling thread runs an event loop already."""
 
     async def cell():
-        return score(trl_reward(redness_later), batch(), PROMPTS, {}, Patience(0))[0]
+        return score(make_reward(redness_later), batch(), PROMPTS, {}, Patience(0))[0]
 
     assert asyncio.run(cell()) == pytest.approx(batch()[:, 0].float().mean((1, 2)).tolist())
 
 
 def test_async_rewards_work_in_threads():
-    scorer = Scorer([trl_reward(redness_later)], Patience(0), workers=2)
-    for seed in range(4):
-        scorer.add(batch(seed=seed), PROMPTS, {})
-    for seed, (values, _) in enumerate(scorer.results()):
+    tables = map_in_threads(lambda seed: table_of(make_reward(redness_later), batch(seed=seed)), range(4), workers=2)
+    for seed, values in enumerate(tables):
         assert values[:, 0].tolist() == pytest.approx(batch(seed=seed)[:, 0].float().mean((1, 2)).tolist())
 
 
 def test_none_leaves_a_sample_out():
-    values, _ = score(trl_reward(lambda *, prompts, images: [1.0, None, 0.0]), batch(), PROMPTS, {})
+    values, _ = score(make_reward(lambda *, prompts, images: [1.0, None, 0.0]), batch(), PROMPTS, {})
     assert values == [1.0, None, 0.0]
-    scorer = Scorer([trl_reward(lambda *, prompts, images: [1.0, None, 0.0])], Patience(0))
-    scorer.add(batch(), PROMPTS, {})
-    table = scorer.results()[0][0]
+    table = table_of(make_reward(lambda *, prompts, images: [1.0, None, 0.0]))
     assert table[[0, 2], 0].tolist() == [1.0, 0.0] and table[1, 0].isnan()
 
 
 def test_a_registered_reward_is_found_by_its_name(registry):
     register_reward("red")(redness)
     assert get_reward("red") is redness and "red" in list_rewards()
-    assert trl_reward("red", 2.0).name == "red" and trl_reward("red", 2.0).weight == 2.0
-    assert trl_reward(redness).name == "redness"
+    assert make_reward("red", 2.0).name == "red" and make_reward("red", 2.0).weight == 2.0
+    assert make_reward(redness).name == "redness"
 
 
 def test_a_reward_can_be_imported():
     assert get_reward("trl_pgraft.rewards.jpeg:jpeg_compressibility") is jpeg_compressibility
-    assert trl_reward("trl_pgraft.rewards.jpeg:jpeg_compressibility").name == "jpeg_compressibility"
+    assert make_reward("trl_pgraft.rewards.jpeg:jpeg_compressibility").name == "jpeg_compressibility"
 
 
 @pytest.mark.parametrize(
@@ -156,7 +159,7 @@ def test_a_reward_can_be_imported():
 )
 def test_an_unknown_reward_is_named(name, message):
     with pytest.raises(ValueError, match=message):
-        trl_reward(name)
+        make_reward(name)
 
 
 def test_jpeg_compressibility_is_minus_the_kilobytes():
@@ -174,7 +177,7 @@ def _noise(size):
 
 
 @pytest.mark.parametrize("returned", [[1.0], [1.0] * 4, torch.ones(1), []])
-@pytest.mark.parametrize("make", [ddpo_reward, trl_reward])
+@pytest.mark.parametrize("make", [ddpo_reward, make_reward])
 def test_a_wrong_number_of_values_is_an_error(make, returned):
     def short(*args, **kwargs):
         return (returned, {}) if make is ddpo_reward else returned
@@ -189,7 +192,7 @@ def test_a_value_that_is_not_finite_is_an_error(value):
         return [1.0, value, 2.0]
 
     with pytest.raises(RewardError, match="Reward 'broken'.*returned .*(nan|inf) for 'a dog'.*None"):
-        score(trl_reward(broken), batch(), PROMPTS, {})
+        score(make_reward(broken), batch(), PROMPTS, {})
 
 
 @pytest.mark.parametrize("returned", [None, 3.0, ["high", "low", "low"]])
@@ -198,7 +201,7 @@ def test_a_result_that_is_no_list_of_numbers_is_an_error(returned):
         return returned
 
     with pytest.raises(RewardError, match="Reward 'odd' on prompts.*'a cat'"):
-        score(trl_reward(odd), batch(), PROMPTS, {}, Patience(0))
+        score(make_reward(odd), batch(), PROMPTS, {}, Patience(0))
 
 
 @pytest.mark.parametrize("retries", [0, 1, 3])
@@ -210,7 +213,7 @@ def test_a_reward_that_keeps_raising_is_retried_and_named(retries):
         raise ConnectionError("no connection")
 
     with pytest.raises(RewardError, match=rf"Reward 'flaky' .*'a car'.*no connection.*in {retries + 1} attempts"):
-        score(trl_reward(flaky), batch(), PROMPTS, {}, Patience(retries))
+        score(make_reward(flaky), batch(), PROMPTS, {}, Patience(retries))
     assert len(calls) == retries + 1
 
 
@@ -223,7 +226,7 @@ def test_a_reward_that_recovers_is_used():
             raise ConnectionError("no connection")
         return [1.0, 2.0, 3.0]
 
-    assert score(trl_reward(flaky), batch(), PROMPTS, {}, Patience(2))[0] == [1.0, 2.0, 3.0]
+    assert score(make_reward(flaky), batch(), PROMPTS, {}, Patience(2))[0] == [1.0, 2.0, 3.0]
 
 
 def test_waits_between_attempts_grow(monkeypatch):
@@ -234,7 +237,7 @@ def test_waits_between_attempts_grow(monkeypatch):
         raise ConnectionError("no connection")
 
     with pytest.raises(RewardError):
-        score(trl_reward(flaky), batch(), PROMPTS, {}, Patience(retries=3, wait=0.5))
+        score(make_reward(flaky), batch(), PROMPTS, {}, Patience(retries=3, wait=0.5))
     assert waits == [0.5, 1.0, 2.0]
 
 
@@ -247,21 +250,21 @@ def test_a_reward_that_hangs_is_left_behind():
 
     started = time.monotonic()
     with pytest.raises(RewardError, match=r"'hangs' .*'a cat'.*no result within 0.05 s.*in 2 attempts"):
-        score(trl_reward(hangs), batch(), PROMPTS, {}, Patience(retries=1, timeout=0.05))
+        score(make_reward(hangs), batch(), PROMPTS, {}, Patience(retries=1, timeout=0.05))
     release.set()
     assert time.monotonic() - started < 10
 
 
 def test_within_the_time_the_result_counts_and_an_exception_is_the_functions_own():
     images = batch()
-    expected = score(trl_reward(redness), images, PROMPTS, {})[0]
-    assert score(trl_reward(redness), images, PROMPTS, {}, Patience(timeout=30))[0] == expected
+    expected = score(make_reward(redness), images, PROMPTS, {})[0]
+    assert score(make_reward(redness), images, PROMPTS, {}, Patience(timeout=30))[0] == expected
 
     def late(*, prompts, images):
         raise TimeoutError("the model's own")
 
     with pytest.raises(RewardError, match="the model's own"):
-        score(trl_reward(late), batch(), PROMPTS, {}, Patience(retries=0, timeout=30))
+        score(make_reward(late), batch(), PROMPTS, {}, Patience(retries=0, timeout=30))
 
 
 def test_a_reward_server_that_is_gone_is_named():
@@ -285,22 +288,28 @@ def test_a_reward_server_that_is_gone_is_named():
         with urllib.request.urlopen(address, data=str(len(prompts)).encode(), timeout=5) as response:
             return json.loads(response.read())
 
-    assert score(trl_reward(remote), batch(), PROMPTS, {})[0] == [0.5, 0.5, 0.5]
+    assert score(make_reward(remote), batch(), PROMPTS, {})[0] == [0.5, 0.5, 0.5]
     server.shutdown()
     server.server_close()
     with pytest.raises(RewardError, match=r"'remote' .*'a cat'.*refused.*in 3 attempts"):
-        score(trl_reward(remote), batch(), PROMPTS, {}, Patience(retries=2, wait=0.01))
+        score(make_reward(remote), batch(), PROMPTS, {}, Patience(retries=2, wait=0.01))
 
 
-def test_a_batch_that_is_scored_is_passed_on_at_once():
-    scorer, seen = Scorer([trl_reward(redness)], Patience(0)), []
-    scorer.add(batch(), PROMPTS, {}, seen.append)
-    assert seen[0].shape == (3, 1) and torch.equal(seen[0], scorer.results()[0][0])
+def test_without_threads_an_item_is_done_before_the_next_is_made():
+    events = []
+
+    def items():
+        for number in range(3):
+            events.append(f"made {number}")
+            yield number
+
+    assert map_in_threads(lambda number: events.append(f"done {number}") or -number, items()) == [0, -1, -2]
+    assert events == [f"{what} {number}" for number in range(3) for what in ("made", "done")]
 
 
 def test_long_lists_of_prompts_are_shortened_in_errors():
     with pytest.raises(RewardError) as error:
-        score(trl_reward(lambda *, prompts, images: []), batch(9), ["x" * 500] * 9, {})
+        score(make_reward(lambda *, prompts, images: []), batch(9), ["x" * 500] * 9, {})
     assert "and 5 more" in str(error.value) and len(str(error.value)) < 700
 
 
@@ -310,10 +319,11 @@ def test_results_come_in_the_order_of_the_batches(workers):
         time.sleep(0.05 if prompts[0] == "0" else 0)
         return [float(prompt) for prompt in prompts]
 
-    scorer = Scorer([trl_reward(slow_first), trl_reward(redness)], Patience(0), workers=workers)
-    for number in range(5):
-        scorer.add(batch(2), [str(number), str(number + 0.5)], {})
-    results = scorer.results()
+    def score_number(number):
+        rewards = [make_reward(slow_first), make_reward(redness)]
+        return score_all(rewards, batch(2), [str(number), str(number + 0.5)], {}, Patience(0))
+
+    results = map_in_threads(score_number, range(5), workers)
     assert [values[:, 0].tolist() for values, _ in results] == [[n, n + 0.5] for n in range(5)]
     assert all(values.shape == (2, 2) and values.dtype == torch.float64 for values, _ in results)
     assert [len(infos) for _, infos in results] == [2] * 5
@@ -326,20 +336,13 @@ def test_scoring_overlaps_with_several_threads():
         both_at_work.wait()
         return [0.0] * len(prompts)
 
-    scorer = Scorer([trl_reward(meets)], Patience(0), workers=2)
-    scorer.add(batch(), PROMPTS, {})
-    scorer.add(batch(), PROMPTS, {})
-    assert len(scorer.results()) == 2
+    assert len(map_in_threads(lambda seed: table_of(make_reward(meets), batch(seed=seed)), range(2), workers=2)) == 2
 
 
 def test_an_error_in_a_thread_is_raised():
-    scorer = Scorer([trl_reward(lambda *, prompts, images: [])], Patience(0), workers=2)
-    scorer.add(batch(), PROMPTS, {})
     with pytest.raises(RewardError):
-        scorer.results()
+        map_in_threads(table_of, [make_reward(lambda *, prompts, images: [])], workers=2)
 
 
 def test_no_rewards_are_no_columns():
-    scorer = Scorer([], Patience(0))
-    scorer.add(batch(), PROMPTS, {})
-    assert scorer.results()[0][0].shape == (3, 0)
+    assert score_all([], batch(), PROMPTS, {}, Patience(0))[0].shape == (3, 0)

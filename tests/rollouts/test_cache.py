@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 
+from pathlib import Path
+
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
+from trl_pgraft import GraftConfig
 from trl_pgraft.pipelines.fingerprint import fingerprint_of
-from trl_pgraft.rewards import Patience, RewardError, Scorer, trl_reward
+from trl_pgraft.rewards import RewardError, make_reward
 from trl_pgraft.rollouts.cache import RolloutCache
+from trl_pgraft.rollouts.collect import RolloutCollector
 from trl_pgraft.rollouts.prompts import form_groups, samples_of
 from trl_pgraft.rollouts.rollout import RolloutBatch, collate
-from trl_pgraft.rollouts.sampling import sample_and_score
 
 
 def samples(count=8, prompts=("a cat", "a dog")):
@@ -41,8 +45,10 @@ def redness(*, prompts, images: list[Image.Image], number):
 
 def go(folder, wanted, sampler, reward=redness, sampled_by="policy", workers=0):
     cache = RolloutCache(folder, sampled_by, [reward.__name__]) if folder else None
-    batches = sample_and_score(wanted, sampler, Scorer([trl_reward(reward)], Patience(0), workers), cache)
-    return collate(wanted, batches)
+    config = GraftConfig(async_reward_computation=workers > 0, max_workers=workers or 1, reward_retries=0)
+    collector = RolloutCollector(None, [make_reward(reward)], None, config, Accelerator(cpu=True), Path())
+    collector.sample = sampler
+    return collate(wanted, collector.sample_and_score(wanted, cache))
 
 
 def assert_equal(found, expected):

@@ -21,7 +21,7 @@ from .pilot import Pilot
 
 PILOT_ADAPTER = "pgraft_pilot"
 TIMESTEPS_PER_STATE = 4
-# Independent parts of the pilot, for squared gradients without bias and their errors.
+# Number of independent parts of the pilot, for squared gradients without bias and their errors.
 LEAST_PARTS, MOST_PARTS = 3, 16
 
 
@@ -76,7 +76,9 @@ def losses_and_gradients(
         `ValueError`: samples are accepted and rejected in too few parts of the pilot for a standard error.
     """
     everything, selected, losses = [], [], []
-    for rows in torch.arange(len(pilot.samples)).split(_part_size(pilot)):
+    # Whole groups make a part.
+    part_size = pilot.groups[0].size * math.ceil(len(pilot.groups) / MOST_PARTS)
+    for rows in torch.arange(len(pilot.samples)).split(part_size):
         rows = rows[~pilot.total_reward[rows].isnan()]
         accepted = pilot.accepted[rows]
         if accepted.all() or not accepted.any():
@@ -101,11 +103,6 @@ def losses_and_gradients(
         **{name: steps * value for name, value in zip(("refit", "refit_error"), refit, strict=True)},
         **{name: steps * value for name, value in zip(("selection", "selection_error"), selection, strict=True)},
     }
-
-
-def _part_size(pilot: Pilot) -> int:
-    """Samples of whole groups that make one of at most `MOST_PARTS` independent parts."""
-    return pilot.groups[0].size * math.ceil(len(pilot.groups) / MOST_PARTS)
 
 
 def _gradient(

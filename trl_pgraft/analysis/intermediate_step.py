@@ -46,15 +46,10 @@ class Candidate:
     timestep: float | None
     levels: TunedLevels
 
-    @property
-    def step_index(self) -> int:
-        """Step of the sampler whose input is x_I."""
-        return self.levels.step_index
-
     def to_row(self) -> dict[str, Any]:
         """The first entries of the candidate's row of curves."""
         log_snr = None if self.timestep is None else self.levels.schedule.log_snr(self.timestep).item()
-        place = {"fraction": self.fraction, "position": self.step_index}
+        place = {"fraction": self.fraction, "position": self.levels.step_index}
         return {**place, "timestep": self.timestep, "log_snr": log_snr}
 
 
@@ -142,11 +137,11 @@ def choose_intermediate_step(
     groups = _groups(collector, prompts)
     with policy.sampler(reference=True):
         with torch.no_grad():
-            pilot = sample_pilot(collector, groups, [c.step_index for c in candidates])
+            pilot = sample_pilot(collector, groups, [c.levels.step_index for c in candidates])
             _check_rewards(pilot)
-            stochastic = is_stochastic(collector, pilot, candidates[0].step_index)
+            stochastic = is_stochastic(collector, pilot, candidates[0].levels.step_index)
             count = completions if stochastic else 1
-            information = [_information(collector, pilot, c.step_index, count) for c in candidates]
+            information = [_information(collector, pilot, c.levels.step_index, count) for c in candidates]
         with pilot_adapter(policy) as parameters:
             loss = pilot_loss(policy, pilot)
             with on_device(policy.pipeline, policy.denoiser, policy.accelerator):

@@ -20,6 +20,7 @@ from ..pipelines.pixels import to_uint8
 from ..rollouts.collect import RolloutCollector
 from ..rollouts.prompts import PromptGroup, Sample, columns_of, samples_of
 from ..rollouts.rollout import RolloutBatch, collate
+from ..rollouts.selection import accept, total_rewards
 
 
 # Given rows of the pilot, index of the step, generators and latents after the step, returns the latents to go on with.
@@ -70,7 +71,7 @@ def sample_pilot(collector: RolloutCollector, groups: list[PromptGroup], step_in
         step_indices (`Sequence[int]`):
             Steps of the sampler whose input states are kept; the number of steps stands for the final latents.
     """
-    samples = samples_of(groups, collector.config.seed, 0)
+    config, samples = collector.config, samples_of(groups, collector.config.seed, 0)
     batches: list[RolloutBatch] = []
     recorded = []
     for rows in _batches(collector, samples):
@@ -78,8 +79,9 @@ def sample_pilot(collector: RolloutCollector, groups: list[PromptGroup], step_in
             batches += collector.sample_and_score(samples[rows])
         recorded.append(of_batch)
     batch = collate(samples, batches)
-    total_reward = collector.total_rewards(batch.rewards, groups)
-    accepted, _, _ = collector.accept(total_reward, groups, epoch=0)
+    total_reward = total_rewards(batch.rewards, collector.weights, groups)
+    rule = (config.acceptance, config.acceptance_kwargs, (config.seed, 0, "accept"))
+    accepted, _, _ = accept(total_reward, groups, *rule)
     states, originals = ({s: torch.cat([seen[s][i] for seen in recorded]) for s in step_indices} for i in (0, 1))
     return Pilot(groups, samples, batch.images, total_reward, accepted, states, originals)
 
@@ -164,9 +166,9 @@ def is_stochastic(collector: RolloutCollector, pilot: Pilot, step_index: int) ->
         step_index (`int`):
             Step of the sampler whose input is x_I.
     """
-    rows, images = next(_images(collector, pilot, _reseed(pilot, step_index, 0)))
+    _, images = next(_images(collector, pilot, _reseed(pilot, step_index, 0)))
     # Kernels that sum in another order every time change some pixels by a level or two.
-    return bool((images.float() - pilot.images[rows].float()).abs().mean() > 0.5)
+    return bool((images.float() - pilot.images[: len(images)].float()).abs().mean() > 0.5)
 
 
 def _reseed(pilot: Pilot, step_index: int, number: int) -> StepEnd:
@@ -183,10 +185,11 @@ def _reseed(pilot: Pilot, step_index: int, number: int) -> StepEnd:
 
 def _images(
     collector: RolloutCollector, pilot: Pilot, on_step_end: StepEnd, **changed: Any
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Call the pipeline as for the pilot, with `on_step_end` on its latents after every step; batches of images."""
+) -> Iterator[tuple[Sequence[Sample], torch.Tensor]]:
+    """Call the pipeline as for the pilot, with `on_step_end` on its latents after every step; samples and images."""
     for rows in _batches(collector, pilot.samples):
-        yield rows, _images_of_batch(collector.policy, pilot.samples[rows], partial(on_step_end, rows), changed)
+        samples = pilot.samples[rows]
+        yield samples, _images_of_batch(collector.policy, samples, partial(on_step_end, rows), changed)
 
 
 def _images_of_batch(
@@ -206,13 +209,14 @@ def _images_of_batch(
     return to_uint8(policy.pipeline(**arguments).images).cpu()
 
 
-def _score(collector: RolloutCollector, pilot: Pilot, batches: Iterator[tuple[slice, torch.Tensor]]) -> torch.Tensor:
-    scorer = collector.make_scorer()
-    for rows, images in batches:
-        batch = pilot.samples[rows]
-        scorer.add(images, [sample.group.prompt for sample in batch], columns_of(batch))
-    rewards = torch.cat([rewards for rewards, _ in scorer.results()])
-    return collector.total_rewards(rewards, pilot.groups)
+def _score(
+    collector: RolloutCollector, pilot: Pilot, batches: Iterator[tuple[Sequence[Sample], torch.Tensor]]
+) -> torch.Tensor:
+    rewards = [
+        collector.score(images, [sample.group.prompt for sample in samples], columns_of(samples))[0]
+        for samples, images in batches
+    ]
+    return total_rewards(torch.cat(rewards), collector.weights, pilot.groups)
 
 
 def _batches(collector: RolloutCollector, samples: Sequence[Sample]) -> Iterator[slice]:

@@ -20,8 +20,7 @@ from ..adapters.lora import ADAPTER_NAME, add_adapter, default_lora_config
 from ..core.switch_level import ALWAYS_ON, SwitchLevel
 from ..pipelines.pixels import to_uint8, to_unit_range
 from ..report.grids import image_grid
-from ..rewards.conventions import Reward
-from ..rewards.scorer import Scorer
+from ..rewards.scorer import map_in_threads
 from ..rollouts.collect import RolloutCollector
 from ..rollouts.rollout import Rollout, RolloutBatch
 from ..training.run_log import NoTracker, log_image
@@ -79,7 +78,18 @@ class DefaultDDPOStableDiffusionPipeline:
         return True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Arguments and result are those of the diffusers pipeline's call; the adapter switches at its level."""
+        """
+        Sample; the adapter is on above its switch level and off below it.
+
+        Args:
+            args (`Any`):
+                Positional arguments of the diffusers pipeline's call.
+            kwargs (`Any`):
+                Keyword arguments of the diffusers pipeline's call, such as `prompt`.
+
+        Returns:
+            What the diffusers pipeline's call returns.
+        """
         dtype = self.vae.dtype
         with ExitStack() as stack:
             if not self.use_lora and dtype != torch.float32:
@@ -122,7 +132,7 @@ class DefaultDDPOStableDiffusionPipeline:
         return nullcontext if self.use_lora else None
 
     def set_progress_bar_config(self, *args: Any, **kwargs: Any) -> None:
-        """Arguments are those of the diffusers pipeline's method of this name."""
+        """Configure the progress bar; `args` and `kwargs` are those of the diffusers pipeline's own method."""
         self.sd_pipeline.set_progress_bar_config(*args, **kwargs)
 
     def get_trainable_layers(self) -> torch.nn.Module:
@@ -162,25 +172,30 @@ def _without_adapter(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     return plain
 
 
-def score_batches(scorer: Scorer, batches: Sequence[Sequence[Any]], rewards: Sequence[Reward]) -> Iterator[tuple]:
+def score_batches(
+    collector: RolloutCollector, batches: Sequence[Sequence[Any]], in_threads: bool = False
+) -> Iterator[tuple]:
     """
     Score batches of images as DDPO's `compute_rewards` does.
 
     Args:
-        scorer ([`Scorer`]):
-            Scores with `rewards`, in threads if it has any.
+        collector ([`RolloutCollector`]):
+            Has the reward functions.
         batches (`Sequence`):
             Of each batch `(images, prompts, metadata)`: images of shape `(B, 3, H, W)`, uint8 or float in [0, 1].
-        rewards (`Sequence[Reward]`):
-            The `F` reward functions.
+        in_threads (`bool`, *optional*, defaults to `False`):
+            Whether to score several batches at the same time.
 
     Returns:
         `Iterator[tuple]`: the rewards of each batch, of shape `(B,)` with NaN where left out; then each one's infos.
     """
-    for images, prompts, metadata in batches:
+
+    def score(batch: Sequence[Any]) -> tuple[torch.Tensor, Any]:
+        images, prompts, metadata = batch
         images = images if images.dtype == torch.uint8 else to_uint8(images)
-        scorer.add(images, list(prompts), {"metadata": list(metadata)})
-    return zip(*(_as_ddpo(*result, rewards) for result in scorer.results()), strict=True)
+        return _as_ddpo(*collector.score(images, list(prompts), {"metadata": list(metadata)}), collector.weights)
+
+    return zip(*map_in_threads(score, batches, collector.config.max_workers if in_threads else 0), strict=True)
 
 
 def show_samples(
@@ -216,12 +231,11 @@ def show_samples(
         return
     for batch in batches:
         metadata = batch.columns.get("metadata", [sample.group.columns for sample in batch.samples])
-        images, values = to_unit_range(batch.images), _as_ddpo(batch.rewards, batch.infos, collector.rewards)
+        images, values = to_unit_range(batch.images), _as_ddpo(batch.rewards, batch.infos, collector.weights)
         data.append([images, tuple(batch.prompts), tuple(metadata), *values])
     hook(data, step, trackers[0] if trackers else NoTracker())
 
 
-def _as_ddpo(values: torch.Tensor, infos: list[Any], rewards: Sequence[Reward]) -> tuple[torch.Tensor, Any]:
+def _as_ddpo(values: torch.Tensor, infos: list[Any], weights: Sequence[float]) -> tuple[torch.Tensor, Any]:
     """A batch's values `(B, F)` and infos as DDPO has them: one reward a sample, and the info of the only function."""
-    weights = torch.tensor([reward.weight for reward in rewards], dtype=torch.float64)
-    return values @ weights, infos[0] if len(infos) == 1 else infos
+    return values @ torch.tensor(weights, dtype=torch.float64), infos[0] if len(infos) == 1 else infos

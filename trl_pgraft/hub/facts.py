@@ -17,7 +17,7 @@ from peft import LNTuningConfig, LoraConfig, PeftConfig
 from ..core.switch_level import SwitchLevel
 from ..pipelines.fingerprint import stable
 from ..pipelines.inputs import takes_prompts
-from ..rewards.conventions import Reward
+from ..rewards.registry import Reward
 from ..rollouts.dataset import prompts_of_samples
 from ..rollouts.prompts import Prompt
 from ..training.finetuner import Finetuner

@@ -2,23 +2,22 @@
 
 """Reward functions: registered by name, called in TRL's or DDPO's convention, and never quietly zero."""
 
-from .conventions import Reward, choose_rewards, ddpo_reward, trl_reward
 from .jpeg import jpeg_compressibility
-from .registry import get_reward, list_rewards, register_reward
-from .scorer import Patience, RewardError, Scorer, score
+from .registry import Reward, choose_rewards, get_reward, list_rewards, make_reward, register_reward
+from .scorer import Patience, RewardError, map_in_threads, score, score_all
 
 
 __all__ = [
     "Patience",
     "Reward",
     "RewardError",
-    "Scorer",
     "choose_rewards",
-    "ddpo_reward",
     "get_reward",
     "jpeg_compressibility",
     "list_rewards",
+    "make_reward",
+    "map_in_threads",
     "register_reward",
     "score",
-    "trl_reward",
+    "score_all",
 ]

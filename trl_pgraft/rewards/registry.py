@@ -1,15 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Reward functions by name."""
+"""The rewards of a run: functions by name, each with its weight and the convention in which it is called."""
 
 import importlib
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
 
 
 # TRL's convention: f(*, prompts, images, **columns), sync or async; None leaves a sample out.
 RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
 
+# DDPO's convention: f(images, prompts, metadata) -> (rewards, info).
+DDPORewardFunction = Callable[[torch.Tensor, tuple[str, ...], tuple[Any, ...]], tuple[Any, Any]]
+
 _REGISTRY: dict[str, RewardFunction] = {}
+
+
+@dataclass(frozen=True)
+class Reward:
+    r"""
+    A named reward function with its weight.
+
+    Args:
+        name (`str`):
+            Name under which its rewards are logged and stored.
+        function (`Callable`):
+            The function, in the convention that is named here.
+        weight (`float`, *optional*, defaults to `1.0`):
+            Its weight in the sum of rewards by which samples are accepted.
+        convention (`str`, *optional*, defaults to `"trl"`):
+            How the function is called, see [`call_reward`]: `"trl"` or `"ddpo"`.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    weight: float = 1.0
+    convention: Literal["trl", "ddpo"] = "trl"
 
 
 def register_reward(name: str) -> Callable[[RewardFunction], RewardFunction]:
@@ -67,3 +96,70 @@ def get_reward(name: str) -> RewardFunction:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"reward_funcs: {name!r} cannot be imported ({error}).") from error
+
+
+def make_reward(
+    spec: str | Callable[..., Any], weight: float = 1.0, convention: Literal["trl", "ddpo"] = "trl"
+) -> Reward:
+    r"""
+    The [`Reward`] of a function, named after it.
+
+    Args:
+        spec (`str` or `Callable`):
+            The function, a registered name or `"package.module:function"`.
+        weight (`float`, *optional*, defaults to `1.0`):
+            Its weight in the sum of rewards.
+        convention (`str`, *optional*, defaults to `"trl"`):
+            How the function is called, see [`call_reward`]: `"trl"` or `"ddpo"`.
+
+    Raises:
+        `ValueError`: the name is unknown or cannot be imported.
+    """
+    if isinstance(spec, str):
+        return Reward(spec.rpartition(":")[2], get_reward(spec), weight, convention)
+    return Reward(getattr(spec, "__name__", type(spec).__name__), spec, weight, convention)
+
+
+def choose_rewards(
+    reward_function: DDPORewardFunction | None,
+    reward_funcs: str | RewardFunction | list[str | RewardFunction] | None,
+    reward_weights: Sequence[float] | None,
+    required: bool = True,
+) -> list[Reward]:
+    r"""
+    The rewards of a run, which were given in one of the two conventions.
+
+    Args:
+        reward_function (`Callable` or `None`):
+            One function in DDPO's convention, see [`call_reward`].
+        reward_funcs (`str`, `Callable`, a list of them, or `None`):
+            Functions in TRL's convention or their names, see [`register_reward`].
+        reward_weights (`Sequence[float]` or `None`):
+            One weight for each of `reward_funcs`; `None` is 1 each.
+        required (`bool`, *optional*, defaults to `True`):
+            Whether no reward at all is an error.
+
+    Raises:
+        `ValueError`: both conventions, none, a wrong number of weights, or two rewards of one name.
+    """
+    if reward_function is not None and reward_funcs is not None:
+        raise ValueError("Give reward_function (DDPO's convention) or reward_funcs (TRL's), not both.")
+    if reward_function is not None and reward_weights is not None:
+        raise ValueError("reward_weights are those of reward_funcs; reward_function is one reward.")
+    if reward_function is not None:
+        return [make_reward(reward_function, convention="ddpo")]
+    if reward_funcs is None and required:
+        raise ValueError("No reward: give reward_function (DDPO's convention) or reward_funcs (TRL's).")
+    if reward_funcs is None:
+        return []
+    functions = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    weights = list(reward_weights) if reward_weights is not None else [1.0] * len(functions)
+    if len(weights) != len(functions):
+        raise ValueError(f"reward_weights has {len(weights)} values for {len(functions)} reward_funcs.")
+    rewards = [make_reward(function, weight) for function, weight in zip(functions, weights, strict=True)]
+    names = [reward.name for reward in rewards]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"reward_funcs are named {', '.join(names)}, and rewards are stored by name. Give each its own `__name__`."
+        )
+    return rewards

@@ -5,14 +5,19 @@
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from .conventions import Reward
+from .conventions import call_reward
+from .registry import Reward
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class RewardError(RuntimeError):
@@ -70,7 +75,7 @@ def score(
     where = f"Reward {reward.name!r} on prompts {_shortened(prompts)}"
     for attempt in range(patience.retries + 1):
         try:
-            returned, info = _within(patience.timeout, lambda: reward.function(images, prompts, columns))
+            returned, info = _within(patience.timeout, lambda: call_reward(reward, images, prompts, columns))
             rewards = [None if value is None else float(value) for value in returned]
             break
         except Exception as error:
@@ -85,76 +90,53 @@ def score(
     return rewards, info
 
 
-class Scorer:
+def score_all(
+    rewards: Sequence[Reward], images: torch.Tensor, prompts: list[str], columns: dict[str, list], patience: Patience
+) -> tuple[torch.Tensor, list[Any]]:
     r"""
-    Scores batches as they come, in threads if there are any, and returns the results in the order of the batches.
+    Score one batch with all reward functions.
 
     Args:
         rewards (`Sequence[Reward]`):
             F reward functions.
+        images (`torch.Tensor`):
+            uint8, images (B, 3, H, W) or videos (B, F, 3, H, W).
+        prompts (`list[str]`):
+            B prompts.
+        columns (`dict[str, list]`):
+            Further columns of the data set by name, B values each.
         patience ([`Patience`]):
-            How often each is called, and how long it may take.
-        workers (`int`, *optional*, defaults to `0`):
-            Number of threads; with 0, [`~Scorer.add`] returns when the batch is scored.
+            How often each function is called, and how long it may take.
+
+    Returns:
+        `tuple[torch.Tensor, list]`: the rewards (B, F), float64, NaN where a function left a sample out; and the F
+            functions' infos.
+
+    Raises:
+        [`RewardError`]: a reward function failed.
     """
+    scored = [score(reward, images, prompts, columns, patience) for reward in rewards]
+    values = [[math.nan if value is None else value for value in of_one] for of_one, _ in scored]
+    table = torch.tensor(values, dtype=torch.float64).reshape(len(scored), len(prompts)).T
+    return table, [info for _, info in scored]
 
-    def __init__(self, rewards: Sequence[Reward], patience: Patience, workers: int = 0) -> None:
-        self.rewards = rewards
-        self.patience = patience
-        self._pool = ThreadPoolExecutor(workers) if workers else None
-        self._results: list[Future | tuple[torch.Tensor, list[Any]]] = []
 
-    def add(
-        self,
-        images: torch.Tensor,
-        prompts: list[str],
-        columns: dict[str, list],
-        then: Callable[[torch.Tensor], None] = lambda rewards: None,
-    ) -> None:
-        r"""
-        Score a batch, now or in a thread.
+def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item], workers: int = 0) -> list[Result]:
+    r"""
+    The results of a function for some items, in their order.
 
-        Args:
-            images (`torch.Tensor`):
-                uint8, images (B, 3, H, W) or videos (B, F, 3, H, W).
-            prompts (`list[str]`):
-                B prompts.
-            columns (`dict[str, list]`):
-                Further columns of the data set by name, B values each.
-            then (`Callable`, *optional*):
-                Called with the batch's rewards (B, F) as soon as they are there, in the scoring thread.
-
-        Raises:
-            [`RewardError`]: a reward function failed; with threads, [`~Scorer.results`] raises it.
-        """
-        batch = (images, prompts, columns, then)
-        self._results.append(self._pool.submit(self._score, *batch) if self._pool else self._score(*batch))
-
-    def results(self) -> list[tuple[torch.Tensor, list[Any]]]:
-        r"""
-        Wait for all batches, and stop the threads.
-
-        Returns:
-            `list[tuple[torch.Tensor, list]]`: for each batch the rewards (B, F), float64, NaN where a function left a
-                sample out, and the F functions' infos.
-
-        Raises:
-            [`RewardError`]: a reward function failed.
-        """
-        try:
-            return [result.result() if isinstance(result, Future) else result for result in self._results]
-        finally:
-            if self._pool:
-                self._pool.shutdown(cancel_futures=True)
-
-    def _score(
-        self, images: torch.Tensor, prompts: list[str], columns: dict[str, list], then: Callable[[torch.Tensor], None]
-    ) -> tuple[torch.Tensor, list[Any]]:
-        scored = [score(reward, images, prompts, columns, self.patience) for reward in self.rewards]
-        rewards = [[math.nan if value is None else value for value in values] for values, _ in scored]
-        table = torch.tensor(rewards, dtype=torch.float64).reshape(len(scored), len(prompts)).T
-        then(table)
-        return table, [info for _, info in scored]
+    Args:
+        function (`Callable`):
+            Called with each item, such as a batch to score.
+        items (`Iterable`):
+            The items, which this thread makes; while it makes the next one, threads work on those before.
+        workers (`int`, *optional*, defaults to `0`):
+            Number of threads; with 0, the function is called in this one, before the next item is made.
+    """
+    if not workers:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(function, items))
 
 
 def _within(seconds: float | None, function: Callable[[], Any]) -> Any:

@@ -4,6 +4,7 @@
 
 import shutil
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,16 @@ from accelerate.utils import broadcast_object_list, gather_object, set_seed
 
 from ..adapters.policy import Policy
 from ..config import GraftConfig
-from ..core.acceptance import get_acceptance
 from ..core.atomic import atomic_save
 from ..core.seeding import seed_of
 from ..pipelines.pixels import to_pil
-from ..rewards.conventions import Reward
-from ..rewards.scorer import Patience, Scorer
+from ..rewards.registry import Reward
+from ..rewards.scorer import Patience, map_in_threads, score_all
 from .cache import RolloutCache
 from .dataset import to_dataset
 from .prompts import Prompt, PromptGroup, PromptSource, Sample, form_groups, samples_of
-from .rollout import Rollout, RolloutBatch, collate
-from .sampling import sample_and_score, sample_batches
+from .rollout import Evaluation, Rollout, RolloutBatch, collate
+from .sampling import sample_batches
 from .selection import accept, total_rewards
 
 
@@ -38,7 +38,7 @@ class RolloutCollector:
             The F reward functions with their weights.
         prompt_source (`Callable` or `None`):
             `prompt_source(epoch, groups)` yields a prompt with its columns for each of `groups` groups; see
-            [`choose_prompt_source`]. `None` for a run on stored samples, which collects no rollouts.
+            [`choose_prompts`]. `None` for a run on stored samples, which collects no rollouts.
         config ([`GraftConfig`]):
             Batch size, number of samples and acceptance rule, among others.
         accelerator (`Accelerator`):
@@ -56,16 +56,14 @@ class RolloutCollector:
         accelerator: Accelerator,
         output_dir: Path,
     ) -> None:
-        self.policy, self.rewards, self.prompt_source = policy, rewards, prompt_source
+        self.policy, self.prompt_source = policy, prompt_source
+        self.rewards, self.reward_names = rewards, [reward.name for reward in rewards]
+        self.weights = [reward.weight for reward in rewards]
+        self.patience = Patience(config.reward_retries, config.reward_retry_wait, config.reward_timeout)
         self.config, self.accelerator = config, accelerator
         self.samples_dir, self.cache_dir = output_dir / "samples", output_dir / "unfinished"
         self.images = config.sample_batch_size * config.sample_num_batches_per_epoch * accelerator.num_processes
         self.group_size = config.group_size(self.images)
-
-    @property
-    def reward_names(self) -> list[str]:
-        """Names of the F rewards."""
-        return [reward.name for reward in self.rewards]
 
     def groups(self, epoch: int) -> list[PromptGroup]:
         r"""
@@ -102,24 +100,23 @@ class RolloutCollector:
         Raises:
             [`RewardError`]: a reward function failed.
         """
-        groups = self.groups(epoch)
-        samples = samples_of(groups, self.config.seed, epoch)
+        config, groups = self.config, self.groups(epoch)
+        samples = samples_of(groups, config.seed, epoch)
         own = samples[self._own_share(len(samples))]
         cache = RolloutCache(self.cache_dir / f"round_{epoch:04d}", self.policy.sampled_by(), self.reward_names)
-        with self.policy.sampler(reference=self.config.sample_from == "reference"):
+        with self.policy.sampler(reference=config.sample_from == "reference"):
             batches = self.sample_and_score(own, cache)
         batch = collate(own, batches)
         states, rewards = self._gather(batch.x_i), self._gather(batch.rewards)
-        total_reward = self.total_rewards(rewards, groups)
-        selection = self.accept(total_reward, groups, epoch, self._duplicate_keys(batch))
+        total_reward = total_rewards(rewards, self.weights, groups)
+        seed_parts, keys = (config.seed, epoch, "accept"), self._duplicate_keys(batch)
+        selection = accept(total_reward, groups, config.acceptance, config.acceptance_kwargs, seed_parts, keys)
         calls = int(self._gather(torch.tensor([batch.denoiser_calls])).sum())
         rollout = Rollout(groups, samples, states, rewards, total_reward, *selection, calls)
         self._save_samples(rollout, batch, epoch)
         return rollout, batches
 
-    def sample_evaluation(
-        self, prompts: Sequence[Prompt], reference: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def evaluate(self, prompts: Sequence[Prompt], reference: bool) -> Evaluation:
         r"""
         Sample one image of each prompt, with seeds that depend on the prompt's index alone, and score it.
 
@@ -129,24 +126,23 @@ class RolloutCollector:
             reference (`bool`):
                 Sample with the reference model in place of the policy.
 
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: total rewards (P,) and rewards (P, F) of all processes,
-                and the images of this process, uint8.
-
         Raises:
+            `ValueError`: there are no prompts.
             [`RewardError`]: a reward function failed.
         """
+        if not prompts:
+            raise ValueError("evaluate: no prompts given, and neither eval_dataset nor config.eval_prompts has any.")
         groups, samples = self._held_out(prompts)
         own = samples[self._own_share(len(samples))]
         with self.policy.sampler(reference):
             # A process without a share samples one too, because nothing has no shape.
             batch = collate(own or samples[:1], self.sample_and_score(own or samples[:1]))
         rewards = torch.tensor(gather_object(batch.rewards[: len(own)].tolist()), dtype=torch.float64)
-        return self.total_rewards(rewards, groups), rewards, batch.images[: len(own)]
+        return Evaluation(total_rewards(rewards, self.weights, groups), rewards, batch.images[: len(own)])
 
     def sample_images(self, prompts: Sequence[Prompt], reference: bool) -> torch.Tensor:
         r"""
-        The images of [`~RolloutCollector.sample_evaluation`], unscored, and all of them sampled by this process.
+        The images of [`~RolloutCollector.evaluate`], unscored, and all of them sampled by this process.
 
         Args:
             prompts (`Sequence[Prompt]`):
@@ -159,7 +155,7 @@ class RolloutCollector:
         """
         _, samples = self._held_out(prompts)
         with self.policy.sampler(reference):
-            return torch.cat([batch.images for batch in self._sample(samples)])
+            return torch.cat([batch.images for batch in self.sample(samples)])
 
     def _held_out(self, prompts: Sequence[Prompt]) -> tuple[list[PromptGroup], list[Sample]]:
         groups = [PromptGroup(i, prompt, 1, columns) for i, (prompt, columns) in enumerate(prompts)]
@@ -167,56 +163,50 @@ class RolloutCollector:
 
     def sample_and_score(self, samples: Sequence[Sample], cache: RolloutCache | None = None) -> list[RolloutBatch]:
         r"""
-        Scored batches of some samples, sampled by this process with the pipeline as it is.
+        Scored batches of some samples: those that the cache has first, then those that are sampled now.
+
+        With threads, a batch is scored while the next one is sampled.
 
         Args:
             samples (`Sequence[Sample]`):
                 The samples wanted.
             cache ([`RolloutCache`], *optional*):
-                Where batches are read from and written to. `None` keeps nothing.
+                Where batches are read from, and written to as soon as they are sampled and scored. `None` keeps
+                nothing.
 
         Raises:
             [`RewardError`]: a reward function failed.
         """
-        return sample_and_score(samples, self._sample, self.make_scorer(self.config.async_reward_computation), cache)
+        cached = list(cache.load(samples)) if cache else []
+        found = {sample.seed for batch in cached for sample in batch.samples}
 
-    def _sample(self, samples: Sequence[Sample]) -> Iterator[RolloutBatch]:
+        def not_scored() -> Iterator[RolloutBatch]:
+            yield from (batch for batch in cached if not batch.is_scored)
+            for batch in self.sample([wanted for wanted in samples if wanted.seed not in found]):
+                if cache:
+                    cache.save_images(batch)
+                yield batch
+
+        def score(batch: RolloutBatch) -> RolloutBatch:
+            rewards, infos = self.score(batch.images, batch.prompts, batch.columns)
+            if cache:
+                cache.save_rewards(batch.samples, rewards)
+            return replace(batch, rewards=rewards, infos=infos)
+
+        workers = self.config.max_workers if self.config.async_reward_computation else 0
+        return [batch for batch in cached if batch.is_scored] + map_in_threads(score, not_scored(), workers)
+
+    def sample(self, samples: Sequence[Sample]) -> Iterator[RolloutBatch]:
+        """Batches of `samples`, not scored, from the pipeline as it is; see [`sample_batches`]."""
         policy, size = self.policy, self.config.sample_batch_size
         index, progress = policy.levels.step_index, self.accelerator.is_local_main_process
         return sample_batches(policy.pipeline, policy.call, samples, index, size, policy.arguments, progress)
 
-    def make_scorer(self, in_threads: bool = False) -> Scorer:
-        """A scorer of this run's rewards, `in_threads` or in the calling thread."""
-        config = self.config
-        patience = Patience(config.reward_retries, config.reward_retry_wait, config.reward_timeout)
-        return Scorer(self.rewards, patience, config.max_workers if in_threads else 0)
-
-    def total_rewards(self, rewards: torch.Tensor, groups: Sequence[PromptGroup]) -> torch.Tensor:
-        """Weighted sum (N,) of the `rewards` (N, F) of the samples of `groups`, NaN where a sample is left out."""
-        return total_rewards(rewards, [reward.weight for reward in self.rewards], groups)
-
-    def accept(
-        self,
-        total_reward: torch.Tensor,
-        groups: Sequence[PromptGroup],
-        epoch: int,
-        keys: Sequence[Hashable] | None = None,
-    ) -> tuple[torch.Tensor, float, int]:
-        r"""
-        Accept samples by the run's acceptance rule; see [`accept`] for what is returned.
-
-        Args:
-            total_reward (`torch.Tensor`):
-                (N,), the groups' samples in their order; NaN leaves a sample out.
-            groups (`Sequence[PromptGroup]`):
-                The groups, of N samples together.
-            epoch (`int`):
-                Number of the iteration, which seeds the decisions between 0 and 1.
-            keys (`Sequence[Hashable]`, *optional*):
-                N keys that are the same for equal samples. `None` does not compare samples.
-        """
-        rule, seed_parts = get_acceptance(self.config.acceptance), (self.config.seed, epoch, "accept")
-        return accept(total_reward, groups, rule, self.config.acceptance_kwargs, seed_parts, keys)
+    def score(
+        self, images: torch.Tensor, prompts: list[str], columns: dict[str, list]
+    ) -> tuple[torch.Tensor, list[Any]]:
+        """Rewards (B, F) of B `images` with their `prompts` and further `columns`, and infos; see [`score_all`]."""
+        return score_all(self.rewards, images, prompts, columns, self.patience)
 
     def clear_cache(self) -> None:
         """Remove what no checkpoint has, because one has it now or because the run starts anew."""

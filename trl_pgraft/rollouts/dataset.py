@@ -19,14 +19,14 @@ SAMPLE_COLUMNS = ("prompt", "image", "reward", "accepted", "round", "group", "se
 
 
 def check_samples(
-    dataset: datasets.Dataset | datasets.DatasetDict, fingerprint: str, names: Sequence[str]
-) -> datasets.Dataset:
+    dataset: datasets.Dataset | datasets.DatasetDict | None, fingerprint: str, names: Sequence[str]
+) -> datasets.Dataset | None:
     r"""
-    The samples to train on, checked against the model that is to be trained.
+    The samples to train on, checked against the model that is to be trained; `None` for a run that samples.
 
     Args:
-        dataset (`datasets.Dataset` or `datasets.DatasetDict` of one split):
-            Samples of one or several iterations, as a run has written them.
+        dataset (`datasets.Dataset`, `datasets.DatasetDict` of one split, or `None`):
+            Samples of one or several iterations, as a run has written them; `None` for a run that samples.
         fingerprint (`str`):
             Fingerprint of model, scheduler and sampling arguments, from [`sampling_fingerprint`].
         names (`Sequence[str]`):
@@ -35,6 +35,8 @@ def check_samples(
     Raises:
         `ValueError`: columns are missing, there are no rows or several splits, or the fingerprint is another one.
     """
+    if dataset is None:
+        return None
     if isinstance(dataset, dict):
         if len(dataset) != 1:
             raise ValueError(f"samples_dataset has the splits {', '.join(dataset)}; give one of them.")

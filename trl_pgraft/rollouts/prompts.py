@@ -2,14 +2,18 @@
 
 """The prompts of an iteration, from a function as in DDPO or a data set as in TRL, and the samples grouped by them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
 import torch
+from diffusers import DiffusionPipeline
 
+from ..adapters.policy import Policy
+from ..config import GraftConfig
 from ..core.seeding import seed_of
+from ..pipelines.inputs import check_held_out, takes_prompts
 
 
 # A prompt and its further columns.
@@ -81,58 +85,40 @@ def _as_prompt(row: dict[str, Any]) -> Prompt:
     return row.get("prompt", ""), {name: value for name, value in row.items() if name != "prompt"}
 
 
-def held_out_prompts(
-    eval_prompts: Sequence[str] | None, eval_dataset: datasets.Dataset | None, required: bool = True
-) -> list[Prompt]:
-    r"""
-    The prompts of an evaluation, from one of two sources; none if neither is given.
-
-    Args:
-        eval_prompts (`Sequence[str]` or `None`):
-            Prompts without further columns.
-        eval_dataset (`datasets.Dataset` or `None`):
-            Prompts with columns as those of `train_dataset`.
-        required (`bool`, *optional*, defaults to `True`):
-            Whether the data set must have a column `prompt` or `prompt_embeds`. Without `prompt`, prompts are empty.
-
-    Raises:
-        `ValueError`: both are given, or the data set is of another type, is empty or has no prompts.
-    """
-    if eval_dataset is None:
-        return [(prompt, {}) for prompt in eval_prompts or []]
-    if eval_prompts:
-        raise ValueError("eval_dataset and config.eval_prompts both say what is held out; give one of them.")
-    if not isinstance(eval_dataset, datasets.Dataset):
-        raise ValueError(f"eval_dataset is a {type(eval_dataset).__name__}; give a `datasets.Dataset`, one split.")
-    _check_dataset("eval_dataset", eval_dataset, required)
-    return [_as_prompt(row) for row in eval_dataset]
-
-
-def choose_prompt_source(
-    seed: int,
+def choose_prompts(
+    config: GraftConfig,
+    pipeline: DiffusionPipeline | None,
     prompt_function: Callable[[], tuple[str, Any]] | None,
     train_dataset: datasets.Dataset | None,
-    samples_dataset: datasets.Dataset | None,
-    required: bool = True,
-) -> PromptSource | None:
+    eval_dataset: datasets.Dataset | None,
+    samples_dataset: datasets.Dataset | datasets.DatasetDict | None,
+) -> tuple[PromptSource | None, list[Prompt]]:
     r"""
-    The one source of prompts that is given; `None` for `samples_dataset`, whose samples are there already.
+    The prompts of a run, chosen from a trainer's arguments and checked before anything is sampled.
 
     Args:
-        seed (`int`):
-            Seed of the order of `train_dataset`.
+        config ([`GraftConfig`]):
+            The run's configuration, of which `seed` and `eval_prompts` are read.
+        pipeline (`DiffusionPipeline` or `None`):
+            The pipeline; data sets need no prompts if its call takes none.
         prompt_function (`Callable` or `None`):
             See [`prompts_from_function`].
         train_dataset (`datasets.Dataset` or `None`):
             See [`prompts_from_dataset`].
-        samples_dataset (`datasets.Dataset` or `None`):
-            Samples of an earlier run.
-        required (`bool`, *optional*, defaults to `True`):
-            Whether `train_dataset` must have prompts; a pipeline may take none.
+        eval_dataset (`datasets.Dataset` or `None`):
+            Held-out prompts with columns as those of `train_dataset`, in place of `config.eval_prompts`.
+        samples_dataset (`datasets.Dataset`, `datasets.DatasetDict` or `None`):
+            Samples of an earlier run, in place of prompts.
+
+    Returns:
+        `tuple[PromptSource | None, list[Prompt]]`: the source of prompts to sample images for, `None` with
+            `samples_dataset`; and the held-out prompts, none if none are given.
 
     Raises:
-        `ValueError`: none or more than one is given.
+        `ValueError`: not exactly one of the three sources is given, held-out prompts are given twice, or a data set
+            is of another type, is empty or lacks prompts.
     """
+    required = not callable(pipeline) or takes_prompts(pipeline)
     given = {
         "prompt_function": prompt_function,
         "train_dataset": train_dataset,
@@ -144,9 +130,50 @@ def choose_prompt_source(
             f"Exactly one of {', '.join(given)} must be given, because it has the prompts to sample images for; got "
             f"{' and '.join(named) or 'none'}."
         )
+    source = None
     if prompt_function is not None:
-        return prompts_from_function(prompt_function)
-    return prompts_from_dataset(train_dataset, seed, required) if train_dataset is not None else None
+        source = prompts_from_function(prompt_function)
+    elif train_dataset is not None:
+        source = prompts_from_dataset(train_dataset, config.seed, required)
+    return source, _held_out_prompts(config.eval_prompts, eval_dataset, required)
+
+
+def _held_out_prompts(
+    eval_prompts: Sequence[str] | None, eval_dataset: datasets.Dataset | None, required: bool
+) -> list[Prompt]:
+    if eval_dataset is None:
+        return with_columns(eval_prompts or [])
+    if eval_prompts:
+        raise ValueError("eval_dataset and config.eval_prompts both say what is held out; give one of them.")
+    if not isinstance(eval_dataset, datasets.Dataset):
+        raise ValueError(f"eval_dataset is a {type(eval_dataset).__name__}; give a `datasets.Dataset`, one split.")
+    _check_dataset("eval_dataset", eval_dataset, required)
+    return [_as_prompt(row) for row in eval_dataset]
+
+
+def with_columns(prompts: Sequence[str], columns: Mapping[str, Sequence[Any]] | None = None) -> list[Prompt]:
+    """The P `prompts`, each with its values of the `columns` of P values; without any where there are no columns."""
+    rows = columns or {}
+    return [(prompt, {name: rows[name][i] for name in rows}) for i, prompt in enumerate(prompts)]
+
+
+def check_held_out_columns(policy: Policy, held_out: Sequence[Prompt], example: dict[str, Any]) -> None:
+    r"""
+    Check that held-out prompts have the images, labels and the like that the pipeline is handed in training.
+
+    Args:
+        policy ([`Policy`]):
+            Its pipeline and arguments determine which columns are inputs.
+        held_out (`Sequence[Prompt]`):
+            Held-out prompts, each with its further columns.
+        example (`dict[str, Any]`):
+            Further columns of one prompt of training.
+
+    Raises:
+        `ValueError`: a held-out prompt lacks some; the message names them.
+    """
+    for _, columns in held_out:
+        check_held_out(policy.pipeline, policy.inputs_of(example), policy.inputs_of(columns))
 
 
 @dataclass(frozen=True)
@@ -188,6 +215,30 @@ class Sample:
     group: PromptGroup
     index: int
     seed: int
+
+
+def check_group_size(config: GraftConfig, processes: int, is_sampling: bool = True) -> None:
+    r"""
+    Check that an iteration has more images of a prompt than are selected of them.
+
+    Args:
+        config ([`GraftConfig`]):
+            The run's configuration.
+        processes (`int`):
+            Number of processes of the run.
+        is_sampling (`bool`, *optional*, defaults to `True`):
+            Whether the run samples; `False` passes, because groups of stored samples are as large as they are.
+
+    Raises:
+        `ValueError`: its groups are too small; the message names the fields.
+    """
+    images = config.sample_batch_size * config.sample_num_batches_per_epoch * processes
+    size, k = config.group_size(images), config.acceptance_kwargs.get("k", 1)
+    if is_sampling and size <= k:
+        raise ValueError(
+            f"sample_batch_size * sample_num_batches_per_epoch * processes = {images}: groups have {size} images, "
+            f"of which k={k} cannot be selected. Sample more images per iteration."
+        )
 
 
 def form_groups(prompts: Iterator[Prompt], images: int, group_size: int) -> list[PromptGroup]:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What was sampled: a process's batches with their images and states, and one iteration's samples of all processes."""
+"""What was sampled: a process's batches with their states, an iteration's samples, and images of held-out prompts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -127,3 +127,28 @@ class Rollout:
             "groups_skipped": self.groups_skipped,
             "implied_kl": self.implied_kl,
         }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    r"""
+    Images of held-out prompts and their rewards.
+
+    Args:
+        reward (`torch.Tensor`):
+            Weighted sum of the rewards of each of P prompts (P,), over all processes; NaN where a sample is left out.
+        values (`torch.Tensor`):
+            Rewards (P, F), NaN where a function left a sample out.
+        images (`torch.Tensor`):
+            Images of this process's share of the prompts, uint8, each of shape (3, H, W); of videos (F, 3, H, W).
+    """
+
+    reward: torch.Tensor
+    values: torch.Tensor
+    images: torch.Tensor
+
+    def metrics(self, names: Sequence[str]) -> dict[str, float]:
+        """Means over the prompts, by the names that are logged; `names` are those of the F rewards."""
+        means = zip(names, self.values.nanmean(0).tolist(), strict=True)
+        by_function = {f"eval/rewards/{name}/mean": mean for name, mean in means}
+        return {**by_function, "eval/reward": self.reward.nanmean().item()}

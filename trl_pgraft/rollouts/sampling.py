@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Sample images batch by batch with their trajectories' states, and score them as they come."""
+"""Sample images batch by batch, with their trajectories' states."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +13,6 @@ from ..pipelines.denoiser_call import DenoiserCall, denoiser_name_of
 from ..pipelines.inputs import call_pipeline, inputs_of
 from ..pipelines.observe import Trajectory, record_trajectory
 from ..pipelines.pixels import to_uint8
-from ..rewards.scorer import Scorer
-from .cache import RolloutCache
 from .prompts import Sample
 from .rollout import RolloutBatch
 
@@ -83,50 +79,3 @@ def _checked_state(trajectory: Trajectory, pipeline: DiffusionPipeline) -> torch
             "tuned_fraction that ends before it does."
         )
     return trajectory.x_i
-
-
-def sample_and_score(
-    samples: Sequence[Sample],
-    sample: Callable[[Sequence[Sample]], Iterable[RolloutBatch]],
-    scorer: Scorer,
-    cache: RolloutCache | None = None,
-) -> list[RolloutBatch]:
-    r"""
-    Scored batches of some samples: those that the cache has first, then those that are sampled now.
-
-    Args:
-        samples (`Sequence[Sample]`):
-            The samples wanted.
-        sample (`Callable`):
-            Given samples, yields them in batches that are not scored, as [`sample_batches`] does.
-        scorer ([`Scorer`]):
-            Scores each batch; with threads, while the next one is sampled.
-        cache ([`RolloutCache`], *optional*):
-            Where batches are read from, and written to as soon as they are sampled and scored. `None` keeps nothing.
-
-    Raises:
-        [`RewardError`]: a reward function failed.
-    """
-
-    def score(batch: RolloutBatch) -> None:
-        if cache is None:
-            scorer.add(batch.images, batch.prompts, batch.columns)
-        else:
-            scorer.add(batch.images, batch.prompts, batch.columns, partial(cache.save_rewards, batch.samples))
-
-    batches = list(cache.load(samples)) if cache else []
-    found = {sample.seed for batch in batches for sample in batch.samples}
-    for batch in batches:
-        if not batch.is_scored:
-            score(batch)
-    for batch in sample([wanted for wanted in samples if wanted.seed not in found]):
-        if cache:
-            cache.save_images(batch)
-        score(batch)
-        batches.append(batch)
-    results = iter(scorer.results())
-    for index, batch in enumerate(batches):
-        if not batch.is_scored:
-            rewards, infos = next(results)
-            batches[index] = replace(batch, rewards=rewards, infos=infos)
-    return batches

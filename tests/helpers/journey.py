@@ -2,11 +2,12 @@
 
 """Follow a value through the package: the files that hand it on, in the order in which they are first entered.
 
-A file hands a value on if one of its functions gets it and returns it, or what it has made of it: a prompt becomes a
-`PromptGroup`, then `Sample`s, a `RolloutBatch`, and so on. What writes it to a cache or shows it hands nothing on, and
-a record's own methods are no station. Files that are more than two files below the trainer are the inside of a stage.
+A file hands a value on if one of its functions returns it, or what was made of it: a prompt becomes a `PromptGroup`,
+then `Sample`s, a `RolloutBatch`, and so on. What only writes or shows it hands nothing on, and a record's own methods
+are no station. Files more than `DEPTH` files below the trainer are the inside of a stage.
 """
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,9 +28,9 @@ class Journey:
     """
     Args:
         files (`list[str]`, *optional*):
-            Files that hand the value on, in the order of their first such call.
+            Files that hand the value on, in the order in which they were first called to do so.
         entered_from (`dict[str, set[str]]`, *optional*):
-            Of each of these, the other files that called it with the value.
+            Of each of these, the files that called it; a file that calls back into one of its callers returns to it.
     """
 
     files: list[str] = field(default_factory=list)
@@ -43,14 +44,13 @@ def followed(carries: Callable[[Any], bool], end: str) -> Iterator[Journey]:
 
     Args:
         carries (`Callable`):
-            Whether an argument or a result is, or holds, what is followed.
+            Whether a result is, or holds, what is followed.
         end (`str`):
-            File in which the journey ends: it need not return anything.
+            Function by which the journey ends, as `"file.py:function"`; it need not return anything.
     """
-    calls: list[tuple[FrameType, str, set[str], int]] = []
-    seen: list[tuple[int, str, set[str]]] = []
+    started: dict[FrameType, int] = {}
+    seen: list[tuple[int, list[str]]] = []
     names: dict[CodeType, str | None] = {}
-    count = 0
 
     def name_of(frame: FrameType) -> str | None:
         code = frame.f_code
@@ -60,31 +60,26 @@ def followed(carries: Callable[[Any], bool], end: str) -> Iterator[Journey]:
         return names[code]
 
     def stack_of(frame: FrameType | None) -> list[str]:
-        """Files of the package on the stack, the innermost first, each run of calls inside one file once."""
+        """Files of the package on the stack, the innermost first; one that calls back into a caller returns to it."""
         found: list[str] = []
         while frame is not None:
             name = name_of(frame)
-            if name and found[-1:] != [name]:
+            if name in found:
+                del found[found.index(name) + 1 :]
+            elif name:
                 found.append(name)
             frame = frame.f_back
         return found
 
     def watch(frame: FrameType, event: str, result: Any) -> None:
-        nonlocal count
-        if event not in ("call", "return") or name_of(frame) is None:
-            return
-        if event == "call":
-            code, count = frame.f_code, count + 1
-            number = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & 4) + bool(code.co_flags & 8)
-            arguments = {name: frame.f_locals.get(name) for name in code.co_varnames[:number]}
-            is_method_of_it = "self" in arguments and carries(arguments["self"])
-            file, *outer = stack_of(frame)
-            if len(outer) <= DEPTH and not is_method_of_it and any(map(carries, arguments.values())):
-                calls.append((frame, file, set(outer[:1]), count))
-        elif calls and calls[-1][0] is frame:
-            _, file, door, number = calls.pop()
-            if carries(result) or file == end:
-                seen.append((number, file, door))
+        if event == "call" and name_of(frame):
+            started.setdefault(frame, len(started))
+        elif event == "return" and name_of(frame):
+            stack, owner = stack_of(frame), frame.f_locals.get("self")
+            is_end = f"{stack[0]}:{frame.f_code.co_name}" == end
+            is_function = not frame.f_code.co_name.startswith("<")  # and no comprehension
+            if is_function and len(stack) <= DEPTH + 1 and not carries(owner) and (carries(result) or is_end):
+                seen.append((started.get(frame, -1), stack))
 
     sys.setprofile(watch)
     journey = Journey()
@@ -92,7 +87,10 @@ def followed(carries: Callable[[Any], bool], end: str) -> Iterator[Journey]:
         yield journey
     finally:
         sys.setprofile(None)
-    for _, file, door in sorted(seen, key=lambda call: call[0]):
-        if file not in journey.entered_from:
-            journey.files.append(file)
-        journey.entered_from.setdefault(file, set()).update(door)
+    for _, stack in sorted(seen, key=lambda call: call[0]):
+        for caller, file in itertools.pairwise([None, *reversed(stack)]):
+            if file not in journey.entered_from:
+                journey.files.append(file)
+            journey.entered_from.setdefault(file, set()).update([caller] if caller else [])
+        if stack[0] == end.partition(":")[0]:
+            break

@@ -22,12 +22,12 @@ from trl_pgraft.rewards import (
     jpeg_compressibility,
     list_rewards,
     make_reward,
-    map_in_threads,
     register_reward,
     registry as functions,
     score,
     score_all,
 )
+from trl_pgraft.rollouts.sampling import map_in_threads
 
 
 PROMPTS = ["a cat", "a dog", "a car"]

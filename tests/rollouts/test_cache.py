@@ -13,7 +13,7 @@ from trl_pgraft.rewards import RewardError, make_reward
 from trl_pgraft.rollouts.cache import RolloutCache
 from trl_pgraft.rollouts.collect import RolloutCollector
 from trl_pgraft.rollouts.prompts import form_groups, samples_of
-from trl_pgraft.rollouts.rollout import RolloutBatch, collate
+from trl_pgraft.rollouts.rollout import RolloutBatch
 
 
 def samples(count=8, prompts=("a cat", "a dog")):
@@ -48,7 +48,7 @@ def go(folder, wanted, sampler, reward=redness, sampled_by="policy", workers=0):
     config = GraftConfig(async_reward_computation=workers > 0, max_workers=workers or 1, reward_retries=0)
     collector = RolloutCollector(None, [make_reward(reward)], None, config, Accelerator(cpu=True), Path())
     collector.sample = sampler
-    return collate(wanted, collector.sample_and_score(wanted, cache))
+    return RolloutBatch.collate(wanted, collector.sample_and_score(wanted, cache))
 
 
 def assert_equal(found, expected):

@@ -19,7 +19,7 @@ from ..pipelines.observe import observe_steps, record_trajectory
 from ..pipelines.pixels import to_uint8
 from ..rollouts.collect import RolloutCollector
 from ..rollouts.prompts import PromptGroup, Sample, columns_of, samples_of
-from ..rollouts.rollout import RolloutBatch, collate
+from ..rollouts.rollout import RolloutBatch
 from ..rollouts.selection import accept, total_rewards
 
 
@@ -78,7 +78,7 @@ def sample_pilot(collector: RolloutCollector, groups: list[PromptGroup], step_in
         with _states_and_originals(collector.policy, step_indices, len(samples[rows])) as of_batch:
             batches += collector.sample_and_score(samples[rows])
         recorded.append(of_batch)
-    batch = collate(samples, batches)
+    batch = RolloutBatch.collate(samples, batches)
     total_reward = total_rewards(batch.rewards, collector.weights, groups)
     rule = (config.acceptance, config.acceptance_kwargs, (config.seed, 0, "accept"))
     accepted, _, _ = accept(total_reward, groups, *rule)

@@ -20,9 +20,9 @@ from ..adapters.lora import ADAPTER_NAME, add_adapter, default_lora_config
 from ..core.switch_level import ALWAYS_ON, SwitchLevel
 from ..pipelines.pixels import to_uint8, to_unit_range
 from ..report.grids import image_grid
-from ..rewards.scorer import map_in_threads
 from ..rollouts.collect import RolloutCollector
 from ..rollouts.rollout import Rollout, RolloutBatch
+from ..rollouts.sampling import map_in_threads
 from ..training.run_log import NoTracker, log_image
 
 

@@ -4,7 +4,7 @@
 
 from .jpeg import jpeg_compressibility
 from .registry import Reward, choose_rewards, get_reward, list_rewards, make_reward, register_reward
-from .scorer import Patience, RewardError, map_in_threads, score, score_all
+from .scorer import Patience, RewardError, score, score_all
 
 
 __all__ = [
@@ -16,7 +16,6 @@ __all__ = [
     "jpeg_compressibility",
     "list_rewards",
     "make_reward",
-    "map_in_threads",
     "register_reward",
     "score",
     "score_all",

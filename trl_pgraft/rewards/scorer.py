@@ -1,23 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Score images with reward functions and check the rewards, in threads beside the sampling if requested."""
+"""Score images with reward functions, and check the rewards."""
 
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from .conventions import call_reward
 from .registry import Reward
-
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class RewardError(RuntimeError):
@@ -119,24 +115,6 @@ def score_all(
     values = [[math.nan if value is None else value for value in of_one] for of_one, _ in scored]
     table = torch.tensor(values, dtype=torch.float64).reshape(len(scored), len(prompts)).T
     return table, [info for _, info in scored]
-
-
-def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item], workers: int = 0) -> list[Result]:
-    r"""
-    The results of a function for some items, in their order.
-
-    Args:
-        function (`Callable`):
-            Called with each item, such as a batch to score.
-        items (`Iterable`):
-            The items, which this thread makes; while it makes the next one, threads work on those before.
-        workers (`int`, *optional*, defaults to `0`):
-            Number of threads; with 0, the function is called in this one, before the next item is made.
-    """
-    if not workers:
-        return [function(item) for item in items]
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(function, items))
 
 
 def _within(seconds: float | None, function: Callable[[], Any]) -> Any:

@@ -18,12 +18,12 @@ from ..core.atomic import atomic_save
 from ..core.seeding import seed_of
 from ..pipelines.pixels import to_pil
 from ..rewards.registry import Reward
-from ..rewards.scorer import Patience, map_in_threads, score_all
+from ..rewards.scorer import Patience, score_all
 from .cache import RolloutCache
 from .dataset import to_dataset
 from .prompts import Prompt, PromptGroup, PromptSource, Sample, form_groups, samples_of
-from .rollout import Evaluation, Rollout, RolloutBatch, collate
-from .sampling import sample_batches
+from .rollout import Evaluation, Rollout, RolloutBatch
+from .sampling import map_in_threads, sample_batches
 from .selection import accept, total_rewards
 
 
@@ -106,7 +106,7 @@ class RolloutCollector:
         cache = RolloutCache(self.cache_dir / f"round_{epoch:04d}", self.policy.sampled_by(), self.reward_names)
         with self.policy.sampler(reference=config.sample_from == "reference"):
             batches = self.sample_and_score(own, cache)
-        batch = collate(own, batches)
+        batch = RolloutBatch.collate(own, batches)
         states, rewards = self._gather(batch.x_i), self._gather(batch.rewards)
         total_reward = total_rewards(rewards, self.weights, groups)
         seed_parts, keys = (config.seed, epoch, "accept"), self._duplicate_keys(batch)
@@ -136,7 +136,7 @@ class RolloutCollector:
         own = samples[self._own_share(len(samples))]
         with self.policy.sampler(reference):
             # A process without a share samples one too, because nothing has no shape.
-            batch = collate(own or samples[:1], self.sample_and_score(own or samples[:1]))
+            batch = RolloutBatch.collate(own or samples[:1], self.sample_and_score(own or samples[:1]))
         rewards = torch.tensor(gather_object(batch.rewards[: len(own)].tolist()), dtype=torch.float64)
         return Evaluation(total_rewards(rewards, self.weights, groups), rewards, batch.images[: len(own)])
 

@@ -53,15 +53,15 @@ class RolloutBatch:
         """Further columns of the samples' prompts, as lists."""
         return columns_of(self.samples)
 
-
-def collate(samples: Sequence[Sample], batches: Sequence[RolloutBatch]) -> RolloutBatch:
-    """One batch of the `samples`, in their order, from scored `batches` that have each of them; without infos."""
-    rows = {sample.seed: row for row, sample in enumerate(s for batch in batches for s in batch.samples)}
-    order = torch.tensor([rows[sample.seed] for sample in samples])
-    images, x_i, rewards = (
-        torch.cat([getattr(batch, name) for batch in batches])[order] for name in ("images", "x_i", "rewards")
-    )
-    return RolloutBatch(samples, images, x_i, sum(batch.denoiser_calls for batch in batches), rewards)
+    @classmethod
+    def collate(cls, samples: Sequence[Sample], batches: Sequence["RolloutBatch"]) -> "RolloutBatch":
+        """One batch of the `samples`, in their order, from scored `batches` that have each of them; without infos."""
+        rows = {sample.seed: row for row, sample in enumerate(s for batch in batches for s in batch.samples)}
+        order = torch.tensor([rows[sample.seed] for sample in samples])
+        images, x_i, rewards = (
+            torch.cat([getattr(batch, name) for batch in batches])[order] for name in ("images", "x_i", "rewards")
+        )
+        return cls(samples, images, x_i, sum(batch.denoiser_calls for batch in batches), rewards)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Sample images batch by batch, with their trajectories' states."""
+"""Sample images batch by batch, with their trajectories' states, and work on finished batches beside it."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -15,6 +16,10 @@ from ..pipelines.observe import Trajectory, record_trajectory
 from ..pipelines.pixels import to_uint8
 from .prompts import Sample
 from .rollout import RolloutBatch
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @torch.no_grad()
@@ -79,3 +84,21 @@ def _checked_state(trajectory: Trajectory, pipeline: DiffusionPipeline) -> torch
             "tuned_fraction that ends before it does."
         )
     return trajectory.x_i
+
+
+def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item], workers: int = 0) -> list[Result]:
+    r"""
+    The results of a function for some items, in their order.
+
+    Args:
+        function (`Callable`):
+            Called with each item, such as a batch to score.
+        items (`Iterable`):
+            The items, which this thread makes; while it makes the next one, threads work on those before.
+        workers (`int`, *optional*, defaults to `0`):
+            Number of threads; with 0, the function is called in this one, before the next item is made.
+    """
+    if not workers:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(function, items))

@@ -152,11 +152,7 @@ def load_pgraft_adapter(
         `ValueError`: the folder has no switch level, its weights do not fit, or the denoiser takes no adapter as it is
             offloaded or compiled.
     """
-    folder = Path(source)
-    if not folder.is_dir():
-        folder = Path(
-            snapshot_download(str(source), allow_patterns=[SWITCH_FILE, *PEFT_FILES], revision=revision, token=token)
-        )
+    folder = fetched(source, (SWITCH_FILE, *PEFT_FILES), revision, token)
     check_adaptable(denoiser_of(pipeline))
     switch, denoiser = read_switch(folder), uncompiled(denoiser_of(pipeline))
     if switch.tuned_guidance_scale is not None:
@@ -167,6 +163,13 @@ def load_pgraft_adapter(
         )
     load_frozen_adapter(denoiser, folder, name)
     return TimestepGate(denoiser_of(pipeline), name, switch.switch_timestep, switch.clock, pipeline)
+
+
+def fetched(source: str | Path, files: tuple[str, ...], revision: str | None, token: str | None) -> Path:
+    """The folder `source`, or where the `files` of the Hub's repository `source` were downloaded to."""
+    if Path(source).is_dir():
+        return Path(source)
+    return Path(snapshot_download(str(source), allow_patterns=list(files), revision=revision, token=token))
 
 
 def load_adapter_weights(denoiser: ModelMixin, folder: str | Path, name: str) -> None:

@@ -6,6 +6,8 @@ import hashlib
 import json
 from typing import Any
 
+import torch
+
 
 def seed_of(*parts: Any) -> int:
     r"""
@@ -17,3 +19,8 @@ def seed_of(*parts: Any) -> int:
     """
     digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+def generator_of(*parts: Any) -> torch.Generator:
+    """A generator on the CPU, seeded by [`seed_of`] with these `parts`."""
+    return torch.Generator().manual_seed(seed_of(*parts))

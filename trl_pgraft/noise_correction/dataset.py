@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..adapters.gate import gate_on
 from ..adapters.lora import tuner_layers
-from ..core.seeding import seed_of
+from ..core.seeding import generator_of
 from ..core.tensor_files import load_tensors, save_tensors
 from ..pipelines.denoiser_call import denoiser_of
 from ..pipelines.denoiser_format import uncompiled
@@ -123,7 +123,11 @@ class DatasetInverter:
         starts = range(0, len(self.dataset), self.config.inversion_batch_size)
         own = starts[accelerator.process_index :: accelerator.num_processes]
         for start in tqdm(own, desc="inverting", disable=not accelerator.is_local_main_process):
-            self._invert_if_missing(start)
+            path, batch, tags, found = self._read(start)
+            if found is None:
+                save_tensors(path, self._invert(start, batch), tags)
+            else:
+                self._left_out += len(next(iter(batch.values()))) - len(found["rows"])
         accelerator.wait_for_everyone()
         parts = []
         for start in starts:
@@ -148,23 +152,20 @@ class DatasetInverter:
                 "The others are kept. Raise it, or max_iterations, or use more sampling steps."
             )
 
-    def _invert_if_missing(self, start: int) -> None:
-        path, batch, tag, found = self._read(start)
-        count = len(next(iter(batch.values())))
-        if found is not None:
-            self._left_out += count - len(found["rows"])
-            return
-        save_tensors(path, self._invert(start, batch, count), {"made_from": tag})
-
     @torch.no_grad()
-    def _invert(self, start: int, batch: dict[str, list[Any]], count: int) -> dict[str, torch.Tensor]:
+    def _invert(self, start: int, batch: dict[str, list[Any]]) -> dict[str, torch.Tensor]:
         """Noise of one batch; samples that do not converge are left out as far as that is allowed."""
         latents = self._latents(batch).to(device_of(self.sampler.pipeline))
         self.sampler.check_shape(latents)
-        prompts = list(batch["prompt"]) if "prompt" in batch else [""] * count
-        velocity, steps = self.sampler.velocity(self.sampler.record(prompts)), self.sampler.steps[: self.steps]
-        bounds = (self.config.tolerance, self.config.max_iterations)
-        found, rows = invert(velocity, steps, self._noised(latents, start), *bounds, partial(self._leave_out, start))
+        conditioning = self.sampler.record(list(batch.get("prompt", [""] * len(latents))))
+        found, rows = invert(
+            self.sampler.velocity(conditioning),
+            self.sampler.steps[: self.steps],
+            self._noised(latents, start),
+            self.config.tolerance,
+            self.config.max_iterations,
+            leave_out=partial(self._leave_out, start),
+        )
         return {
             "noise": found.noise.float().cpu(),
             "rows": start + rows,
@@ -175,9 +176,8 @@ class DatasetInverter:
     def _latents(self, batch: dict[str, list[Any]]) -> torch.Tensor:
         if "latents" in batch:
             return torch.stack([torch.as_tensor(value, dtype=torch.float32) for value in batch["latents"]])
-        if self.encode is None:
-            return encode_images(self.sampler.pipeline, self.sampler.kwargs, batch["image"])
-        return self.encode(batch["image"])
+        encode = self.encode or partial(encode_images, self.sampler.pipeline, self.sampler.kwargs)
+        return encode(batch["image"])
 
     def _noised(self, latents: torch.Tensor, start: int) -> torch.Tensor:
         """The data noised to where the inverted steps end, by the flow's forward kernel `(1 - s) x + s noise`."""
@@ -185,9 +185,8 @@ class DatasetInverter:
             return latents
         sigma = self.sampler.levels[self.steps - 1]
         noise = torch.empty_like(latents, device="cpu")
-        for i in range(len(latents)):
-            seed = seed_of(self.config.seed, "skipped steps", start + i)
-            noise[i].normal_(generator=torch.Generator().manual_seed(seed))
+        for row, of_row in enumerate(noise, start):
+            of_row.normal_(generator=generator_of(self.config.seed, "skipped steps", row))
         return (1 - sigma) * latents + sigma * noise.to(latents.device)
 
     def _leave_out(self, start: int, error: InversionError) -> None:
@@ -199,23 +198,20 @@ class DatasetInverter:
             )
             raise error
 
-    def _read(self, start: int) -> tuple[Path, dict[str, list[Any]], str, dict[str, torch.Tensor] | None]:
+    def _read(self, start: int) -> tuple[Path, dict[str, list[Any]], dict[str, str], dict[str, torch.Tensor] | None]:
         """
-        Path, rows and tag of the batch that begins at row `start`, and the tensors of its file: `None` where there is
-        no file, it is damaged, or it was made from something else.
+        Path, rows and tags of the batch that begins at row `start`, and the tensors of its file: `None` where there is
+        no file, it is damaged, or it was made from something else. The tags have a hash of what the file is made from:
+        the sampler with its models, and the batch bit for bit.
         """
         path = self.folder / f"noise-{start:08d}.safetensors"
         batch = self.dataset[start : start + self.config.inversion_batch_size]
-        tag = self._tag(batch)
-        return path, batch, tag, load_tensors(path, {"made_from": tag})
-
-    def _tag(self, batch: dict[str, list[Any]]) -> str:
-        """Hash of what a file is made from: the sampler with its models, and the batch bit for bit."""
         digest = hashlib.blake2b(self._made_by.encode(), digest_size=16)
         for name in ("latents", "image", "prompt"):
             for value in batch.get(name, []):
                 digest.update(_bits(value))
-        return digest.hexdigest()
+        tags = {"made_from": digest.hexdigest()}
+        return path, batch, tags, load_tensors(path, tags)
 
     def _sampler_tag(self) -> list[Any]:
         """Identifies the models bit for bit, the sampler, and how its first steps are inverted."""
@@ -224,22 +220,26 @@ class DatasetInverter:
         parameters = {f"{name}.{n}": p for name, module in modules.items() for n, p in module.named_parameters()}
         # A corrector's adapter takes no part in the inversion, and PEFT renames the layers that it wraps.
         own = {n.replace(".base_layer", ""): p for n, p in parameters.items() if f".{CORRECTION_ADAPTER}." not in n}
-        seed = config.seed if self.steps < len(all_steps) else None
         return [
             fingerprint_of(own),
             _active_adapters(denoiser_of(sampler.pipeline)),
             {name: stable(value) for name, value in sorted(sampler.kwargs.items())},
-            [sampler.sampler.timesteps, all_steps, sampler.guided],
-            [config.tolerance, config.max_iterations, self.steps, seed],
+            [sampler.sampler.timesteps, all_steps, sampler.guidance_scale is not None],
+            [
+                config.tolerance,
+                config.max_iterations,
+                self.steps,
+                config.seed if self.steps < len(all_steps) else None,
+            ],
         ]
 
+    @torch.no_grad()
     def _encoding_tag(self) -> str | None:
         """Hash of what a user's `encode` makes of the first image; for other images it cannot be found beforehand."""
         if self.encode is None or "image" not in self.dataset.column_names:
             return None
         batch = self.dataset[:1]
-        with torch.no_grad():
-            return None if "latents" in batch else fingerprint_of({"latents": self.encode(batch["image"])})
+        return None if "latents" in batch else fingerprint_of({"latents": self.encode(batch["image"])})
 
 
 def _active_adapters(denoiser: torch.nn.Module) -> list[Any]:
@@ -252,6 +252,7 @@ def _active_adapters(denoiser: torch.nn.Module) -> list[Any]:
     return [sorted(found, key=str), gate and [gate.adapter_name, gate.switch_timestep]]
 
 
+@torch.no_grad()
 def encode_images(pipeline: DiffusionPipeline, kwargs: dict[str, Any], images: list[Image.Image]) -> torch.Tensor:
     """
     Latents of images, made by the public parts of a pipeline.
@@ -272,16 +273,14 @@ def encode_images(pipeline: DiffusionPipeline, kwargs: dict[str, Any], images: l
         `ValueError`: the images differ in size, and there is no VAE whose image processor would resize them.
     """
     vae = getattr(pipeline, "vae", None)
-    channels = (denoiser_of(pipeline) if vae is None else vae).config.in_channels
+    channels = (uncompiled(denoiser_of(pipeline)) if vae is None else vae).config.in_channels
     images = [image.convert("L" if channels == 1 else "RGB") for image in images]
     if vae is None:
         return _pixels(pipeline, images)
     pixels = pipeline.image_processor.preprocess(images, kwargs.get("height"), kwargs.get("width"))
-    with torch.no_grad():
-        encoded = vae.encode(pixels.to(offload_device(pipeline) or vae.device, vae.dtype))
+    encoded = vae.encode(pixels.to(offload_device(pipeline) or vae.device, vae.dtype))
     latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    return (latents.float() - shift) * vae.config.scaling_factor
+    return (latents.float() - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
 
 
 def _pixels(pipeline: DiffusionPipeline, images: list[Image.Image]) -> torch.Tensor:
@@ -291,8 +290,7 @@ def _pixels(pipeline: DiffusionPipeline, images: list[Image.Image]) -> torch.Ten
             f"train_dataset has images of the sizes {sizes}, and {type(pipeline).__name__} has no VAE whose image "
             "processor would resize them. Resize them first, or pass an `encode` that does."
         )
-    arrays = np.stack([np.asarray(image, dtype=np.float32) for image in images])
-    pixels = torch.from_numpy(arrays) / 127.5 - 1
+    pixels = torch.from_numpy(np.stack([np.asarray(image, dtype=np.float32) for image in images])) / 127.5 - 1
     return pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
 
 

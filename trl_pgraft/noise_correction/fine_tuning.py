@@ -15,7 +15,7 @@ from safetensors import safe_open
 from tqdm.auto import tqdm
 
 from ..config import default_values
-from ..core.seeding import seed_of
+from ..core.seeding import generator_of
 from ..core.tensor_files import save_tensors
 from ..pipelines.conditioning import Conditioning
 from ..pipelines.denoiser_call import DenoiserCall
@@ -114,31 +114,28 @@ class CorrectorFinetuner:
             self.average.copy_to(self.parameters)
 
     def _train_step(self, model: torch.nn.Module, steps: OptimizerSteps, learning_rate: float) -> None:
-        count, processes = self.config.train_batch_size, self.accelerator.num_processes
-        generator = _generator(self.config.seed, "step", self.step)
+        count, generator = self.config.train_batch_size, generator_of(self.config.seed, "step", self.step)
         rows = self.rows[torch.randint(len(self.rows), (count,), generator=generator)]
         # Each process has samples of all levels, which are sampled in ascending order.
-        own = torch.arange(self.accelerator.process_index, count, processes)
+        own = torch.arange(self.accelerator.process_index, count, self.accelerator.num_processes)
         with self.accelerator.autocast():
-            loss = self._losses_of(rows, generator, own, model).mean()
+            loss = self._losses_of(rows, generator, own, model)[0].mean()
         self.accelerator.backward(loss)
         steps.take(learning_rate)
         self._losses.append(self.accelerator.reduce(loss.detach(), "mean"))
 
     def _losses_of(
-        self, rows: torch.Tensor, generator: torch.Generator, own: torch.Tensor, model: torch.nn.Module | None
-    ) -> torch.Tensor:
-        """Squared error of the samples `own` of a batch of `rows`; without a model, that of correcting nothing."""
+        self, rows: torch.Tensor, generator: torch.Generator, own: torch.Tensor, model: torch.nn.Module
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Squared error of each sample `own` of a batch of `rows`, and that of correcting nothing."""
         signal = (torch.arange(len(rows)) + torch.rand(len(rows), generator=generator)) / len(rows)
         noise = torch.randn(len(rows), *self.data.inverted.noise.shape[1:], generator=generator)
         device, rows = self.accelerator.device, rows[own]
         y, noise, signal = self.data.inverted.noise[rows].to(device), noise[own].to(device), signal[own].double()
         x, target = perturb(y, noise, signal)
-        if model is None:
-            return target.square().flatten(1).mean(1)
-        conditioning = self.data.conditioning.rows(self.data.prompts[rows], device)
+        conditioning = self.data.conditioning.rows(self.data.prompts[rows].tolist(), device)
         prediction = self.corrector(x, signal, self.data.call, conditioning, model)
-        return (prediction - target).square().flatten(1).mean(1)
+        return (prediction - target).square().flatten(1).mean(1), target.square().flatten(1).mean(1)
 
     def evaluate(self) -> dict[str, float]:
         r"""
@@ -153,18 +150,19 @@ class CorrectorFinetuner:
         if self.average is not None:
             self.average.store(self.parameters)
             self.average.copy_to(self.parameters)
-        totals = {"held_out/loss": 0.0, "held_out/loss_uncorrected": 0.0}
-        rows, size = self.held_out.repeat(HELD_OUT_PASSES), self.config.train_batch_size
+        rows, size, totals = self.held_out.repeat(HELD_OUT_PASSES), self.config.train_batch_size, [0.0, 0.0]
         at_a_time = size // self.accelerator.num_processes  # what fits in training
         with torch.no_grad(), self.corrector.active():
             for number, batch in enumerate(rows.split(size)):
                 for own in torch.arange(len(batch)).split(at_a_time):
-                    for name, model in zip(totals, (self.corrector.module, None), strict=True):
-                        generator = _generator(self.config.seed, "evaluation", number)
-                        totals[name] += self._losses_of(batch, generator, own, model).sum().item() / len(rows)
+                    generator = generator_of(self.config.seed, "evaluation", number)
+                    losses = self._losses_of(batch, generator, own, self.corrector.module)
+                    totals = [
+                        total + loss.sum().item() / len(rows) for total, loss in zip(totals, losses, strict=True)
+                    ]
         if self.average is not None:
             self.average.restore(self.parameters)
-        return totals
+        return {"held_out/loss": totals[0], "held_out/loss_uncorrected": totals[1]}
 
     def _report(self, learning_rate: float) -> None:
         """Metrics and a checkpoint, where they are due."""
@@ -173,18 +171,20 @@ class CorrectorFinetuner:
         if saves and self.accelerator.is_main_process:
             self._save()
         if self.step % self.config.logging_steps == 0 or is_last:
-            loss = torch.stack(self._losses).mean().item()
+            loss, held_out = torch.stack(self._losses).mean().item(), self.evaluate() if saves else {}
+            self.log({"step": self.step, "loss": loss, "learning_rate": learning_rate, **held_out})
             self._losses.clear()
-            evaluated = self.evaluate() if saves else {}
-            self.log({"step": self.step, "loss": loss, "learning_rate": learning_rate, **evaluated})
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """The trained parameters, and their moving average where one is kept, by their names in the checkpoint."""
+        weights = {"parameter": self.parameters, "average": self.average.shadow_params if self.average else []}
+        return {f"{kind}.{i}": tensor for kind, tensors in weights.items() for i, tensor in enumerate(tensors)}
 
     def _save(self) -> None:
         """Write the checkpoint, whole or not at all."""
-        tensors: dict[str, torch.Tensor] = {f"parameter.{i}": p for i, p in enumerate(self.parameters)}
-        tensors |= {f"optimizer.{name}": value for name, value in optimizer_tensors(self.optimizer).items()}
-        if self.average is not None:
-            tensors |= {f"average.{i}": p for i, p in enumerate(self.average.state_dict()["shadow_params"])}
-        save_tensors(self.path, tensors, {"step": str(self.step), "run": json.dumps(self._resume_signature())})
+        optimizer = {f"optimizer.{name}": value for name, value in optimizer_tensors(self.optimizer).items()}
+        tags = {"step": str(self.step), "run": json.dumps(self._resume_signature())}
+        save_tensors(self.path, {**self._weights(), **optimizer}, tags)
 
     def _resume_signature(self) -> dict[str, Any]:
         """What the result depends on, and so must not change when the training is resumed."""
@@ -198,15 +198,11 @@ class CorrectorFinetuner:
         defaults = default_values(self.config)
         refuse_changes(self.path, json.loads(metadata["run"]), self._resume_signature(), defaults)
         self.step = int(metadata["step"])
-        for i, parameter in enumerate(self.parameters):
-            parameter.data.copy_(tensors[f"parameter.{i}"])
-        prefix = "optimizer."
-        state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        load_optimizer_tensors(state, self.optimizer)
+        for name, tensor in self._weights().items():
+            tensor.data.copy_(tensors.pop(name))
+        load_optimizer_tensors({n.removeprefix("optimizer."): value for n, value in tensors.items()}, self.optimizer)
         if self.average is not None:
-            shadow = [tensors[f"average.{i}"].to(p.device) for i, p in enumerate(self.parameters)]
-            kept = {**self.average.state_dict(), "shadow_params": shadow, "optimization_step": self.step}
-            self.average.load_state_dict(kept)
+            self.average.optimization_step = self.step
 
 
 def split(count: int, config: NoiseCorrectionConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -222,10 +218,6 @@ def split(count: int, config: NoiseCorrectionConfig) -> tuple[torch.Tensor, torc
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: indices of the held-out samples, and of those to train on.
     """
-    order = torch.randperm(count, generator=_generator(config.seed, "held out"))
+    order = torch.randperm(count, generator=generator_of(config.seed, "held out"))
     held_out, rest = order.tensor_split([int(count * config.held_out_fraction)])
     return held_out, rest
-
-
-def _generator(*key: Any) -> torch.Generator:
-    return torch.Generator().manual_seed(seed_of(*key))

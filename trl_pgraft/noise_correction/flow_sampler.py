@@ -43,8 +43,8 @@ class FlowSampler:
             Step sizes h_i, from noise to data.
         like (`torch.Tensor` of shape `(1, ...)`):
             Latents as the denoiser gets them, for shape, dtype and device.
-        guided (`bool`):
-            Whether the velocity is the guided one; otherwise it is that of the conditional branch.
+        guidance_scale (`float` or `None`):
+            w of the velocity's guidance `u + w (c - u)`; `None` where it is that of the conditional branch.
     """
 
     pipeline: DiffusionPipeline
@@ -53,7 +53,7 @@ class FlowSampler:
     sampler: Sampler
     steps: Sequence[float]
     like: torch.Tensor
-    guided: bool
+    guidance_scale: float | None
 
     @classmethod
     def of(
@@ -67,8 +67,10 @@ class FlowSampler:
         Introspect a pipeline, see [`introspect`].
 
         Args:
-            pipeline, kwargs, guided:
+            pipeline, kwargs:
                 See [`FlowSampler`].
+            guided (`bool`):
+                Whether the velocity is the guided one; otherwise it is that of the conditional branch.
             denoiser_format (`type`, *optional*):
                 Subclass of [`DenoiserFormat`] for a denoiser that the default does not read.
 
@@ -83,14 +85,20 @@ class FlowSampler:
                 f"guided=True: {type(pipeline).__name__} with these pipeline_kwargs does not guide by u + w (c - u). "
                 "Ask for guidance in pipeline_kwargs, or leave `guided` out."
             )
-        like = call.format.latents(introspection.first_step[0])[:1]
-        return cls(pipeline, kwargs, call, sampler, steps, like, guided)
+        return cls(
+            pipeline,
+            kwargs,
+            call,
+            sampler,
+            steps,
+            like=call.format.latents(introspection.first_step[0])[:1],
+            guidance_scale=call.guidance_scale if guided else None,
+        )
 
     @property
     def levels(self) -> list[float]:
         """Noise level sigma at the end of each step, in [0, 1]."""
-        last = float(self.sampler.scheduler.sigmas[-1])
-        return [last - sum(self.steps[step + 1 :]) for step in range(len(self.steps))]
+        return [float(self.sampler.scheduler.sigmas[-1]) - sum(self.steps[i:]) for i in range(1, len(self.steps) + 1)]
 
     def steps_down_to(self, sigma: float) -> int:
         """Number of steps that end at the noise level `sigma` or above."""
@@ -122,9 +130,9 @@ class FlowSampler:
             timesteps = torch.full((len(x),), self.sampler.timesteps[step], dtype=torch.float64)
             arguments = (denoiser, self.call, x.to(self.like.dtype), timesteps)
             found = replay(*arguments, on_device.rows(rows.tolist(), x.device))
-            if self.guided:
+            if self.guidance_scale is not None:
                 unconditional = replay(*arguments, on_device.rows(rows.tolist(), x.device, unconditional=True))
-                found = guide(unconditional, found, self.call.guidance_scale)
+                found = guide(unconditional, found, self.guidance_scale)
             return found.to(x.dtype)
 
         return velocity
@@ -148,11 +156,12 @@ def euler_steps(sampler: Sampler) -> list[float]:
     timesteps, generator = scheduler.timesteps[-count:], torch.Generator().manual_seed(0)
     x, v = torch.randn(2, count, 4, generator=generator)
     x[:, 0], v[:, 0] = 0, 1  # measures the step size; the other elements test that there is nothing else
-    results = [
-        scheduler.step(output[None], t, state[None], return_dict=False)[0][0].cpu().double()
-        for t, state, output in zip(timesteps, x.to(timesteps.device), v.to(timesteps.device), strict=True)
-    ]
-    found = torch.stack(results)
+    found = torch.stack(
+        [
+            scheduler.step(output[None], t, state[None], return_dict=False)[0][0].cpu().double()
+            for t, state, output in zip(timesteps, x.to(timesteps.device), v.to(timesteps.device), strict=True)
+        ]
+    )
     steps, is_flow = found[:, :1], NoiseSchedule.from_scheduler(scheduler).is_flow
     if not is_flow or not torch.allclose(found, x.double() + steps * v.double(), rtol=1e-5, atol=1e-5):
         raise ValueError(

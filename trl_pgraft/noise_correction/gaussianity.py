@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 
-from ..core.seeding import seed_of
+from ..core.seeding import generator_of
 
 
 OPTIMIZER_STEPS = 20
@@ -66,9 +66,8 @@ class Gaussianity:
     normal_accuracy: float
 
     def __str__(self) -> str:
-        values = asdict(self)
-        names = [name for name in values if not name.startswith("normal_")]
-        lines = [f"{name:22s} {values[name]:9.4f} {values[f'normal_{name}']:9.4f}" for name in names]
+        found = {name: value for name, value in asdict(self).items() if not name.startswith("normal_")}
+        lines = [f"{name:22s} {value:9.4f} {getattr(self, f'normal_{name}'):9.4f}" for name, value in found.items()]
         return "\n".join([f"{'':22s} {'samples':>9s} {'N(0, I)':>9s}", *lines])
 
 
@@ -109,8 +108,7 @@ def random_part(noise: torch.Tensor, seed: int) -> torch.Tensor:
             Seed of the choice.
     """
     count = min(MOST_COMPARED, max(20, MOST_VALUES_COMPARED // noise[0].numel()))
-    generator = torch.Generator().manual_seed(seed_of(seed, "compared"))
-    return noise[torch.randperm(len(noise), generator=generator)[:count]]
+    return noise[torch.randperm(len(noise), generator=generator_of(seed, "compared"))[:count]]
 
 
 def _statistics(x: torch.Tensor, normal: torch.Tensor, generator: torch.Generator) -> dict[str, float]:
@@ -121,16 +119,17 @@ def _statistics(x: torch.Tensor, normal: torch.Tensor, generator: torch.Generato
     squared = flat.square().sum(1).sort().values
     expected = torch.special.gammainc(torch.tensor(flat.shape[1] / 2, dtype=torch.float64), squared / 2)
     ranks = torch.arange(len(x) + 1, dtype=torch.float64) / len(x)
-    values = {
-        "mean": flat.mean(0).square().mean().sqrt(),
-        "std": std,
-        "element_std": (flat.std(0) - 1).square().mean().sqrt(),
-        "skewness": z.pow(3).mean(),
-        "kurtosis": z.pow(4).mean() - 3,
-        "neighbour_correlation": (left * right).mean() / (left.square().mean() * right.square().mean()).sqrt(),
-        "radius": torch.maximum(ranks[1:] - expected, expected - ranks[:-1]).max(),
+    correlation = (left * right).mean() / (left.square().mean() * right.square().mean()).sqrt()
+    return {
+        "mean": flat.mean(0).square().mean().sqrt().item(),
+        "std": std.item(),
+        "element_std": (flat.std(0) - 1).square().mean().sqrt().item(),
+        "skewness": z.pow(3).mean().item(),
+        "kurtosis": z.pow(4).mean().item() - 3,
+        "neighbour_correlation": correlation.item(),
+        "radius": torch.maximum(ranks[1:] - expected, expected - ranks[:-1]).max().item(),
+        "accuracy": two_sample_accuracy(x, normal, generator),
     }
-    return {**{n: value.item() for n, value in values.items()}, "accuracy": two_sample_accuracy(x, normal, generator)}
 
 
 def two_sample_accuracy(a: torch.Tensor, b: torch.Tensor, generator: torch.Generator) -> float:
@@ -181,6 +180,5 @@ def _logistic(features: torch.Tensor) -> torch.Tensor:
         loss.backward()
         return loss
 
-    with torch.enable_grad():
-        optimizer.step(closure)
+    optimizer.step(closure)
     return weights.detach()

@@ -11,16 +11,15 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from diffusers import DiffusionPipeline
-from huggingface_hub import snapshot_download
 
-from ..adapters.files import CORRECTOR_FILE, CORRECTOR_FILES
+from ..adapters.files import CORRECTOR_FILE, CORRECTOR_FILES, fetched
 from ..hub.push import push_corrector_to_hub
 from ..pipelines.denoiser_call import DenoiserCall, branches_of
 from ..pipelines.denoiser_format import DenoiserFormat
 from ..pipelines.inputs import input_names, parameters_of
 from ..pipelines.introspection import introspect
 from ..pipelines.recording import first_calls
-from .correctors import Corrector, load_corrector
+from .correctors import CORRECTORS, Corrector
 
 
 # Arguments that do not change how the pipeline calls its denoiser.
@@ -73,6 +72,8 @@ class NoiseCorrectedPipeline:
     ```
     """
 
+    corrector: Corrector
+
     def __init__(
         self,
         pipeline: DiffusionPipeline,
@@ -85,10 +86,11 @@ class NoiseCorrectedPipeline:
             raise ValueError(
                 f"{type(pipeline).__name__} does not take `latents`, so it cannot be started from corrected noise."
             )
-        self.pipeline, self.corrector = pipeline, corrector
+        self.pipeline = pipeline
+        if corrector is not None:
+            self.corrector = corrector
         self.corrector_steps, self.trained_for = _checked(corrector_steps), trained_for or {}
-        self._format = denoiser_format
-        self._calls: dict[str, DenoiserCall] = {}
+        self._format, self._calls = denoiser_format, dict[str, DenoiserCall]()
 
     def __getattr__(self, name: str) -> Any:
         if name == "pipeline":  # not set yet, while this object is copied or unpickled
@@ -200,14 +202,16 @@ class NoiseCorrectedPipeline:
         Raises:
             `ValueError`: there is no corrector, or it is of an unknown kind, or its weights do not fit the denoiser.
         """
-        folder = Path(source)
-        if not folder.is_dir():
-            files = {"allow_patterns": list(CORRECTOR_FILES), "revision": revision, "token": token}
-            folder = Path(snapshot_download(str(source), **files))
+        folder = fetched(source, CORRECTOR_FILES, revision, token)
         if not (folder / CORRECTOR_FILE).is_file():
             raise ValueError(f"{source} has no {CORRECTOR_FILE}: it is no corrector of NoiseCorrectionTrainer.")
         facts = json.loads((folder / CORRECTOR_FILE).read_text())
-        corrector = load_corrector(facts["corrector"], folder, pipeline)
+        if facts["corrector"] not in CORRECTORS:
+            raise ValueError(
+                f"{folder} has a corrector of the kind {facts['corrector']!r}; this version of trl_pgraft supports "
+                f"{', '.join(CORRECTORS)}. Train one of these to the same data."
+            )
+        corrector = CORRECTORS[facts["corrector"]].load(folder, pipeline)
         return cls(pipeline, corrector, facts["corrector_steps"], facts["trained_for"], denoiser_format)
 
     def push_to_hub(

@@ -25,8 +25,7 @@ from ..pipelines.placement import on_device, place_pipeline
 from ..training.checkpoints import archive_previous_run
 from ..training.run_log import METRICS_FILE, RunLog
 from .config import NoiseCorrectionConfig
-from .correctors import FlowCorrector, GaussianCorrector, LoraCorrector, NetworkCorrector
-from .correctors.gaussian import check_size
+from .correctors import Corrector, FlowCorrector, GaussianCorrector, LoraCorrector, NetworkCorrector
 from .correctors.network import make_network
 from .dataset import DatasetInverter, Encoder, InvertedData
 from .fine_tuning import CHECKPOINT_FILE, CorrectorData, CorrectorFinetuner, split
@@ -107,8 +106,11 @@ class NoiseCorrectionTrainer:
                 "processes that share it."
             )
         # Read all columns, images as PIL's and latents as arrays, whatever format is set. A transform is kept.
-        plain = train_dataset.with_format("numpy" if "latents" in train_dataset.column_names else None)
-        self.train_dataset = train_dataset if train_dataset.format["type"] == "custom" else plain
+        self.train_dataset = (
+            train_dataset
+            if train_dataset.format["type"] == "custom"
+            else train_dataset.with_format("numpy" if "latents" in train_dataset.column_names else None)
+        )
         self.pipeline, self.output_dir = pipeline, Path(config.output_dir)
         # In its own precision: an inverse cannot be more exact than that.
         place_pipeline(pipeline, self.accelerator.device)
@@ -116,22 +118,28 @@ class NoiseCorrectionTrainer:
         self.sampler = FlowSampler.of(pipeline, kwargs, config.guided, denoiser_format)
         self.inverter = DatasetInverter(self.sampler, self.train_dataset, encode, config, self.output_dir / "inverted")
         # A Gaussian is made when it is fitted.
-        self.corrector = None if config.corrector == "gaussian" else self._make_corrector(peft_config, network)
-        trained_for = {
-            "base_model": repository_of(pipeline),
-            "num_inference_steps": config.num_inference_steps,
-            "guided": config.guided,
-            "samples": len(train_dataset),
-        }
+        self.corrector: Corrector | None = (
+            None if config.corrector == "gaussian" else self._make_corrector(peft_config, network)
+        )
         self.corrected = NoiseCorrectedPipeline(
-            pipeline, self.corrector, config.corrector_steps, trained_for, denoiser_format
+            pipeline,
+            self.corrector,
+            config.corrector_steps,
+            trained_for={
+                "base_model": repository_of(pipeline),
+                "num_inference_steps": config.num_inference_steps,
+                "guided": config.guided,
+                "samples": len(train_dataset),
+            },
+            denoiser_format=denoiser_format,
         )
 
     def _make_corrector(self, peft_config: PeftConfig | None, network: ModelMixin | None) -> FlowCorrector:
         denoiser, seed = denoiser_of(self.pipeline), seed_of(self.config.seed, "corrector")
         if self.config.corrector == "lora":
-            peft_config = peft_config or default_lora_config(uncompiled(denoiser), self.config.lora_rank)
-            corrector: FlowCorrector = LoraCorrector.new(denoiser, peft_config, seed)
+            corrector: FlowCorrector = LoraCorrector.new(
+                denoiser, peft_config or default_lora_config(uncompiled(denoiser), self.config.lora_rank), seed
+            )
         else:
             if network is None:
                 with torch.random.fork_rng():
@@ -139,7 +147,7 @@ class NoiseCorrectionTrainer:
                     network = make_network(tuple(self.sampler.like.shape[1:]), self.config.network_channels)
             corrector = NetworkCorrector(network.to(self.accelerator.device).eval().requires_grad_(True))
         if self.config.gradient_checkpointing:
-            corrector.module.enable_gradient_checkpointing()
+            uncompiled(corrector.module).enable_gradient_checkpointing()
         return corrector
 
     def invert(self) -> InvertedData:
@@ -197,18 +205,20 @@ class NoiseCorrectionTrainer:
             [`InversionError`]: see [`~NoiseCorrectionTrainer.invert`].
         """
         if self.config.corrector == "gaussian":
-            check_size(len(split(len(self.train_dataset), self.config)[1]), self.sampler.like[0].numel())
+            rows = split(len(self.train_dataset), self.config)[1]
+            GaussianCorrector.check_size(len(rows), self.sampler.like[0].numel())
         data = self.invert()
         if self.accelerator.is_main_process and not self.config.resume_from_checkpoint:
             archive_previous_run(self.output_dir, [CHECKPOINT_FILE, METRICS_FILE, CORRECTOR_FOLDER])
         self.accelerator.wait_for_everyone()
-        if self.config.corrector == "gaussian":
+        if self.corrector is None or isinstance(self.corrector, GaussianCorrector):
             self.corrector = self.corrected.corrector = self._fit_gaussian(data.noise)
         else:
-            self.finetuner = CorrectorFinetuner(
-                self.accelerator, self.corrector, self._training_data(data), self.config, self.output_dir, self.log
-            )
+            training_data = self._training_data(data)
             with on_device(self.pipeline, denoiser_of(self.pipeline), self.accelerator):
+                self.finetuner = CorrectorFinetuner(
+                    self.accelerator, self.corrector, training_data, self.config, self.output_dir, self.log
+                )
                 self.finetuner.run()
         self.save_model()
         if self.config.push_to_hub:
@@ -224,8 +234,9 @@ class NoiseCorrectionTrainer:
 
     def _training_data(self, data: InvertedData) -> CorrectorData:
         if isinstance(self.corrector, NetworkCorrector):  # does not depend on prompts, and encoding many takes long
-            rows = torch.zeros(len(data.rows), dtype=torch.int64)
-            return CorrectorData(data, rows, self.sampler.call, Conditioning({}, None, {}))
+            return CorrectorData(
+                data, torch.zeros(len(data.rows), dtype=torch.int64), self.sampler.call, Conditioning({}, None, {})
+            )
         has_prompts = "prompt" in self.train_dataset.column_names
         prompts = list(self.train_dataset["prompt"]) if has_prompts else [""] * len(self.train_dataset)
         unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
@@ -266,11 +277,10 @@ class NoiseCorrectionTrainer:
         """
         if not self.accelerator.is_main_process:
             return None
-        config = self.config
         return self.corrected.push_to_hub(
-            config.hub_model_id or self.output_dir.resolve().name,
-            private=config.hub_private_repo,
-            token=config.hub_token,
+            self.config.hub_model_id or self.output_dir.resolve().name,
+            private=self.config.hub_private_repo,
+            token=self.config.hub_token,
             commit_message=commit_message,
             revision=revision,
         )

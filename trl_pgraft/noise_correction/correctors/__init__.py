@@ -19,10 +19,6 @@ A `FlowCorrector` is trained. It also has
 - a call `(x, signal, call, conditioning, model)`: predict the target u of `transport.py`.
 """
 
-from pathlib import Path
-
-from diffusers import DiffusionPipeline
-
 from .gaussian import GaussianCorrector
 from .lora import LoraCorrector
 from .network import NetworkCorrector
@@ -35,26 +31,3 @@ CORRECTORS: dict[str, type[Corrector]] = {
     "network": NetworkCorrector,
     "gaussian": GaussianCorrector,
 }
-
-
-def load_corrector(kind: str, folder: Path, pipeline: DiffusionPipeline) -> Corrector:
-    """
-    Load a corrector for a pipeline.
-
-    Args:
-        kind (`str`):
-            Its name in `CORRECTORS`.
-        folder (`Path`):
-            Folder that its `save` wrote to.
-        pipeline (`DiffusionPipeline`):
-            The pipeline that it was trained for; a LoRA is added to its denoiser, frozen and switched off.
-
-    Raises:
-        `ValueError`: the kind is unknown, or the weights do not fit the denoiser.
-    """
-    if kind not in CORRECTORS:
-        raise ValueError(
-            f"{folder} has a corrector of the kind {kind!r}; this version of trl_pgraft supports "
-            f"{', '.join(CORRECTORS)}. Train one of these to the same data."
-        )
-    return CORRECTORS[kind].load(folder, pipeline)

@@ -18,26 +18,6 @@ from ...pipelines.denoiser_call import DenoiserCall
 MOST_ELEMENTS = 8192
 
 
-def check_size(count: int, elements: int) -> None:
-    """
-    Check that a covariance can be fitted, before anything is inverted.
-
-    Args:
-        count (`int`):
-            Number of samples that it is fitted to.
-        elements (`int`):
-            Number of elements of one sample.
-
-    Raises:
-        `ValueError`: there are too few samples for a covariance, or too many elements.
-    """
-    if elements > MOST_ELEMENTS or count <= elements:
-        raise ValueError(
-            f"A Gaussian of {count} samples of {elements} elements: it needs more samples than elements (what is held "
-            f"out does not count), and no more than {MOST_ELEMENTS} elements. Use corrector='network' or 'lora'."
-        )
-
-
 @dataclass(frozen=True)
 class GaussianCorrector:
     """
@@ -57,6 +37,27 @@ class GaussianCorrector:
     mean: torch.Tensor
     root: torch.Tensor
 
+    @staticmethod
+    def check_size(count: int, elements: int) -> None:
+        """
+        Check that a covariance can be fitted, before anything is inverted.
+
+        Args:
+            count (`int`):
+                Number of samples that it is fitted to.
+            elements (`int`):
+                Number of elements of one sample.
+
+        Raises:
+            `ValueError`: there are too few samples for a covariance, or too many elements.
+        """
+        if elements > MOST_ELEMENTS or count <= elements:
+            raise ValueError(
+                f"A Gaussian of {count} samples of {elements} elements: it needs more samples than elements (what is "
+                f"held out does not count), and no more than {MOST_ELEMENTS} elements. Use corrector='network' or "
+                "'lora'."
+            )
+
     @classmethod
     def fit(cls, noise: torch.Tensor) -> "GaussianCorrector":
         """
@@ -70,7 +71,7 @@ class GaussianCorrector:
             `ValueError`: there are too few samples for a covariance, or too many elements.
         """
         flat = noise.flatten(1).double()
-        check_size(*flat.shape)
+        cls.check_size(*flat.shape)
         values, vectors = torch.linalg.eigh(cross_validated_covariance(flat))
         root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
         return cls(flat.mean(0).float().cpu(), root.float().cpu())

@@ -99,12 +99,11 @@ class LoraCorrector:
         conditioning: dict[str, Any],
         model: Callable[..., Any] | None = None,
     ) -> torch.Tensor:
-        arguments = (call, x.to(self.module.dtype), TIMESTEPS * (1 - signal), conditioning)
+        arguments = (call, x.to(uncompiled(self.module).dtype), TIMESTEPS * (1 - signal), conditioning)
         with torch.no_grad(), without_adapters(self.module, [CORRECTION_ADAPTER]):
             reference = replay(self.module, *arguments)
         with self.active():
-            corrected = replay(self.module if model is None else model, *arguments)
-        return corrected.float() - reference.float()
+            return replay(self.module if model is None else model, *arguments).float() - reference.float()
 
     def save(self, folder: Path) -> None:
         save_adapter_weights(uncompiled(self.module), folder, CORRECTION_ADAPTER, {"format": "pt"})

@@ -4,7 +4,7 @@
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,6 +31,7 @@ class NetworkCorrector:
     kind: ClassVar[str] = "network"
     module: ModelMixin
     correct = transport  # a method: corrector.correct(noise, call, conditioning, steps)
+    active = nullcontext
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -39,9 +40,6 @@ class NetworkCorrector:
     @property
     def settings(self) -> dict[str, Any]:
         return {name: value for name, value in self.module.config.items() if not name.startswith("_")}
-
-    def active(self) -> AbstractContextManager[None]:
-        return nullcontext()
 
     def __call__(
         self,
@@ -69,11 +67,10 @@ class NetworkCorrector:
         Returns:
             `torch.Tensor` of the shape of `x`, float32.
         """
-        if model is None:
-            model = self.module.to(x.device)  # moving the pipeline does not move the network
+        # Moving the pipeline does not move the network.
+        model = self.module.to(x.device) if model is None else model
         dtype = next(self.module.parameters()).dtype
-        timesteps = TIMESTEPS * (1 - signal)
-        return model(x.to(dtype), timesteps.to(x.device, dtype)).sample.float()
+        return model(x.to(dtype), (TIMESTEPS * (1 - signal)).to(x.device, dtype)).sample.float()
 
     def save(self, folder: Path) -> None:
         self.module.save_pretrained(folder / NETWORK_FOLDER)

@@ -74,6 +74,6 @@ def transport(
     with torch.no_grad():
         for step in range(steps):
             c = (step + 0.5) / steps
-            signal = torch.full((len(x),), c, dtype=torch.float64)
-            x = x + predict(x, signal, call, conditioning) / (math.sqrt(1 - c**2) * steps)
+            u = predict(x, torch.full((len(x),), c, dtype=torch.float64), call, conditioning)
+            x = x + u / (math.sqrt(1 - c**2) * steps)
     return x.to(noise.dtype)

@@ -121,7 +121,7 @@ def test_levels_are_those_of_the_schedulers_sigmas_also_where_it_ends_above_zero
     """The first-order DPM-Solver++ of a flow steps as Euler's method does."""
     pipeline = tiny_sana()
     pipeline.scheduler = DPMSolverMultistepScheduler(**FIRST_ORDER, final_sigmas_type=end)
-    sampler = FlowSampler.of(pipeline, {**SANA, "num_inference_steps": 4}, guided=False)
+    sampler = FlowSampler(pipeline, {**SANA, "num_inference_steps": 4}, guided=False)
     expected = sampler.sampler.scheduler.sigmas
     assert (expected[-1] > 0) == (end == "sigma_min")
     torch.testing.assert_close(torch.tensor(sampler.levels), expected[1:], rtol=0, atol=1e-6)

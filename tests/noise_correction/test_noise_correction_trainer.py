@@ -18,6 +18,8 @@ from datasets import Dataset
 from hub_cases import TOKEN
 from peft import LoraConfig
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_flow import MEAN, STD, STEPS, flow_data, make_config, noise_of, tiny_flow
 from tiny_pipelines import tiny_flux, tiny_sd
 from tiny_transformers import tiny_sd3
@@ -289,6 +291,29 @@ def test_a_checkpoint_of_another_adapter_or_network_is_refused(tmp_path):
     config, network = make_config(tmp_path, resume_from_checkpoint=True), make_network((1, 8, 8), 4)
     with pytest.raises(ValueError, match=r"corrector's block_out_channels was \[8, 16, 16\] and is \[4, 8, 8\]"):
         NoiseCorrectionTrainer(config, tiny_flow(), flow_data(), network=network).train()
+
+
+def test_a_setting_that_a_checkpoint_is_older_than_counts_as_its_default(tmp_path):
+    data = Dataset.from_dict({"latents": noise_of(2, (4, 8, 8)).numpy(), "prompt": ["a cat", "two"]})
+
+    def train(rslora, **options):
+        config = make_config(tmp_path, corrector="lora", tolerance=1e-3, **options)
+        lora = LoraConfig(r=4, target_modules=["to_q", "to_v"], use_rslora=rslora)
+        size = {"height": 16, "width": 16}
+        NoiseCorrectionTrainer(config, tiny_sd3(), data, pipeline_kwargs=size, peft_config=lora).train()
+
+    train(rslora=False, max_steps=1)
+    path = tmp_path / "out/checkpoint.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    run = json.loads(metadata["run"])
+    assert run.pop("corrector's use_rslora") is False
+    save_file(load_file(path), path, {**metadata, "run": json.dumps(run)})
+    with pytest.raises(ValueError, match="corrector's use_rslora was False and is True"):
+        train(rslora=True, max_steps=2, resume_from_checkpoint=True)
+    train(rslora=False, max_steps=2, resume_from_checkpoint=True)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2]
 
 
 @pytest.mark.parametrize("make", [tiny_sd3, tiny_flux])

@@ -215,22 +215,18 @@ class DatasetInverter:
 
     def _sampler_tag(self) -> list[Any]:
         """Identifies the models bit for bit, the sampler, and how its first steps are inverted."""
-        sampler, config, all_steps = self.sampler, self.config, list(self.sampler.steps)
+        sampler, config = self.sampler, self.config
         modules = {n: uncompiled(m) for n, m in sampler.pipeline.components.items() if isinstance(m, torch.nn.Module)}
         parameters = {f"{name}.{n}": p for name, module in modules.items() for n, p in module.named_parameters()}
         # A corrector's adapter takes no part in the inversion, and PEFT renames the layers that it wraps.
         own = {n.replace(".base_layer", ""): p for n, p in parameters.items() if f".{CORRECTION_ADAPTER}." not in n}
+        seed = config.seed if self.steps < len(sampler.steps) else None
         return [
             fingerprint_of(own),
             _active_adapters(denoiser_of(sampler.pipeline)),
             {name: stable(value) for name, value in sorted(sampler.kwargs.items())},
-            [sampler.sampler.timesteps, all_steps, sampler.guidance_scale is not None],
-            [
-                config.tolerance,
-                config.max_iterations,
-                self.steps,
-                config.seed if self.steps < len(all_steps) else None,
-            ],
+            [sampler.sampler.timesteps, sampler.steps, sampler.guidance_scale is not None],
+            [config.tolerance, config.max_iterations, self.steps, seed],
         ]
 
     @torch.no_grad()

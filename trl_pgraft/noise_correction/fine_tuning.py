@@ -101,14 +101,22 @@ class CorrectorFinetuner:
         if config.resume_from_checkpoint and self.path.is_file():
             self._load()
         rate = learning_rates(config.lr_scheduler_type, config.learning_rate, config.warmup_steps, config.max_steps)
-        module, hidden = self.corrector.module, not accelerator.is_local_main_process
-        bar = tqdm(total=config.max_steps, initial=self.step, desc="training the corrector", disable=hidden)
-        with prepared(accelerator, module, self.optimizer) as (model, wrapped), self.corrector.active(), bar:
+        bar = tqdm(
+            range(self.step, config.max_steps),
+            desc="training the corrector",
+            total=config.max_steps,
+            initial=self.step,
+            disable=not accelerator.is_local_main_process,
+        )
+        with (
+            prepared(accelerator, self.corrector.module, self.optimizer) as (model, wrapped),
+            self.corrector.active(),
+            bar,
+        ):
             steps = OptimizerSteps(accelerator, wrapped, config.max_grad_norm, "learning_rate", self.average)
-            while self.step < config.max_steps:
-                self._train_step(model, steps, rate(self.step))
-                self.step += 1
-                bar.update()
+            for step in bar:
+                self._train_step(model, steps, rate(step))
+                self.step = step + 1
                 self._report(rate(self.step))
         if self.average is not None:
             self.average.copy_to(self.parameters)
@@ -151,10 +159,10 @@ class CorrectorFinetuner:
             self.average.store(self.parameters)
             self.average.copy_to(self.parameters)
         rows, size, totals = self.held_out.repeat(HELD_OUT_PASSES), self.config.train_batch_size, [0.0, 0.0]
-        at_a_time = size // self.accelerator.num_processes  # what fits in training
         with torch.no_grad(), self.corrector.active():
             for number, batch in enumerate(rows.split(size)):
-                for own in torch.arange(len(batch)).split(at_a_time):
+                # As many at a time as a process trains on.
+                for own in torch.arange(len(batch)).split(size // self.accelerator.num_processes):
                     generator = generator_of(self.config.seed, "evaluation", number)
                     losses = self._losses_of(batch, generator, own, self.corrector.module)
                     totals = [
@@ -183,19 +191,28 @@ class CorrectorFinetuner:
     def _save(self) -> None:
         """Write the checkpoint, whole or not at all."""
         optimizer = {f"optimizer.{name}": value for name, value in optimizer_tensors(self.optimizer).items()}
-        tags = {"step": str(self.step), "run": json.dumps(self._resume_signature())}
-        save_tensors(self.path, {**self._weights(), **optimizer}, tags)
+        save_tensors(
+            self.path,
+            {**self._weights(), **optimizer},
+            {"step": str(self.step), "run": json.dumps(self._resume_signature())},
+        )
 
     def _resume_signature(self) -> dict[str, Any]:
         """What the result depends on, and so must not change when the training is resumed."""
-        made_with = {f"corrector's {name}": value for name, value in self.corrector.settings.items()}
-        return {**self.config.resume_signature(), **made_with, "inverted noise": self.data.inverted.fingerprint}
+        return {
+            **self.config.resume_signature(),
+            **{f"corrector's {name}": value for name, value in self.corrector.settings.items()},
+            "inverted noise": self.data.inverted.fingerprint,
+        }
 
     def _load(self) -> None:
         with safe_open(self.path, framework="pt") as file:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        defaults = default_values(self.config)
+        defaults = {
+            **default_values(self.config),
+            **{f"corrector's {name}": value for name, value in self.corrector.default_settings.items()},
+        }
         refuse_changes(self.path, json.loads(metadata["run"]), self._resume_signature(), defaults)
         self.step = int(metadata["step"])
         for name, tensor in self._weights().items():

@@ -4,7 +4,6 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from diffusers import DiffusionPipeline
 from ..core.losses import guided as guide
 from ..core.noise_schedules import NoiseSchedule
 from ..pipelines.conditioning import Conditioning, record_conditioning
-from ..pipelines.denoiser_call import DenoiserCall, denoiser_of, replay
+from ..pipelines.denoiser_call import denoiser_of, replay
 from ..pipelines.denoiser_format import DenoiserFormat
 from ..pipelines.introspection import introspect
 from ..pipelines.schedulers import Sampler
@@ -25,75 +24,54 @@ ROUNDING = 1e-5  # of noise levels, which are sums of float32 step sizes
 Velocity = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
 
 
-@dataclass(frozen=True)
 class FlowSampler:
     """
-    The Euler sampler that a pipeline call with certain arguments runs.
+    The Euler sampler that a pipeline call with certain arguments runs, as [`introspect`] finds it.
 
     Args:
         pipeline (`DiffusionPipeline`):
             The flow pipeline.
         kwargs (`dict`):
             Arguments of the pipeline call.
+        guided (`bool`):
+            Whether the velocity is the guided one; otherwise it is that of the conditional branch.
+        denoiser_format (`type`, *optional*):
+            Subclass of [`DenoiserFormat`] for a denoiser that the default does not read.
+
+    Attributes:
         call ([`DenoiserCall`]):
             How the pipeline calls its denoiser.
         sampler ([`Sampler`]):
             A copy of its scheduler, with the timesteps of the call.
-        steps (`Sequence[float]`):
+        steps (`list[float]`):
             Step sizes h_i, from noise to data.
         like (`torch.Tensor` of shape `(1, ...)`):
             Latents as the denoiser gets them, for shape, dtype and device.
         guidance_scale (`float` or `None`):
             w of the velocity's guidance `u + w (c - u)`; `None` where it is that of the conditional branch.
+
+    Raises:
+        `ValueError`: the scheduler's step is not Euler's, or `guided` is set and the call has no guidance.
     """
 
-    pipeline: DiffusionPipeline
-    kwargs: dict[str, Any]
-    call: DenoiserCall
-    sampler: Sampler
-    steps: Sequence[float]
-    like: torch.Tensor
-    guidance_scale: float | None
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         pipeline: DiffusionPipeline,
         kwargs: dict[str, Any],
         guided: bool,
         denoiser_format: type[DenoiserFormat] | None = None,
-    ) -> "FlowSampler":
-        """
-        Introspect a pipeline, see [`introspect`].
-
-        Args:
-            pipeline, kwargs:
-                See [`FlowSampler`].
-            guided (`bool`):
-                Whether the velocity is the guided one; otherwise it is that of the conditional branch.
-            denoiser_format (`type`, *optional*):
-                Subclass of [`DenoiserFormat`] for a denoiser that the default does not read.
-
-        Raises:
-            `ValueError`: the scheduler's step is not Euler's, or `guided` is set and the call has no guidance.
-        """
+    ):
         introspection = introspect(pipeline, kwargs, denoiser_format)
-        call, sampler = introspection.call, introspection.sampler
-        steps = euler_steps(sampler)
-        if guided and not (call.is_guided and call.guidance_scale is not None):
+        self.pipeline, self.kwargs = pipeline, kwargs
+        self.call, self.sampler = introspection.call, introspection.sampler
+        self.steps = euler_steps(self.sampler)
+        self.guidance_scale = self.call.guidance_scale if guided else None
+        if guided and not (self.call.is_guided and self.guidance_scale is not None):
             raise ValueError(
                 f"guided=True: {type(pipeline).__name__} with these pipeline_kwargs does not guide by u + w (c - u). "
                 "Ask for guidance in pipeline_kwargs, or leave `guided` out."
             )
-        return cls(
-            pipeline,
-            kwargs,
-            call,
-            sampler,
-            steps,
-            like=call.format.latents(introspection.first_step[0])[:1],
-            guidance_scale=call.guidance_scale if guided else None,
-        )
+        self.like = self.call.format.latents(introspection.first_step[0])[:1]
 
     @property
     def levels(self) -> list[float]:

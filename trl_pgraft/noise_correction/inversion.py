@@ -132,7 +132,7 @@ def invert_flow(
 
         steps = [after - before for before, after in zip(levels[:-1], levels[1:], strict=True)]
         return invert(at_step, steps, latents, tolerance, max_iterations)[0]
-    sampler = FlowSampler.of(model, pipeline_kwargs or {}, guided, denoiser_format)
+    sampler = FlowSampler(model, pipeline_kwargs or {}, guided, denoiser_format)
     sampler.check_shape(latents)
     velocity = sampler.velocity(sampler.record(list(prompts) if prompts is not None else [""] * len(latents)))
     return invert(velocity, sampler.steps, latents.to(device_of(model)), tolerance, max_iterations)[0]

@@ -114,8 +114,12 @@ class NoiseCorrectionTrainer:
         self.pipeline, self.output_dir = pipeline, Path(config.output_dir)
         # In its own precision: an inverse cannot be more exact than that.
         place_pipeline(pipeline, self.accelerator.device)
-        kwargs = {**(pipeline_kwargs or {}), "num_inference_steps": config.num_inference_steps}
-        self.sampler = FlowSampler.of(pipeline, kwargs, config.guided, denoiser_format)
+        self.sampler = FlowSampler(
+            pipeline,
+            {**(pipeline_kwargs or {}), "num_inference_steps": config.num_inference_steps},
+            config.guided,
+            denoiser_format,
+        )
         self.inverter = DatasetInverter(self.sampler, self.train_dataset, encode, config, self.output_dir / "inverted")
         # A Gaussian is made when it is fitted.
         self.corrector: Corrector | None = (
@@ -205,8 +209,9 @@ class NoiseCorrectionTrainer:
             [`InversionError`]: see [`~NoiseCorrectionTrainer.invert`].
         """
         if self.config.corrector == "gaussian":
-            rows = split(len(self.train_dataset), self.config)[1]
-            GaussianCorrector.check_size(len(rows), self.sampler.like[0].numel())
+            GaussianCorrector.check_size(
+                len(split(len(self.train_dataset), self.config)[1]), self.sampler.like[0].numel()
+            )
         data = self.invert()
         if self.accelerator.is_main_process and not self.config.resume_from_checkpoint:
             archive_previous_run(self.output_dir, [CHECKPOINT_FILE, METRICS_FILE, CORRECTOR_FOLDER])
@@ -239,9 +244,9 @@ class NoiseCorrectionTrainer:
             )
         has_prompts = "prompt" in self.train_dataset.column_names
         prompts = list(self.train_dataset["prompt"]) if has_prompts else [""] * len(self.train_dataset)
-        unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-        rows = torch.tensor([unique[prompts[row]] for row in data.rows.tolist()])
-        return CorrectorData(data, rows, self.sampler.call, self.sampler.record(list(unique)))
+        row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+        rows = torch.tensor([row_of[prompts[sample]] for sample in data.rows.tolist()])
+        return CorrectorData(data, rows, self.sampler.call, self.sampler.record(list(row_of)))
 
     def log(self, metrics: dict[str, float]) -> None:
         """Append a line of `metrics` to `metrics.jsonl` in the output folder."""

@@ -15,6 +15,7 @@ A `FlowCorrector` is trained. It also has
 - `module`: the module that is called, and prepared by accelerate for training;
 - `parameters`: the trained parameters, in an order that is the same in every process and after a resume;
 - `settings`: what it was made with, by name, so that the checkpoint of a corrector made otherwise is refused;
+- `default_settings`: what a setting counts as where the checkpoint is older than it;
 - `active()`: the context that training stays inside, its backward passes too;
 - a call `(x, signal, call, conditioning, model)`: predict the target u of `transport.py`.
 """

@@ -15,6 +15,7 @@ from peft import PeftConfig
 from ...adapters.files import load_frozen_adapter, save_adapter_weights
 from ...adapters.gate import gate_on
 from ...adapters.lora import AdapterSwitch, adapter_parameters, add_adapter, tuner_layers, without_adapters
+from ...config import default_values
 from ...pipelines.denoiser_call import DenoiserCall, denoiser_of, replay
 from ...pipelines.denoiser_format import uncompiled
 from ...pipelines.placement import check_adaptable
@@ -80,6 +81,10 @@ class LoraCorrector:
     @property
     def settings(self) -> dict[str, Any]:
         return adapter_values(uncompiled(self.module).peft_config[CORRECTION_ADAPTER].to_dict())
+
+    @property
+    def default_settings(self) -> dict[str, Any]:
+        return adapter_values(default_values(uncompiled(self.module).peft_config[CORRECTION_ADAPTER]))
 
     @contextmanager
     def active(self) -> Iterator[None]:

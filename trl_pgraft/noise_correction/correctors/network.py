@@ -29,6 +29,7 @@ class NetworkCorrector:
     """
 
     kind: ClassVar[str] = "network"
+    default_settings: ClassVar[dict[str, Any]] = {}
     module: ModelMixin
     correct = transport  # a method: corrector.correct(noise, call, conditioning, steps)
     active = nullcontext

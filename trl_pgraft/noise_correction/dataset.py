@@ -216,8 +216,12 @@ class DatasetInverter:
     def _sampler_tag(self) -> list[Any]:
         """Identifies the models bit for bit, the sampler, and how its first steps are inverted."""
         sampler, config = self.sampler, self.config
-        modules = {n: uncompiled(m) for n, m in sampler.pipeline.components.items() if isinstance(m, torch.nn.Module)}
-        parameters = {f"{name}.{n}": p for name, module in modules.items() for n, p in module.named_parameters()}
+        parameters = {
+            f"{name}.{n}": parameter
+            for name, module in sampler.pipeline.components.items()
+            if isinstance(module, torch.nn.Module)
+            for n, parameter in uncompiled(module).named_parameters()
+        }
         # A corrector's adapter takes no part in the inversion, and PEFT renames the layers that it wraps.
         own = {n.replace(".base_layer", ""): p for n, p in parameters.items() if f".{CORRECTION_ADAPTER}." not in n}
         seed = config.seed if self.steps < len(sampler.steps) else None

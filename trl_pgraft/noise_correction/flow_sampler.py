@@ -109,8 +109,8 @@ class FlowSampler:
             arguments = (denoiser, self.call, x.to(self.like.dtype), timesteps)
             found = replay(*arguments, on_device.rows(rows.tolist(), x.device))
             if self.guidance_scale is not None:
-                unconditional = replay(*arguments, on_device.rows(rows.tolist(), x.device, unconditional=True))
-                found = guide(unconditional, found, self.guidance_scale)
+                unconditional = on_device.rows(rows.tolist(), x.device, unconditional=True)
+                found = guide(replay(*arguments, unconditional), found, self.guidance_scale)
             return found.to(x.dtype)
 
         return velocity

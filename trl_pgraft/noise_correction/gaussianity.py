@@ -160,8 +160,9 @@ def two_sample_accuracy(a: torch.Tensor, b: torch.Tensor, generator: torch.Gener
 
 
 def _features(x: torch.Tensor) -> torch.Tensor:
-    axes = range(1, x.ndim) if x.ndim > 2 else [1]
-    products = [x.narrow(axis, 0, x.shape[axis] - 1) * x.narrow(axis, 1, x.shape[axis] - 1) for axis in axes]
+    products = [
+        x.narrow(axis, 0, x.shape[axis] - 1) * x.narrow(axis, 1, x.shape[axis] - 1) for axis in range(1, x.ndim)
+    ]
     return torch.cat([part.flatten(1) for part in (x, x.square(), *products)], dim=1)
 
 

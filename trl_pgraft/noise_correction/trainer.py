@@ -106,36 +106,26 @@ class NoiseCorrectionTrainer:
                 "processes that share it."
             )
         # Read all columns, images as PIL's and latents as arrays, whatever format is set. A transform is kept.
-        self.train_dataset = (
-            train_dataset
-            if train_dataset.format["type"] == "custom"
-            else train_dataset.with_format("numpy" if "latents" in train_dataset.column_names else None)
-        )
+        plain = train_dataset.with_format("numpy" if "latents" in train_dataset.column_names else None)
+        self.train_dataset = train_dataset if train_dataset.format["type"] == "custom" else plain
         self.pipeline, self.output_dir = pipeline, Path(config.output_dir)
         # In its own precision: an inverse cannot be more exact than that.
         place_pipeline(pipeline, self.accelerator.device)
-        self.sampler = FlowSampler(
-            pipeline,
-            {**(pipeline_kwargs or {}), "num_inference_steps": config.num_inference_steps},
-            config.guided,
-            denoiser_format,
-        )
+        kwargs = {**(pipeline_kwargs or {}), "num_inference_steps": config.num_inference_steps}
+        self.sampler = FlowSampler(pipeline, kwargs, config.guided, denoiser_format)
         self.inverter = DatasetInverter(self.sampler, self.train_dataset, encode, config, self.output_dir / "inverted")
         # A Gaussian is made when it is fitted.
         self.corrector: Corrector | None = (
             None if config.corrector == "gaussian" else self._make_corrector(peft_config, network)
         )
+        trained_for = {
+            "base_model": repository_of(pipeline),
+            "num_inference_steps": config.num_inference_steps,
+            "guided": config.guided,
+            "samples": len(train_dataset),
+        }
         self.corrected = NoiseCorrectedPipeline(
-            pipeline,
-            self.corrector,
-            config.corrector_steps,
-            trained_for={
-                "base_model": repository_of(pipeline),
-                "num_inference_steps": config.num_inference_steps,
-                "guided": config.guided,
-                "samples": len(train_dataset),
-            },
-            denoiser_format=denoiser_format,
+            pipeline, self.corrector, config.corrector_steps, trained_for, denoiser_format
         )
 
     def _make_corrector(self, peft_config: PeftConfig | None, network: ModelMixin | None) -> FlowCorrector:
@@ -145,10 +135,9 @@ class NoiseCorrectionTrainer:
                 denoiser, peft_config or default_lora_config(uncompiled(denoiser), self.config.lora_rank), seed
             )
         else:
-            if network is None:
-                with torch.random.fork_rng():
-                    torch.manual_seed(seed)
-                    network = make_network(tuple(self.sampler.like.shape[1:]), self.config.network_channels)
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                network = network or make_network(tuple(self.sampler.like.shape[1:]), self.config.network_channels)
             corrector = NetworkCorrector(network.to(self.accelerator.device).eval().requires_grad_(True))
         if self.config.gradient_checkpointing:
             uncompiled(corrector.module).enable_gradient_checkpointing()

@@ -59,8 +59,8 @@ class PGraftTrainer:
         samples_dataset (`datasets.Dataset`, *optional*):
             Samples that a run kept, of one or several iterations, to train on without sampling.
         peft_config (`PeftConfig`, `str` or `Path`, *optional*):
-            Adapter, by default a LoRA on the attention; or folder or Hub repository of one to continue. One of this
-            library must have the configuration's switch level; any other needs `tuned_fraction=1.0`.
+            Adapter (by default a LoRA on the attention), or folder or Hub repository of one to continue: one of this
+            library at its own switch level, any other with `tuned_fraction=1.0`.
         pipeline_kwargs (`dict`, *optional*):
             Further arguments of the pipeline call, such as `height`.
         callbacks (`list[TrainerCallback]`, *optional*):
@@ -134,8 +134,7 @@ class PGraftTrainer:
         if resume_from_checkpoint:
             self.state = self.run_folder.resume(resume_from_checkpoint, self.state)
             self.callbacks.values["optimizer"] = self.finetuner.optimizer
-        default = self.config.num_epochs if self.samples_dataset is None else 1
-        self.epochs = default if epochs is None else epochs
+        self.epochs = (self.config.num_epochs if self.samples_dataset is None else 1) if epochs is None else epochs
         self.run_folder.begin(self.run_log, self.state)
         self.publisher.check(first_iteration=self.state.epoch)
         begin_training(self.finetuner, self.images_per_round, self.epochs, self.state, self.callbacks)
@@ -186,10 +185,9 @@ class PGraftTrainer:
         self, prompts: Sequence[str] | None = None, reference: bool = False, columns: dict[str, list] | None = None
     ) -> Evaluation:
         """
-        Sample one image of each prompt, with seeds that depend on its place alone, and score it.
+        Sample and score one image of each of `prompts` (by default the held-out ones), with seeds by place alone.
 
-        `prompts` (by default the held-out ones) may have further `columns`, lists of a value for each prompt. With
-        `reference` (default `False`) the reference model samples. Raises a `ValueError` where there are no prompts.
+        Further `columns` are lists of one value a prompt; with `reference` (default `False`) the reference samples.
         """
         return self.collector.evaluate(self.held_out if prompts is None else with_columns(prompts, columns), reference)
 
@@ -222,10 +220,9 @@ class PGraftTrainer:
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | Sequence[str] | None = None
     ) -> None:
         """
-        Write a model card with images of base and tuned model into `adapter_dir`.
+        Write a card with images of both models to `adapter_dir`, headed `model_name` (by default the repository's).
 
-        `model_name` is its heading (by default the repository's name), `dataset_name` the dataset repository that it
-        names (`config.hub_dataset_id`), and `tags` one or several further tags (none).
+        It names a dataset repository `dataset_name` (by default `config.hub_dataset_id`) and further `tags` (none).
         """
         if self.accelerator.is_main_process:
             shown = some_prompts(self.held_out, self.samples_dataset, self.output_dir / "samples")
@@ -244,9 +241,8 @@ class PGraftTrainer:
         """
         Save the adapter, write its card (`kwargs` are for `create_model_card`), push both to `config.hub_model_id`.
 
-        `commit_message`, `token` (by default `config.hub_token`) and branch (`revision`, by default the main one) are
-        the commit's. Returns the repository on the main process, or a future of it if not `blocking`. Raises
-        [`PushError`] where the Hub does not take it; the message has the command that pushes it later.
+        `commit_message`, `token` (by default `config.hub_token`), branch `revision` (the main one): the commit's.
+        Returns the main process the repository, or a future if not `blocking`. See [`Publisher.push_adapter`].
         """
         self.run_folder.save_adapter(self.adapter_dir)
         self.publisher.complete_name()

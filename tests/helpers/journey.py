@@ -20,7 +20,7 @@ import trl_pgraft
 
 
 PACKAGE = Path(trl_pgraft.__file__).parent
-DEPTH = 2
+DEPTH = 3
 
 
 @dataclass
@@ -75,7 +75,7 @@ def followed(carries: Callable[[Any], bool], end: str) -> Iterator[Journey]:
         if event == "call" and name_of(frame):
             started.setdefault(frame, len(started))
         elif event == "return" and name_of(frame):
-            stack, owner = stack_of(frame), frame.f_locals.get("self")
+            stack, owner = stack_of(frame), frame.f_locals.get("self", frame.f_locals.get("cls"))
             is_end = f"{stack[0]}:{frame.f_code.co_name}" == end
             is_function = not frame.f_code.co_name.startswith("<")  # and no comprehension
             if is_function and len(stack) <= DEPTH + 1 and not carries(owner) and (carries(result) or is_end):

@@ -261,7 +261,7 @@ def add_random_adapter(
 
 @contextmanager
 def adapter_use(denoiser: nn.Module, name: str = "pgraft") -> Iterator[dict[float, bool]]:
-    """Timestep of each denoiser call made inside the block (as the denoiser is told) -> was the adapter computed?"""
+    """Timestep of each denoiser call made inside the block (on its own clock) -> was the adapter computed?"""
     use: dict[float, bool] = {}
     computed: list[bool] = []
 

@@ -114,10 +114,10 @@ def test_a_step_is_trained_saved_loaded_and_gated(case, fraction, tmp_path):
     with tiny.adapter_use(denoiser_of(pipeline)) as use:
         inputs = case.inputs(pipeline, arguments, [0, 1])
         call_pipeline(pipeline, PROMPTS, [5, 6], {**arguments, "output_type": "pt"}, inputs)
-    told = {trainer.policy.call.training_timestep(timestep): is_on for timestep, is_on in use.items()}
-    assert told == {t: fraction == 1.0 or t > gate.switch_timestep for t in told}
-    assert list(told.values()).count(True) == (len(told) if fraction == 1.0 else trainer.policy.levels.step_index)
-    assert len(told) == len(pipeline.scheduler.timesteps[-len(told) :]) >= 3
+    is_on = {trainer.policy.call.training_timestep(timestep): used for timestep, used in use.items()}
+    assert is_on == {t: fraction == 1.0 or t > gate.switch_timestep for t in is_on}
+    assert list(is_on.values()).count(True) == (len(is_on) if fraction == 1.0 else trainer.policy.levels.step_index)
+    assert len(is_on) == len(pipeline.scheduler.timesteps[-len(is_on) :]) >= 3
 
 
 def test_a_second_denoiser_at_low_noise_is_left_alone(tmp_path):

@@ -139,13 +139,13 @@ def test_a_lora_that_the_text_encoder_has_stays_as_it_is(sd, config):
     options = {"reward_function": brightness, "prompt_function": lambda: ("a", {})}
     trainer = PGraftTrainer(config(), sd_pipeline=sd, **options)
     plain = PGraftTrainer(config(), sd_pipeline=tiny_sd(), **options)
-    drawn, without = (t.evaluate(["a"], reference=True).images for t in (trainer, plain))
-    assert not torch.equal(drawn, without), "it takes part"
+    sampled, without = (t.evaluate(["a"], reference=True).images for t in (trainer, plain))
+    assert not torch.equal(sampled, without), "it takes part"
     trainer.train()
     after = dict(sd.text_encoder.named_parameters())
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
     assert not any(p.requires_grad or p.grad is not None for p in after.values())
-    assert torch.equal(trainer.evaluate(["a"], reference=True).images, drawn)
+    assert torch.equal(trainer.evaluate(["a"], reference=True).images, sampled)
 
 
 @pytest.mark.parametrize("targets", [["nonesuch"], "nonesuch"])

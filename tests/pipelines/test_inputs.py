@@ -192,24 +192,24 @@ def test_guidance_goes_where_the_pipeline_has_it():
 
 @pytest.mark.parametrize("name", ["image to image", "DiT", "SD 1.5"])
 def test_a_stored_round_is_trained_on_with_its_inputs(name, tmp_path):
-    """What was stored and read again is fitted with the conditioning that it was drawn with, to the same adapter."""
+    """Stored samples are trained on with the conditioning that they were sampled with, to the same adapter."""
     case = CASES[name]
-    drawn = make_trainer(case, tmp_path / "drawn", sample_num_batches_per_epoch=4)
-    drawn.train()
-    files = [str(path) for path in (tmp_path / "drawn" / "samples").rglob("*.parquet")]
+    sampled = make_trainer(case, tmp_path / "sampled", sample_num_batches_per_epoch=4)
+    sampled.train()
+    files = [str(path) for path in (tmp_path / "sampled" / "samples").rglob("*.parquet")]
     dataset = datasets.Dataset.from_parquet(files)
     for column, values in case.columns.items():
         kept = {row["group"]: _content(row[f"input_{column}"]) for row in dataset}
         assert len(kept) == 4 and set(kept.values()) == {_content(value) for value in values}
     stored = PGraftTrainer(
-        GraftConfig(**{**drawn.config.__dict__, "output_dir": str(tmp_path / "stored")}),
+        GraftConfig(**{**sampled.config.__dict__, "output_dir": str(tmp_path / "stored")}),
         brightness,
         sd_pipeline=case.make(),
         samples_dataset=dataset,
         pipeline_kwargs=case.kwargs,
     )
     (metrics,) = stored.train()
-    assert metrics["loss"] == pytest.approx(drawn.history[0]["loss"], rel=1e-4)
+    assert metrics["loss"] == pytest.approx(sampled.history[0]["loss"], rel=1e-4)
 
 
 def _content(value):
@@ -318,5 +318,5 @@ def test_steps_that_an_image_skips_are_not_tuned(tmp_path):
     steps = trainer.pipeline.scheduler.timesteps.tolist()
     assert len(steps) == 4 and trainer.policy.levels.highest == steps[1]
     assert trainer.policy.switch.state_timestep == steps[3]
-    drawn = trainer.policy.levels.sample(100, torch.Generator().manual_seed(0))
-    assert drawn.max() <= steps[1] and drawn.min() > trainer.policy.switch.switch_timestep
+    sampled = trainer.policy.levels.sample(100, torch.Generator().manual_seed(0))
+    assert sampled.max() <= steps[1] and sampled.min() > trainer.policy.switch.switch_timestep

@@ -92,9 +92,9 @@ def test_introspection_leaves_no_trace(sd):
 
 def test_sampler_timesteps_are_those_of_a_run(sd, flux):
     for pipeline in (sd, flux):
-        asked = introspect(pipeline, GUIDED).sampler.timesteps
+        found = introspect(pipeline, GUIDED).sampler.timesteps
         pipeline(prompt="a", output_type="latent", **GUIDED)
-        assert asked == pipeline.scheduler.timesteps.tolist()
+        assert found == pipeline.scheduler.timesteps.tolist()
 
 
 def test_a_denoiser_without_a_timestep_is_refused(sd):

@@ -206,12 +206,12 @@ def test_the_tuned_fraction_is_a_share_of_steps(name, spacing):
             assert levels.level_i[1] == pytest.approx(sigma, abs=0.007 if case.is_rounded else 1e-4)
 
 
-def calls_under_the_gate(pipeline, call, switch_timestep, steps, told_of_the_pipeline=True):
+def calls_under_the_gate(pipeline, call, switch_timestep, steps, knows_the_pipeline=True):
     """Timesteps of the denoiser's calls, and whether the adapter was on."""
-    told = pipeline if told_of_the_pipeline else None
+    given = pipeline if knows_the_pipeline else None
     seen = []
     with_constant_data(pipeline, torch.zeros(shape_of(pipeline)), seen)
-    with TimestepGate(denoiser_of(pipeline), "pgraft", switch_timestep, call.clock, told):
+    with TimestepGate(denoiser_of(pipeline), "pgraft", switch_timestep, call.clock, given):
         run(pipeline, steps, batch=1)
     return [t for t, _ in seen], [is_on for _, is_on in seen]
 

@@ -34,21 +34,21 @@ def levels_of(pipeline, fraction, steps=10, **options):
 @pytest.mark.parametrize("switch", [None, 0.0, 400.0, 400.5, 998.2])
 def test_flow_timesteps_are_above_the_switch_and_cover_the_range(switch):
     tuned = levels(FLOW, switch)
-    drawn = tuned.draw(4000, generator())
+    sampled = tuned.sample(4000, generator())
     low = switch or 0.0
-    assert drawn.dtype == torch.float64 and drawn.shape == (4000,)
-    assert ((drawn > low) & (drawn <= 1000)).all()
-    assert drawn.min() < low + 0.002 * (1000 - low) and drawn.max() > 1000 - 0.002 * (1000 - low)
+    assert sampled.dtype == torch.float64 and sampled.shape == (4000,)
+    assert ((sampled > low) & (sampled <= 1000)).all()
+    assert sampled.min() < low + 0.002 * (1000 - low) and sampled.max() > 1000 - 0.002 * (1000 - low)
 
 
 @pytest.mark.parametrize("switch", [None, 400.0, 400.5, 997.5])
 def test_vp_timesteps_are_integers_above_the_switch_and_all_of_them(switch):
-    drawn = levels(VP, switch).draw(100_000, generator())
+    sampled = levels(VP, switch).sample(100_000, generator())
     lowest = 0 if switch is None else math.floor(switch) + 1
-    assert sorted(set(drawn.tolist())) == [float(t) for t in range(lowest, 1000)]
+    assert sorted(set(sampled.tolist())) == [float(t) for t in range(lowest, 1000)]
     low = -1 if switch is None else switch
     for timestep, share in ((lowest, lowest - low), (lowest + 1, 1), (999, 1)):
-        frequency = (drawn == timestep).double().mean().item()
+        frequency = (sampled == timestep).double().mean().item()
         assert frequency * (999 - low) == pytest.approx(share, abs=0.05)
 
 
@@ -56,23 +56,23 @@ def test_vp_timesteps_are_integers_above_the_switch_and_all_of_them(switch):
 def test_the_lower_end_is_never_drawn(schedule, monkeypatch):
     """Not even where the random number is the largest that there is."""
     monkeypatch.setattr(torch, "rand", lambda n, generator: torch.full((n,), 1 - 2**-24))
-    assert (levels(schedule, 400.0).draw(64, generator()) > 400).all()
+    assert (levels(schedule, 400.0).sample(64, generator()) > 400).all()
     monkeypatch.setattr(torch, "rand", lambda n, generator: torch.zeros(n))
-    assert levels(schedule, 400.0).draw(64, generator()).max() == (1000 if schedule.is_flow else 999)
+    assert levels(schedule, 400.0).sample(64, generator()).max() == (1000 if schedule.is_flow else 999)
 
 
 def test_draws_are_stratified_in_random_order():
-    drawn = levels(FLOW, 500.0).draw(50, generator())
-    strata = ((1000 - drawn) / 10).long()
+    sampled = levels(FLOW, 500.0).sample(50, generator())
+    strata = ((1000 - sampled) / 10).long()
     assert sorted(strata.tolist()) == list(range(50)), "one in each fiftieth of the range"
     assert strata.tolist() != sorted(strata.tolist())
-    assert torch.equal(drawn, levels(FLOW, 500.0).draw(50, generator()))
+    assert torch.equal(sampled, levels(FLOW, 500.0).sample(50, generator()))
 
 
 def test_on_the_samplers_grid_each_tuned_step_is_drawn_equally_often():
     grid = [901.0, 701.0, 501.0]
-    drawn = levels(VP, 400.0, grid).draw(9, generator())
-    assert sorted(drawn.tolist()) == sorted(3 * grid)
+    sampled = levels(VP, 400.0, grid).sample(9, generator())
+    assert sorted(sampled.tolist()) == sorted(3 * grid)
 
 
 def test_bins_split_the_tuned_range():
@@ -103,7 +103,7 @@ def test_the_switch_lies_between_the_last_tuned_and_the_first_reference_step(fix
 
 def test_the_lowest_training_timestep_is_noisier_than_the_state(sd):
     tuned, switch = levels_of(sd, 0.5)
-    alpha, sigma = tuned.schedule(tuned.draw(2000, generator()))
+    alpha, sigma = tuned.schedule(tuned.sample(2000, generator()))
     log_snr = 2 * (alpha / sigma).log()
     assert (log_snr < 2 * math.log(tuned.level_i[0] / tuned.level_i[1])).all()
 

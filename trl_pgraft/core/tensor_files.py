@@ -22,7 +22,7 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], tags: dict[str, s
         tensors (`dict[str, torch.Tensor]`):
             Tensors by name, on any device.
         tags (`dict[str, str]`):
-            What tells this file from one of other data or another configuration; stored in its metadata.
+            What distinguishes this file from one of other data or settings; stored in its metadata.
     """
     with atomic_save(path) as aside:
         own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -40,8 +40,8 @@ def load_tensors(path: Path, tags: dict[str, str]) -> dict[str, torch.Tensor] | 
             As given to [`save_tensors`].
 
     Returns:
-        `dict[str, torch.Tensor]` or `None`: `None` where there is no file, it has other tags, or it is damaged, of
-            which a warning tells.
+        `dict[str, torch.Tensor]` or `None`: `None` where there is no file, it has other tags, or it is damaged; a
+            warning names a damaged file.
     """
     if not path.is_file():
         return None

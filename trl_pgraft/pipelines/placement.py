@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Where a pipeline's modules are: offloaded between its calls, on the device for a fit, on meta and so refused."""
+"""Where a pipeline's modules are: offloaded between its calls, on the device for training, or refused on meta."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

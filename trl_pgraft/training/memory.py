@@ -28,7 +28,7 @@ class MemoryEstimate:
     Args:
         pipeline (`int`):
             Weights of all components, in the precision they are in; with `enable_model_cpu_offload` of the denoiser
-            alone, which is what a fit has on the device.
+            alone, which is what fine-tuning has on the device.
         adapter (`int`):
             Weights of the adapter, which are in float32.
         gradients (`int`):

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
-from cases import CASES, SMALL, brightness, make_trainer
-from diffusers import DDIMScheduler, LCMScheduler
+from cases import BLACK, CASES, SMALL, brightness, make_trainer
+from diffusers import ControlNetModel, DDIMScheduler, LCMScheduler, StableDiffusionControlNetPipeline
 from peft import LoraConfig, inject_adapter_in_model
 from tiny_pipelines import ToyPipeline, tiny_ddpm, tiny_flux, tiny_inpainting, tiny_sd, tiny_unet
 from tiny_transformers import tiny_lumina2, tiny_qwen_image, tiny_z_image
@@ -13,9 +14,10 @@ from worked_overrides import overrides
 
 from trl_pgraft import DenoiserFormat, GraftConfig, PGraftTrainer
 from trl_pgraft.adapters.lora import add_adapter
-from trl_pgraft.pipelines.checks import check_call, check_peft_config, warn_if_distilled
+from trl_pgraft.pipelines.checks import check_call, check_peft_config, check_steps, warn_if_distilled
 from trl_pgraft.pipelines.inputs import sampling_arguments
 from trl_pgraft.pipelines.introspection import introspect
+from trl_pgraft.pipelines.timesteps import tuned_levels
 
 
 LUMINA = CASES["Lumina 2"].kwargs
@@ -114,6 +116,74 @@ def test_without_the_rescaling_all_losses_are_taken():
 def test_another_guidance_scale_needs_the_denoisers_own_output(tmp_path):
     with pytest.raises(ValueError, match="ListFormat overrides what the prediction is"):
         make_trainer(CASES["Z-Image"], tmp_path, tuned_guidance_scale=1.0)
+
+
+# What changes from step to step.
+
+
+def tiny_controlnet():
+    torch.manual_seed(5)
+    net = ControlNetModel(
+        in_channels=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        attention_head_dim=4,
+        norm_num_groups=4,
+        conditioning_embedding_out_channels=(4, 8),
+    ).eval()
+    for parameter in net.parameters():  # in a trained one the zero convolutions are not zero
+        if not parameter.any():
+            parameter.data.normal_(0, 0.3)
+    return net
+
+
+def steps_of(pipeline, fraction=0.5, **kwargs):
+    """Introspect a pipeline of ten steps, and check those that this fraction tunes."""
+    config = GraftConfig(sample_num_steps=10, sample_guidance_scale=3.0, tuned_fraction=fraction)
+    found = introspect(pipeline, sampling_arguments(config, pipeline, kwargs))
+    check_steps(found, tuned_levels(config, found.sampler)[0].step_index, pipeline)
+
+
+def test_residuals_that_depend_on_the_state_are_refused_by_name(sd):
+    parts = {**sd.components, "controlnet": tiny_controlnet()}
+    pipeline = StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
+    named = "down_block_additional_residuals, mid_block_additional_residual, which depends on a sample's seed"
+    with pytest.raises(ValueError, match=f"StableDiffusionControlNetPipeline gives its denoiser {named}"):
+        steps_of(pipeline, image=BLACK)
+
+
+def test_an_argument_that_changes_in_a_tuned_step_is_refused_by_name(sd):
+    def change_the_text(pipeline, step, timestep, tensors):
+        return {"prompt_embeds": tensors["prompt_embeds"] + (step == 3)}
+
+    further = {"callback_on_step_end": change_the_text, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    with pytest.raises(
+        ValueError, match="another encoder_hidden_states in step 5 of 10.*tuned_fraction to at most 0.4"
+    ):
+        steps_of(sd, **further)
+    steps_of(sd, fraction=0.4, **further)
+
+
+def test_guidance_that_ends_in_a_tuned_step_is_refused(tmp_path):
+    """Before it ends all is as with constant guidance, also the state that enters the first step without it."""
+    further = {**LUMINA, "cfg_normalization": False, "cfg_trunc_ratio": 0.5}
+    with pytest.raises(ValueError, match="guidance in step 6 of 10: 1 branches .*tuned_fraction to at most 0.5"):
+        steps_of(tiny_lumina2(), fraction=0.6, **further)
+    case = replace(CASES["Lumina 2"], kwargs={**further, "cfg_trunc_ratio": 0.5})
+    trainer = make_trainer(case, tmp_path, tuned_fraction=0.5, samples_per_prompt=4, sample_batch_size=4)
+    rollout, _ = trainer.collector.sample_rollout(0)
+    assert [step.branches for step in trainer.policy.introspection.steps] == [2, 2, 1, 1]
+    assert len(rollout.states) == len(rollout.samples) and rollout.states.flatten(1).std(0).min() > 0
+
+
+def test_an_argument_that_depends_on_the_seed_is_refused_by_name():
+    pipeline = ToyPipeline(sign=1)
+    guided = pipeline._guided
+    pipeline._guided = lambda x, t, condition, scale: guided(x, t, condition + x.mean((1, 2, 3)), scale)
+    with pytest.raises(ValueError, match="ToyPipeline gives its denoiser condition, which depends on a sample's seed"):
+        steps_of(pipeline)
 
 
 # Adapters.

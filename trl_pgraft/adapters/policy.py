@@ -18,7 +18,7 @@ from peft import LNTuningConfig, PeftConfig
 from ..config import GraftConfig
 from ..core.seeding import seed_of
 from ..core.switch_level import SwitchLevel
-from ..pipelines.checks import check_call, check_peft_config, warn_if_distilled
+from ..pipelines.checks import check_call, check_peft_config, check_steps, warn_if_distilled
 from ..pipelines.denoiser_call import denoiser_of
 from ..pipelines.denoiser_format import DenoiserFormat, uncompiled
 from ..pipelines.fingerprint import fingerprint_of, sampling_fingerprint
@@ -106,6 +106,7 @@ class Policy:
         self.prediction_type = prediction_type_of(self.pipeline.scheduler)
         self.levels, self.switch = tuned_levels(config, self.introspection.sampler, self.call.clock)
         check_sampler(self.introspection.sampler, self.levels.step_index, config.sample_eta)
+        check_steps(self.introspection, self.levels.step_index, self.pipeline)
         _hand_over(self.switch, sd_pipeline)
         if self.start is not None:
             self.start.check_level(self.switch, config, self.introspection.sampler)

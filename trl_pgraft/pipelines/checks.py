@@ -14,6 +14,7 @@ from ..config import GraftConfig
 from .denoiser_call import DenoiserCall, denoiser_of
 from .denoiser_format import DenoiserFormat
 from .inputs import parameters_of
+from .introspection import Introspection
 
 
 FEW_STEPS = 8
@@ -54,6 +55,47 @@ def check_call(call: DenoiserCall, config: GraftConfig, pipeline: DiffusionPipel
             "pipeline_kwargs (`cfg_normalization=False`, `guidance_rescale=0.0`) where the pipeline lets you, or use "
             "guidance_loss='conditional' without these."
         )
+
+
+def check_steps(introspection: Introspection, step_index: int, pipeline: DiffusionPipeline) -> None:
+    """
+    Check that the denoiser is called alike in all tuned steps, because one recording of a prompt serves them all.
+
+    Args:
+        introspection ([`Introspection`]):
+            What the pipeline's steps showed.
+        step_index (`int`):
+            Denoiser calls that come before x_I, those of the tuned steps.
+        pipeline (`DiffusionPipeline`):
+            The pipeline, for its name.
+
+    Raises:
+        `ValueError`: an argument of the denoiser depends on the seed, or changes with the step or the state, or
+            guidance does; the message names it, and the share of the steps before the change.
+    """
+    name, steps = type(pipeline).__name__, introspection.steps
+    if introspection.seeded:
+        raise ValueError(
+            f"{name} gives its denoiser {', '.join(introspection.seeded)}, which depends on a sample's seed, as the "
+            "residuals of a ControlNet do, and training records it once for each prompt. Tune with a pipeline without "
+            "it, such as the one without the ControlNet, and use the adapter in this one."
+        )
+    first = steps[0]
+    for index, step in enumerate(steps[:step_index]):
+        share = f"Set tuned_fraction to at most {index / len(steps):.3g}, or "
+        if step.changed:
+            raise ValueError(
+                f"{name} gives its denoiser another {', '.join(step.changed)} in step {index + 1} of {len(steps)}: it "
+                "depends on the step or on the state, as a ControlNet's residuals do, and training records it once "
+                f"for each prompt. {share}tune with a pipeline without it, such as the one without the ControlNet."
+            )
+        guidance = (step.branches, step.guidance_scale)
+        if step.denoiser_timestep is not None and guidance != (first.branches, first.guidance_scale):
+            raise ValueError(
+                f"{name} changes its guidance in step {index + 1} of {len(steps)}: {step.branches} branches with "
+                f"scale {step.guidance_scale} after {first.branches} with {first.guidance_scale}, and the tuned steps "
+                f"must be guided alike. {share}let pipeline_kwargs keep the guidance constant."
+            )
 
 
 def warn_if_distilled(pipeline: DiffusionPipeline, call: DenoiserCall, arguments: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from .tree import find_batch_axes, merge_axes
 
 
 GUIDANCE_ARGUMENTS = ("true_cfg_scale", "guidance_scale")
+SEED_TOLERANCE = 0.02  # of an argument's norm: a VAE samples its encoding of an image, in a narrow range
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,15 @@ class StepFacts:
             Rows that the denoiser was given for one image: 1 without classifier-free guidance, 2 with it.
         guidance_scale (`float` or `None`):
             w of `u + w (c - u)`, 1.0 without guidance; `None` where the branches are combined otherwise.
+        changed (`list[str]`):
+            The denoiser's arguments, beside latents and timestep, that are not those of the first step.
     """
 
     timestep: float
     denoiser_timestep: float | None
     branches: int
     guidance_scale: float | None
+    changed: list[str]
 
 
 @dataclass(frozen=True)
@@ -62,13 +66,16 @@ class Introspection:
         first_step (`list[dict]`):
             Named arguments of the denoiser's calls in the first step of one image, at the size of the call.
         steps (`list[StepFacts]`):
-            Timesteps and guidance of every step.
+            Timesteps, guidance and changed arguments of every step.
+        seeded (`list[str]`):
+            The denoiser's arguments, beside the latents, that depend on the seed of the initial noise.
     """
 
     call: DenoiserCall
     sampler: Sampler
     first_step: list[dict[str, Any]]
     steps: list[StepFacts]
+    seeded: list[str]
 
 
 def introspect(
@@ -104,11 +111,15 @@ def introspect(
         conditional = _conditional_branch(pipeline, kwargs, off, (step, unguided), axes, format) if off else 0
         sign, nominal = _sign(unguided, format, pipeline), kwargs.get(*off) if off else None
 
+        other_seed = record_call(pipeline, PROBE_PROMPTS[:1], kwargs, steps=1, seed=1).first
+        first, seeded = step, _changed(step.calls, other_seed.calls, format, tolerance=SEED_TOLERANCE)
+
         def facts(step: Step) -> StepFacts:
             shown = float(format.timestep(step.calls[0]).flatten()[0]) if step.calls else None
             rows = _rows(step, format)
             scale = _guidance_scale(step, format, conditional, sign, nominal) if rows == 2 else 1.0
-            return StepFacts(step.timestep, shown, rows, scale)
+            changed = _changed(first.calls, step.calls, format) if rows == branches else []
+            return StepFacts(step.timestep, shown, rows, scale, changed)
 
         count = len(sampler.timesteps)  # left after the last of them, so that no image is decoded
         steps = record_call(pipeline, PROBE_PROMPTS[:1], kwargs, count, facts).measured
@@ -124,7 +135,7 @@ def introspect(
         batch_axes=axes,
         guidance_scale=steps[0].guidance_scale,
     )
-    return Introspection(call, sampler, step.calls, steps)
+    return Introspection(call, sampler, step.calls, steps, seeded)
 
 
 def _rows(step: Step, format: DenoiserFormat) -> int:
@@ -273,12 +284,23 @@ def _sign(step: Step, format: DenoiserFormat, pipeline: DiffusionPipeline) -> in
     )
 
 
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        same = isinstance(other, torch.Tensor) and one.shape == other.shape
-        return same and torch.allclose(one.float(), other.float(), rtol=1e-3, atol=1e-4)
-    if isinstance(one, dict):
-        return all(_equal(one[name], other[name]) for name in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(_equal, one, other))
-    return True
+def _changed(
+    calls: list[dict[str, Any]], others: list[dict[str, Any]], format: DenoiserFormat, tolerance: float = 0.0
+) -> list[str]:
+    """Names of the conditioning arguments in which the calls of two steps with as many rows differ."""
+    pairs = list(zip(map(format.conditioning, calls), map(format.conditioning, others), strict=False))
+    names = dict.fromkeys(name for pair in pairs for own in pair for name in own)
+    return [name for name in names if not all(_equal(a.get(name), b.get(name), tolerance) for a, b in pairs)]
+
+
+def _equal(one: Any, other: Any, tolerance: float = 1e-3) -> bool:
+    """Whether arguments are equal, tensors to a share of their norm."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and one.shape == other.shape:
+        return bool((one.float() - other.float()).norm() <= tolerance * one.float().norm())
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_equal(one[name], other[name], tolerance) for name in one)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
+        return all(_equal(*pair, tolerance) for pair in zip(one, other, strict=True))
+    if isinstance(one, torch.Tensor | dict | list | tuple) or type(one) is not type(other):
+        return False
+    return one == other or not isinstance(one, float | int | str)

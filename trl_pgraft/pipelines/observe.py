@@ -50,14 +50,13 @@ def record_trajectory(
     on this scheduler object and restored on leaving.
     """
     trajectory = Trajectory(step_index)
-    first = call.conditional_branch * batch_size if call.calls_per_step == 1 else 0
     last_result, calls_before = None, 0
 
     def on_denoiser(arguments: dict[str, Any]) -> None:
         latents = call.format.latents(arguments)
         trajectory.denoiser_calls += latents.shape[0]
         if len(trajectory.timesteps) == step_index and trajectory.x_i is None:
-            trajectory.x_i = latents[first : first + batch_size].clone()
+            trajectory.x_i = latents[:batch_size].clone()  # the same in both branches
 
     def on_step(timestep: Any, result: Any, **_: Any) -> None:
         nonlocal last_result, calls_before

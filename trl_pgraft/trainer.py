@@ -94,7 +94,7 @@ class PGraftTrainer:
     ):
         self.config, self.sd_pipeline, self.image_samples_hook = config, sd_pipeline, image_samples_hook
         self.output_dir = Path(config.project_kwargs.get("project_dir") or config.output_dir)
-        self.adapter_dir, self.callbacks = self.output_dir / "adapter", Callbacks(callbacks or [], config)
+        self.callbacks = Callbacks(callbacks or [], config)
         self.rewards = choose_rewards(reward_function, reward_funcs, reward_weights, required=samples_dataset is None)
         given = (prompt_function, train_dataset, eval_dataset, samples_dataset)
         source, self.held_out = choose_prompts(config, getattr(sd_pipeline, "sd_pipeline", sd_pipeline), *given)
@@ -110,15 +110,14 @@ class PGraftTrainer:
         self.publisher = Publisher(config, self.output_dir, accelerator, samples_dataset is None)
         self.run_folder = RunFolder(self.output_dir, self.finetuner, self.collector)
         self.run_log = RunLog(self.output_dir, accelerator, self.callbacks)
-        self.epochs, self.images_per_round = config.num_epochs, self.collector.images
+        self.epochs = config.num_epochs
         self.state = self.run_folder.resume(config.resume_from or config.resume_from_checkpoint)
         self.run_log.start_trackers(config, starting_adapter=self.policy.start and self.policy.start.source)
         self.callbacks.begin(accelerator, model=self.denoiser, optimizer=self.finetuner.optimizer)
 
-    @property
-    def history(self) -> list[Metrics]:
-        """Metrics logged so far, those before a resume included."""
-        return self.state.history
+    history = property(lambda self: self.state.history, doc="Metrics logged so far, those before a resume included.")
+    images_per_round = property(lambda self: self.collector.images, doc="Images of an iteration, of all processes.")
+    adapter_dir = property(lambda self: self.output_dir / "adapter", doc="Folder of the adapter and its card.")
 
     def sampler(self, reference: bool = False) -> AbstractContextManager[DiffusionPipeline]:
         """A context with the pipeline as the policy samples with it, or as the `reference` (default `False`) does."""

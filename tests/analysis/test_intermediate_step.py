@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from tiny_pipelines import tiny_flux, tiny_sd
 
 from examples import quickstart
@@ -315,3 +316,12 @@ def test_the_script_on_the_embedded_model(tmp_path, monkeypatch, capsys):
     # Hardly anything of a picture shows in nearly pure noise, so its loss is near that of knowing nothing.
     assert first["difficulty_all"] > 5 * last["difficulty_all"]
     assert f"{record['fraction']:g}" in capsys.readouterr().out and (tmp_path / "curves.png").exists()
+
+
+def test_a_candidate_at_another_level_than_its_timesteps_is_refused(make):
+    """With linspace DDIM's steps end elsewhere than at the next timestep; at 1.0 the trainer sees none of it."""
+    options = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
+    pipeline = tiny_sd(DDIMScheduler(**options, steps_offset=1, timestep_spacing="linspace"))
+    trainer = make(pipeline, sample_num_steps=6, tuned_fraction=1.0)
+    with pytest.raises(ValueError, match="other levels than those of the denoiser's timesteps"):
+        choose_intermediate_step(trainer, PROMPTS)

@@ -49,3 +49,15 @@ def test_tensors_of_other_tags_or_of_a_damaged_file_are_not_taken(tmp_path):
     path.write_bytes(path.read_bytes()[:20])
     with pytest.warns(UserWarning, match="values.safetensors cannot be read"):
         assert load_tensors(path, {"made_from": "a"}) is None
+
+
+def test_a_folder_that_is_a_link_is_replaced(tmp_path):
+    """As where a user has moved a checkpoint to another disk."""
+    elsewhere, target = tmp_path / "disk", tmp_path / "run" / "checkpoint"
+    write(elsewhere, "moved")
+    target.parent.mkdir()
+    target.symlink_to(elsewhere, target_is_directory=True)
+    with atomic_save(target) as aside:
+        write(aside, "new")
+    assert (target / "a").read_text() == "new" and (elsewhere / "a").read_text() == "moved"
+    assert list(target.parent.iterdir()) == [target]

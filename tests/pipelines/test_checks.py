@@ -150,8 +150,11 @@ def test_residuals_that_depend_on_the_state_are_refused_by_name(sd):
     parts = {**sd.components, "controlnet": tiny_controlnet()}
     pipeline = StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
     named = "down_block_additional_residuals, mid_block_additional_residual, which depends on a sample's seed"
+    calls = []
+    pipeline.controlnet.register_forward_hook(lambda *_: calls.append(1))
     with pytest.raises(ValueError, match=f"StableDiffusionControlNetPipeline gives its denoiser {named}"):
         steps_of(pipeline, image=BLACK)
+    assert len(calls) == 3, "one at a small size and two at the real one, not one in each step"
 
 
 def test_an_argument_that_changes_in_a_tuned_step_is_refused_by_name(sd):

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import functools
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import pytest
 import torch
 from cases import CASES, make_trainer
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
-from tiny_pipelines import ToyPipeline, tiny_flux
+from tiny_pipelines import ToyPipeline, tiny_flux, tiny_sd
 from tiny_transformers import tiny_wan
 from torch import nn
 
 from trl_pgraft.pipelines.conditioning import record_conditioning
 from trl_pgraft.pipelines.denoiser_call import denoiser_of
+from trl_pgraft.pipelines.inputs import parameters_of
 from trl_pgraft.pipelines.introspection import introspect
 from trl_pgraft.pipelines.stand_in import answer_like
 
@@ -231,3 +233,41 @@ def test_a_stand_in_has_the_layout_of_what_was_returned():
     named = answer_like(torch.ones(2, 4, 2, 2), UNet2DConditionOutput(sample=torch.ones(2, 4, 2, 2)))
     assert named(torch.ones(1, 4, 6, 6)).sample.shape == (1, 4, 6, 6)
     assert answer_like(torch.ones(2, 4, 2, 2), (torch.ones(2, 16),)) is None
+
+
+@pytest.mark.parametrize("make", [lambda: tiny_sd(), lambda: tiny_flux(), lambda: CASES["Wan"].make()])
+def test_an_offloaded_denoiser_computes_one_call_too(make):
+    """What is offloaded is freed after each recording, by which accelerate puts modules' own `forward` back."""
+    pipeline = make()
+    pipeline.enable_model_cpu_offload(device="cpu")
+    denoiser, calls = denoiser_of(pipeline), []
+    next(denoiser.children()).register_forward_hook(lambda *_: calls.append(1))
+    size = {"height": 16, "width": 16} if "num_frames" in parameters_of(pipeline) else {}
+    introspect(pipeline, {"num_inference_steps": 5, "guidance_scale": 3.0, **size})
+    assert len(calls) == 1
+    before = pipeline(prompt="a", num_inference_steps=2, output_type="latent", **size)
+    assert before is not None and len(calls) >= 3, "it computes again"
+
+
+def test_outputs_of_other_kinds_are_stood_in_for():
+    class Named(NamedTuple):
+        sample: torch.Tensor
+        note: str
+
+    @dataclass
+    class Plain:
+        sample: torch.Tensor
+
+    given, larger = torch.ones(2, 4, 2, 2), torch.ones(3, 4, 6, 6)
+    named = answer_like(given, Named(given, "note"))(larger)
+    assert isinstance(named, Named) and named.sample.shape == (3, 4, 6, 6) and named.note == "note"
+    assert answer_like(given, Plain(given))(larger).sample.shape == (3, 4, 6, 6)
+
+
+def test_a_pipeline_that_never_calls_its_denoiser_is_refused():
+    class Idle(ToyPipeline):
+        def __call__(self, prompt, num_inference_steps=2, guidance_scale=1.0, generator=None, output_type="latent"):
+            return torch.zeros(len(prompt), 2, 4, 4)
+
+    with pytest.raises(ValueError, match="its end, without calling its `transformer`"):
+        introspect(Idle())

@@ -346,3 +346,20 @@ def test_an_error_in_a_thread_is_raised():
 
 def test_no_rewards_are_no_columns():
     assert score_all([], batch(), PROMPTS, {}, Patience(0))[0].shape == (3, 0)
+
+
+def test_an_error_while_sampling_does_not_wait_for_the_scores_that_are_queued():
+    started, go = [], threading.Event()
+
+    def slow(number):
+        started.append(number)
+        go.wait(10)
+
+    def items():
+        yield from range(5)
+        go.set()  # the one that runs may end, and the four behind it need not begin
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        map_in_threads(slow, items(), workers=1)
+    assert len(started) <= 2

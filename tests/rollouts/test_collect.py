@@ -4,6 +4,7 @@ from itertools import repeat
 
 import pytest
 import torch
+from runs import make_trainer
 from tiny_pipelines import add_random_adapter, tiny_flux, tiny_sd
 
 from trl_pgraft import GraftConfig, TimestepGate
@@ -174,3 +175,11 @@ def test_weights_stay_without_gradient(sd):
 
 def test_prompt_sources_may_be_endless():
     assert len(form_groups(repeat(("a", {})), 6, 2)) == 3
+
+
+def test_an_acceptance_rule_of_an_unknown_name_is_refused_before_sampling(config):
+    """Also where it was set after the configuration was made."""
+    late = config()
+    late.acceptance = "typo"
+    with pytest.raises(ValueError, match="typo"):
+        make_trainer(late)

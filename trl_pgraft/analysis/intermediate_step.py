@@ -14,6 +14,7 @@ import torch
 
 from ..adapters.policy import Policy
 from ..pipelines.placement import on_device
+from ..pipelines.schedulers import check_sampler
 from ..pipelines.timesteps import TunedLevels, tuned_levels
 from ..rollouts.collect import RolloutCollector
 from ..rollouts.prompts import PromptGroup, form_groups
@@ -215,6 +216,7 @@ def _candidate(policy: Policy, fraction: float) -> Candidate:
     config = copy.copy(policy.config)
     config.tuned_fraction = fraction
     levels, switch = tuned_levels(config, policy.introspection.sampler, policy.call.clock)
+    check_sampler(policy.introspection.sampler, levels.step_index, config.sample_eta)
     return Candidate(fraction, switch.state_timestep, levels)
 
 

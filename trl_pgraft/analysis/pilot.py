@@ -80,7 +80,7 @@ def sample_pilot(collector: RolloutCollector, groups: list[PromptGroup], step_in
         recorded.append(of_batch)
     batch = RolloutBatch.collate(samples, batches)
     total_reward = total_rewards(batch.rewards, collector.weights, groups)
-    rule = (config.acceptance, config.acceptance_kwargs, (config.seed, 0, "accept"))
+    rule = (collector.acceptance, config.acceptance_kwargs, (config.seed, 0, "accept"))
     accepted, _, _ = accept(total_reward, groups, *rule)
     states, originals = ({s: torch.cat([seen[s][i] for seen in recorded]) for s in step_indices} for i in (0, 1))
     return Pilot(groups, samples, batch.images, total_reward, accepted, states, originals)

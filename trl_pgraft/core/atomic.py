@@ -5,7 +5,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -34,11 +34,12 @@ def atomic_save(path: Path) -> Iterator[Path]:
     if path.is_dir():
         os.replace(path, replaced)  # no folder can be renamed onto another
     os.replace(aside, path)
-    _remove(replaced)
+    with suppress(OSError):  # what is saved is saved
+        _remove(replaced)
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -12,10 +12,12 @@ from diffusers import DiffusionPipeline
 
 from ..core.losses import guided as guide
 from ..core.noise_schedules import NoiseSchedule
+from ..pipelines.checks import check_steps
 from ..pipelines.conditioning import Conditioning, record_conditioning
 from ..pipelines.denoiser_call import denoiser_of, replay
 from ..pipelines.denoiser_format import DenoiserFormat
 from ..pipelines.introspection import introspect
+from ..pipelines.placement import device_of
 from ..pipelines.schedulers import Sampler
 
 
@@ -65,13 +67,15 @@ class FlowSampler:
         self.pipeline, self.kwargs = pipeline, kwargs
         self.call, self.sampler = introspection.call, introspection.sampler
         self.steps = euler_steps(self.sampler)
+        check_steps(introspection, len(self.steps), pipeline)
         self.guidance_scale = self.call.guidance_scale if guided else None
         if guided and not (self.call.is_guided and self.guidance_scale is not None):
             raise ValueError(
                 f"guided=True: {type(pipeline).__name__} with these pipeline_kwargs does not guide by u + w (c - u). "
                 "Ask for guidance in pipeline_kwargs, or leave `guided` out."
             )
-        self.like = self.call.format.latents(introspection.first_step[0])[:1]
+        like = self.call.format.latents(introspection.first_step[0])[:1]
+        self.like = torch.empty_like(like, device=device_of(pipeline))
 
     @property
     def levels(self) -> list[float]:

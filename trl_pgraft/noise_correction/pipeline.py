@@ -6,7 +6,7 @@ import inspect
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device
@@ -86,9 +86,8 @@ class NoiseCorrectedPipeline:
             raise ValueError(
                 f"{type(pipeline).__name__} does not take `latents`, so it cannot be started from corrected noise."
             )
-        self.pipeline = pipeline
-        if corrector is not None:
-            self.corrector = corrector
+        # `None` until the trainer has fitted it.
+        self.pipeline, self.corrector = pipeline, cast(Corrector, corrector)
         self.corrector_steps, self.trained_for = _checked(corrector_steps), trained_for or {}
         self._format, self._calls = denoiser_format, dict[str, DenoiserCall]()
 

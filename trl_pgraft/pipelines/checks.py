@@ -2,6 +2,7 @@
 
 """Checks of a pipeline before anything is sampled: refusals in words, and a warning about distilled models."""
 
+import math
 import re
 import warnings
 from typing import Any
@@ -14,7 +15,7 @@ from ..config import GraftConfig
 from .denoiser_call import DenoiserCall, denoiser_of
 from .denoiser_format import DenoiserFormat
 from .inputs import parameters_of
-from .introspection import Introspection
+from .introspection import Introspection, StepFacts
 
 
 FEW_STEPS = 8
@@ -70,17 +71,13 @@ def check_steps(introspection: Introspection, step_index: int, pipeline: Diffusi
             The pipeline, for its name.
 
     Raises:
-        `ValueError`: an argument of the denoiser depends on the seed, or changes with the step or the state, or
-            guidance does; the message names it, and the share of the steps before the change.
+        `ValueError`: an argument of the denoiser changes with the step or the state, or guidance does; the message
+            names it, and the share of the steps before the change.
     """
     name, steps = type(pipeline).__name__, introspection.steps
-    if introspection.seeded:
-        raise ValueError(
-            f"{name} gives its denoiser {', '.join(introspection.seeded)}, which depends on a sample's seed, as the "
-            "residuals of a ControlNet do, and training records it once for each prompt. Tune with a pipeline without "
-            "it, such as the one without the ControlNet, and use the adapter in this one."
-        )
-    first = steps[0]
+    call, first = introspection.call, steps[0]
+    # In half precision rounding may hide which guidance it is.
+    is_exact = call.format.latents(introspection.first_step[0]).dtype == torch.float32
     for index, step in enumerate(steps[:step_index]):
         share = f"Set tuned_fraction to at most {index / len(steps):.3g}, or "
         if step.changed:
@@ -89,13 +86,19 @@ def check_steps(introspection: Introspection, step_index: int, pipeline: Diffusi
                 "depends on the step or on the state, as a ControlNet's residuals do, and training records it once "
                 f"for each prompt. {share}tune with a pipeline without it, such as the one without the ControlNet."
             )
-        guidance = (step.branches, step.guidance_scale)
-        if step.denoiser_timestep is not None and guidance != (first.branches, first.guidance_scale):
+        if step.denoiser_timestep is not None and not _guided_alike(step, first, is_exact):
             raise ValueError(
                 f"{name} changes its guidance in step {index + 1} of {len(steps)}: {step.branches} branches with "
                 f"scale {step.guidance_scale} after {first.branches} with {first.guidance_scale}, and the tuned steps "
                 f"must be guided alike. {share}let pipeline_kwargs keep the guidance constant."
             )
+
+
+def _guided_alike(step: StepFacts, other: StepFacts, is_exact: bool) -> bool:
+    own, others = step.guidance_scale, other.guidance_scale
+    if own is None or others is None:
+        return step.branches == other.branches and (own is others or not is_exact)
+    return step.branches == other.branches and math.isclose(own, others, rel_tol=0.02)
 
 
 def warn_if_distilled(pipeline: DiffusionPipeline, call: DenoiserCall, arguments: dict[str, Any]) -> None:

@@ -7,23 +7,27 @@ of its output. All else is recorded with a stand-in in its place: arguments, bra
 every step at the real size, batch axes from two and three prompts, the conditional branch from an unguided call.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from diffusers import DiffusionPipeline
 
 from .denoiser_call import DenoiserCall, branches_of, denoiser_of, prediction_of
 from .denoiser_format import DenoiserFormat
 from .inputs import parameters_of
-from .recording import PROBE_PROMPTS, Step, calls_of_first_step, record_call
+from .recording import PROBE_PROMPTS, Recording, Step, record_call
 from .schedulers import Sampler, run_on_known_data, sampler_of
 from .stand_in import answered_by, smallest_answer
 from .tree import find_batch_axes, merge_axes
 
 
+# `record_call` of one pipeline, with a stand-in for its denoiser.
+Record = Callable[..., Recording]
 GUIDANCE_ARGUMENTS = ("true_cfg_scale", "guidance_scale")
 SEED_TOLERANCE = 0.02  # of an argument's norm: a VAE samples its encoding of an image, in a narrow range
 
@@ -64,18 +68,16 @@ class Introspection:
         sampler ([`Sampler`]):
             A copy of its scheduler, with the timesteps of the call.
         first_step (`list[dict]`):
-            Named arguments of the denoiser's calls in the first step of one image, at the size of the call.
+            Named arguments of the denoiser's calls in the first step of one image, at the size of the call; tensors
+            are on the meta device, for their shapes and types.
         steps (`list[StepFacts]`):
             Timesteps, guidance and changed arguments of every step.
-        seeded (`list[str]`):
-            The denoiser's arguments, beside the latents, that depend on the seed of the initial noise.
     """
 
     call: DenoiserCall
     sampler: Sampler
     first_step: list[dict[str, Any]]
     steps: list[StepFacts]
-    seeded: list[str]
 
 
 def introspect(
@@ -101,41 +103,53 @@ def introspect(
     """
     kwargs = pipeline_kwargs or {}
     format = (denoiser_format or DenoiserFormat).of(denoiser_of(pipeline))
-    with answered_by(pipeline, smallest_answer(pipeline, kwargs, format), format.latents_name):
-        recording = record_call(pipeline, PROBE_PROMPTS[:1], kwargs, steps=1)
-        sampler, step = sampler_of(recording), recording.first
-        run_on_known_data(sampler)  # refuses schedulers that the rest would stumble on
-        branches = _count_branches(step, format, pipeline)
-        off, unguided = ({}, step) if branches == 1 else _guidance_off(pipeline, kwargs, format)
-        axes = _batch_axes(pipeline, kwargs, len(step.calls), format)
-        conditional = _conditional_branch(pipeline, kwargs, off, (step, unguided), axes, format) if off else 0
-        sign, nominal = _sign(unguided, format, pipeline), kwargs.get(*off) if off else None
+    answer = smallest_answer(pipeline, kwargs, format)
+    stand_in = functools.partial(answered_by, pipeline, answer, format.latents_name)
+    record: Record = functools.partial(record_call, pipeline, stand_in=stand_in)
+    recording = record(PROBE_PROMPTS[:1], kwargs, steps=1)
+    sampler, first = sampler_of(recording), recording.first
+    run_on_known_data(sampler)  # refuses schedulers that the rest would stumble on
+    branches = _count_branches(first, format, pipeline)
+    _check_seed(first, record(PROBE_PROMPTS[:1], kwargs, steps=1, seed=1).first, format, pipeline)
+    off, unguided = ({}, first) if branches == 1 else _guidance_off(record, pipeline, kwargs, format)
+    axes = _batch_axes(record, pipeline, kwargs, format)
+    conditional = _conditional_branch(record, pipeline, kwargs, off, (first, unguided), axes, format) if off else 0
+    sign, nominal = _sign(unguided, format, pipeline), kwargs.get(*off) if off else None
 
-        other_seed = record_call(pipeline, PROBE_PROMPTS[:1], kwargs, steps=1, seed=1).first
-        first, seeded = step, _changed(step.calls, other_seed.calls, format, tolerance=SEED_TOLERANCE)
+    def facts(step: Step) -> StepFacts:
+        shown = float(format.timestep(step.calls[0]).flatten()[0]) if step.calls else None
+        rows = _rows(step, format)
+        scale = _guidance_scale(step, format, conditional, sign, nominal) if rows == 2 else 1.0 if rows == 1 else None
+        changed = _changed(first.calls, step.calls, format) if rows == branches else []
+        return StepFacts(step.timestep, shown, rows, scale, changed)
 
-        def facts(step: Step) -> StepFacts:
-            shown = float(format.timestep(step.calls[0]).flatten()[0]) if step.calls else None
-            rows = _rows(step, format)
-            scale = _guidance_scale(step, format, conditional, sign, nominal) if rows == 2 else 1.0
-            changed = _changed(first.calls, step.calls, format) if rows == branches else []
-            return StepFacts(step.timestep, shown, rows, scale, changed)
-
-        count = len(sampler.timesteps)  # left after the last of them, so that no image is decoded
-        steps = record_call(pipeline, PROBE_PROMPTS[:1], kwargs, count, facts).measured
-        clock = _fit_clock(steps if count > 1 else _two_steps(pipeline, kwargs, facts), pipeline)
+    # Left after the last step, so that no image is decoded. One pair of timesteps does not determine a clock.
+    steps = record(PROBE_PROMPTS[:1], kwargs, len(sampler.timesteps), facts).measured
+    made = kwargs.get("num_inference_steps")
+    two = record(PROBE_PROMPTS[:1], {**kwargs, "num_inference_steps": 2 * made}, 2, facts) if made else None
     call = DenoiserCall(
         format=format,
-        timestep_dtype=format.timestep(step.calls[0]).dtype,
-        clock=clock,
+        timestep_dtype=format.timestep(first.calls[0]).dtype,
+        clock=_fit_clock(two.measured if two and len(steps) == 1 else steps, pipeline),
         sign=sign,
-        calls_per_step=len(step.calls),
+        calls_per_step=len(first.calls),
         branches=branches,
         conditional_branch=conditional,
         batch_axes=axes,
         guidance_scale=steps[0].guidance_scale,
     )
-    return Introspection(call, sampler, step.calls, steps, seeded)
+    return Introspection(call, sampler, send_to_device(first.calls, "meta"), steps)
+
+
+def _check_seed(step: Step, other: Step, format: DenoiserFormat, pipeline: DiffusionPipeline) -> None:
+    """Refuse arguments that differ between two seeds, because training records them once for each prompt."""
+    seeded = _changed(step.calls, other.calls, format, tolerance=SEED_TOLERANCE)
+    if seeded:
+        raise ValueError(
+            f"{type(pipeline).__name__} gives its denoiser {', '.join(seeded)}, which depends on a sample's seed, as "
+            "the residuals of a ControlNet do, and a recording of each prompt serves all its samples. Tune with a "
+            "pipeline without it, such as the one without the ControlNet, and use the adapter in this one."
+        )
 
 
 def _rows(step: Step, format: DenoiserFormat) -> int:
@@ -155,12 +169,12 @@ def _count_branches(step: Step, format: DenoiserFormat, pipeline: DiffusionPipel
 
 
 def _guidance_off(
-    pipeline: DiffusionPipeline, kwargs: dict[str, Any], format: DenoiserFormat
+    record: Record, pipeline: DiffusionPipeline, kwargs: dict[str, Any], format: DenoiserFormat
 ) -> tuple[dict[str, float], Step]:
     """The argument and value, 1.0 or else 0.0, that switch guidance off, so that one branch is left; and that step."""
     names = [name for name in GUIDANCE_ARGUMENTS if name in parameters_of(pipeline)]
     for off in ({name: value} for value in (1.0, 0.0) for name in names):
-        step = record_call(pipeline, PROBE_PROMPTS[:1], {**kwargs, **off}, steps=1).first
+        step = record(PROBE_PROMPTS[:1], {**kwargs, **off}, steps=1).first
         if _rows(step, format) == 1:
             return off, step
     raise ValueError(
@@ -171,16 +185,11 @@ def _guidance_off(
 
 
 def _batch_axes(
-    pipeline: DiffusionPipeline, kwargs: dict[str, Any], calls: int, format: DenoiserFormat
+    record: Record, pipeline: DiffusionPipeline, kwargs: dict[str, Any], format: DenoiserFormat
 ) -> dict[str, Any]:
     """Batch axes of the conditioning, from the arguments of calls for two and for three prompts."""
-    two, three = (
-        [
-            format.conditioning(call)
-            for call in calls_of_first_step(pipeline, calls, (PROBE_PROMPTS * 2)[1 : 1 + n], kwargs)
-        ]
-        for n in (2, 3)
-    )
+    prompts = (PROBE_PROMPTS * 2)[1:]
+    two, three = (map(format.conditioning, record(prompts[:n], kwargs, steps=1).first.calls) for n in (2, 3))
     axes: Any = None
     for for_two, for_three in zip(two, three, strict=True):
         for name in for_two:
@@ -195,6 +204,7 @@ def _batch_axes(
 
 
 def _conditional_branch(
+    record: Record,
     pipeline: DiffusionPipeline,
     kwargs: dict[str, Any],
     off: dict[str, float],
@@ -206,7 +216,7 @@ def _conditional_branch(
     for prompt in PROBE_PROMPTS:
         guided, plain = first
         if prompt != PROBE_PROMPTS[0]:
-            guided, plain = (record_call(pipeline, [prompt], {**kwargs, **own}, steps=1).first for own in ({}, off))
+            guided, plain = (record([prompt], {**kwargs, **own}, steps=1).first for own in ({}, off))
         wanted = format.conditioning(plain.calls[0])
         matches = [
             index
@@ -246,14 +256,6 @@ def _guidance_scale(
             if math.isclose(scale, nominal, rel_tol=1e-2) and residual <= tolerance + rounding:
                 return float(nominal)
     return float(scale) if residual <= tolerance else None
-
-
-def _two_steps(
-    pipeline: DiffusionPipeline, kwargs: dict[str, Any], facts: Callable[[Step], StepFacts]
-) -> list[StepFacts]:
-    """Facts of two steps of a pipeline that makes one, because one pair of timesteps does not determine a clock."""
-    count = kwargs.get("num_inference_steps") or parameters_of(pipeline)["num_inference_steps"].default
-    return record_call(pipeline, PROBE_PROMPTS[:1], {**kwargs, "num_inference_steps": 2 * count}, 2, facts).measured
 
 
 def _fit_clock(steps: list[StepFacts], pipeline: DiffusionPipeline) -> tuple[float, float]:

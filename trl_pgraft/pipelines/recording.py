@@ -4,7 +4,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,6 +76,7 @@ def record_call(
     steps: int | None = None,
     measure: Callable[[Step], Any] = lambda step: None,
     seed: int = 0,
+    stand_in: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Recording:
     r"""
     Call a pipeline and record its steps; its own random state, and the caller's, stay as they are.
@@ -94,9 +95,11 @@ def record_call(
             `measure(step)`, called after each step; its results are the recording's `measured`.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the initial noise.
+        stand_in (`Callable`, *optional*):
+            Makes the context in which the pipeline runs, see [`answered_by`]; the denoiser computes itself without.
 
     Raises:
-        `ValueError`: the scheduler made a step before the denoiser was called.
+        `ValueError`: the scheduler made a step before the denoiser was called, or neither was called.
     """
     recording, step = Recording(), Step()
 
@@ -109,10 +112,7 @@ def record_call(
     def on_step(timestep: Any, model_output: torch.Tensor, options: dict[str, Any], **_: Any) -> None:
         nonlocal step
         if recording.scheduler is None:
-            raise ValueError(
-                f"{type(pipeline).__name__} reached `scheduler.step` without calling its "
-                f"`{denoiser_name_of(pipeline)}`: there is no denoiser call to record."
-            )
+            raise _nothing_to_record(pipeline)
         step.timestep, step.model_output, step.options = float(timestep), model_output, options
         if not recording.measured:
             recording.first = step
@@ -131,10 +131,19 @@ def record_call(
     handle = denoiser.register_forward_hook(on_output)
     try:
         with observe_calls(denoiser, on_call), observe_steps(pipeline.scheduler, on_step):
-            run_until_recorded(pipeline, prompts, pipeline_kwargs, seed=seed)
+            run_until_recorded(pipeline, prompts, pipeline_kwargs, seed=seed, stand_in=stand_in)
     finally:
         handle.remove()
+    if not recording.first.calls:
+        raise _nothing_to_record(pipeline)
     return recording
+
+
+def _nothing_to_record(pipeline: DiffusionPipeline) -> ValueError:
+    return ValueError(
+        f"{type(pipeline).__name__} reached `scheduler.step`, or its end, without calling its "
+        f"`{denoiser_name_of(pipeline)}`: there is no denoiser call to record."
+    )
 
 
 def calls_of_first_step(
@@ -168,12 +177,14 @@ def run_until_recorded(
     pipeline_kwargs: dict[str, Any],
     inputs: Sequence[dict[str, Any]] | None = None,
     seed: int = 0,
+    stand_in: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> None:
     """Call the pipeline until an observer raises [`CallRecorded`], and put its components back where they were."""
     # A generator of its own leaves the caller's random state alone.
     generator = torch.Generator().manual_seed(seed)
     arguments = prompt_arguments(pipeline, prompts, {**pipeline_kwargs, "output_type": "latent"}, inputs)
-    with until_recorded(pipeline):
+    # The stand-in goes before what is offloaded is freed, which puts modules' own `forward` back.
+    with until_recorded(pipeline), stand_in():
         pipeline(generator=generator, **arguments)
 
 
@@ -187,5 +198,5 @@ def until_recorded(pipeline: DiffusionPipeline) -> Iterator[None]:
     except CallRecorded:
         pipeline.maybe_free_model_hooks()
     except Exception:
-        pipeline.maybe_free_model_hooks()
+        getattr(pipeline, "maybe_free_model_hooks", lambda: None)()
         raise

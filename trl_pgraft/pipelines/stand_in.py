@@ -2,10 +2,12 @@
 
 """A stand-in for a denoiser: it returns noise in the denoiser's layout, so that recording a call costs no model."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -109,8 +111,10 @@ def answer_like(given: Any, returned: Any) -> Answer | None:
             return [noise(part[0], own) for own in latents]
         if isinstance(part, torch.Tensor):
             return noise(part, _first(latents))
-        if isinstance(part, dict):
-            return type(part)(**{name: fill(value, latents) for name, value in part.items()})
+        if dataclasses.is_dataclass(part) and not isinstance(part, type):  # diffusers' outputs too
+            return dataclasses.replace(part, **{f.name: fill(getattr(part, f.name), latents) for f in fields(part)})
+        if isinstance(part, tuple) and hasattr(part, "_fields"):
+            return type(part)(*(fill(own, latents) for own in part))
         return type(part)(fill(own, latents) for own in part) if isinstance(part, list | tuple) else part
 
     fill(returned, given)
@@ -155,6 +159,7 @@ def _replaced_forward(denoiser: torch.nn.Module, answer: Answer, latents_name: s
     try:
         yield
     finally:
-        del denoiser.forward
-        if shadowed is not None:
-            denoiser.forward = shadowed
+        if vars(denoiser).get("forward") is forward:  # else what is offloaded was freed, and is as it should be
+            del denoiser.forward
+            if shadowed is not None:
+                denoiser.forward = shadowed

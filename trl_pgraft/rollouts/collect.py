@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list, gather_object, set_seed
 
 from ..adapters.policy import Policy
 from ..config import GraftConfig
+from ..core.acceptance import get_acceptance
 from ..core.atomic import atomic_save
 from ..core.seeding import seed_of
 from ..pipelines.pixels import to_pil
@@ -58,8 +59,7 @@ class RolloutCollector:
     ) -> None:
         self.policy, self.prompt_source = policy, prompt_source
         self.rewards, self.reward_names = rewards, [reward.name for reward in rewards]
-        self.weights = [reward.weight for reward in rewards]
-        self.patience = Patience(config.reward_retries, config.reward_retry_wait, config.reward_timeout)
+        self.weights, self.acceptance = [reward.weight for reward in rewards], get_acceptance(config.acceptance)
         self.config, self.accelerator = config, accelerator
         self.samples_dir, self.cache_dir = output_dir / "samples", output_dir / "unfinished"
         self.images = config.sample_batch_size * config.sample_num_batches_per_epoch * accelerator.num_processes
@@ -110,7 +110,7 @@ class RolloutCollector:
         states, rewards = self._gather(batch.x_i), self._gather(batch.rewards)
         total_reward = total_rewards(rewards, self.weights, groups)
         seed_parts, keys = (config.seed, epoch, "accept"), self._duplicate_keys(batch)
-        selection = accept(total_reward, groups, config.acceptance, config.acceptance_kwargs, seed_parts, keys)
+        selection = accept(total_reward, groups, self.acceptance, config.acceptance_kwargs, seed_parts, keys)
         calls = int(self._gather(torch.tensor([batch.denoiser_calls])).sum())
         rollout = Rollout(groups, samples, states, rewards, total_reward, *selection, calls)
         self._save_samples(rollout, batch, epoch)
@@ -206,7 +206,9 @@ class RolloutCollector:
         self, images: torch.Tensor, prompts: list[str], columns: dict[str, list]
     ) -> tuple[torch.Tensor, list[Any]]:
         """Rewards (B, F) of B `images` with their `prompts` and further `columns`, and infos; see [`score_all`]."""
-        return score_all(self.rewards, images, prompts, columns, self.patience)
+        config = self.config
+        patience = Patience(config.reward_retries, config.reward_retry_wait, config.reward_timeout)
+        return score_all(self.rewards, images, prompts, columns, patience)
 
     def clear_cache(self) -> None:
         """Remove what no checkpoint has, because one has it now or because the run starts anew."""

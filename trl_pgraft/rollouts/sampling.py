@@ -101,4 +101,8 @@ def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item], wo
     if not workers:
         return [function(item) for item in items]
     with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(function, items))
+        try:
+            return list(pool.map(function, items))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise

@@ -13,7 +13,6 @@ from ..core.acceptance import (
     accept_preference,
     accept_top_k,
     deduplicate,
-    get_acceptance,
 )
 from ..core.divergence import estimated_kl, implied_kl
 from ..core.seeding import seed_of
@@ -52,7 +51,7 @@ def total_rewards(rewards: torch.Tensor, weights: Sequence[float], groups: Seque
 def accept(
     total_reward: torch.Tensor,
     groups: Sequence[PromptGroup],
-    rule: str | AcceptanceRule,
+    rule: AcceptanceRule,
     rule_kwargs: dict[str, Any],
     seed_parts: Iterable[Any],
     keys: Sequence[Hashable] | None = None,
@@ -65,8 +64,8 @@ def accept(
             (N,), the groups' samples in their order; NaN leaves a sample out.
         groups (`Sequence[PromptGroup]`):
             The groups, of N samples together.
-        rule (`str` or `Callable`):
-            Acceptance rule or its name, see `trl_pgraft.core.acceptance`.
+        rule (`Callable`):
+            Acceptance rule, see `trl_pgraft.core.acceptance`.
         rule_kwargs (`dict[str, Any]`):
             The rule's arguments. `k` is meant for the size of the first group, and scaled down in a group that has
             fewer scored samples.
@@ -80,7 +79,7 @@ def accept(
         `tuple[torch.Tensor, float, int]`: which samples are accepted (N,), bool; the implied KL, averaged over groups,
             in nats; and the number of groups that were skipped, because fewer than two of their samples are scored.
     """
-    rule, generator = get_acceptance(rule), torch.Generator().manual_seed(seed_of(*seed_parts))
+    generator = torch.Generator().manual_seed(seed_of(*seed_parts))
     accepted = torch.zeros(len(total_reward), dtype=torch.bool)
     kls = []
     for members in torch.arange(len(total_reward)).split([group.size for group in groups]):

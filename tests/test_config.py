@@ -7,7 +7,7 @@ import pytest
 from ddpo_defaults import DDPO_DEFAULTS
 from trl import TrlParser
 
-from trl_pgraft import GraftConfig, accept_all
+from trl_pgraft import GraftConfig, NoiseCorrectionConfig, accept_all
 from trl_pgraft.config import MAY_CHANGE
 
 
@@ -167,3 +167,9 @@ def test_trls_parser_reads_it_from_a_file(tmp_path):
     path.write_text("tuned_fraction: 0.3\nacceptance_kwargs:\n  k: 3\nsample_num_steps: 20\n")
     (config,) = TrlParser([GraftConfig]).parse_args_and_config(["--config", str(path), "--sample_num_steps", "10"])
     assert (config.tuned_fraction, config.acceptance_kwargs, config.sample_num_steps) == (0.3, {"k": 3}, 10)
+
+
+@pytest.mark.parametrize("config, processes", [(GraftConfig(), [2]), (NoiseCorrectionConfig(), [])])
+def test_the_former_name_of_the_signature_warns(config, processes):
+    with pytest.warns(DeprecationWarning, match="shaping is now .*resume_signature"):
+        assert config.shaping(*processes) == config.resume_signature(*processes)

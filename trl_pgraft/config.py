@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from typing_extensions import deprecated
 
 from .core.acceptance import ACCEPTANCE_RULES, get_acceptance
 
@@ -377,6 +378,11 @@ class GraftConfig:
         rows = self.train_batch_size * self.train_gradient_accumulation_steps * processes
         fields = plain_fields(self, without=MAY_CHANGE)
         return {**fields, "images a round": images, "rows of an optimizer step": rows}
+
+    @deprecated("GraftConfig.shaping is now GraftConfig.resume_signature.")
+    def shaping(self, processes: int) -> dict[str, Any]:
+        """The former name of `resume_signature`, with the number of `processes`."""
+        return self.resume_signature(processes)
 
     def _check_acceptance(self) -> None:
         """Check the acceptance rule, its arguments and the group size; a preference sets the group size to 2."""

@@ -5,6 +5,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from typing_extensions import deprecated
+
 from ..config import check_fields, config_field, plain_fields
 
 
@@ -124,3 +126,8 @@ class NoiseCorrectionConfig:
     def resume_signature(self) -> dict[str, Any]:
         """What the trained corrector depends on, and so must not change when a run is resumed."""
         return plain_fields(self, without=MAY_CHANGE)
+
+    @deprecated("NoiseCorrectionConfig.shaping is now NoiseCorrectionConfig.resume_signature.")
+    def shaping(self) -> dict[str, Any]:
+        """The former name of `resume_signature`."""
+        return self.resume_signature()

@@ -302,7 +302,9 @@ class GraftConfig:
         False, "Recompute activations in the backward pass, which saves memory and costs time."
     )
     reward_retries: int = config_field(
-        2, "How often a reward function that raised or timed out is called again before the run stops."
+        2,
+        "How often a reward function is called again after an error of the network (a ConnectionError, an HTTP error "
+        "of requests, httpx or urllib) or a time-out, before the run stops. Other errors stop it at once.",
     )
     reward_retry_wait: float = config_field(
         1.0, "Seconds before the first of these calls; doubled before each next one."

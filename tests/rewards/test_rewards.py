@@ -1,17 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import asyncio
+import errno
 import functools
+import http.client
 import http.server
 import io
 import json
 import math
+import socket
+import subprocess
 import threading
 import time
+import urllib.error
 import urllib.request
 
+import httpx
+import huggingface_hub
 import numpy as np
 import pytest
+import requests
 import torch
 from PIL import Image
 
@@ -195,13 +203,138 @@ def test_a_value_that_is_not_finite_is_an_error(value):
         score(make_reward(broken), batch(), PROMPTS, {})
 
 
-@pytest.mark.parametrize("returned", [None, 3.0, ["high", "low", "low"]])
-def test_a_result_that_is_no_list_of_numbers_is_an_error(returned):
-    def odd(*, prompts, images):
-        return returned
+NOT_REWARDS = {
+    "None": (None, "returned None, a NoneType; a list, tuple, array or tensor"),
+    "a number": (3.0, "returned 3.0, a float; a list"),
+    "a string": ("123", "returned '123', a str; a list"),
+    "bytes": (b"123", "returned b'123', a bytes; a list"),
+    "a dict": ({1.0: "a", 2.0: "b", 3.0: "c"}, "returned {1.0: 'a', .*a dict; a list"),
+    "a set": ({1.0, 2.0, 3.0}, "returned {1.0, 2.0, 3.0}, a set; a list"),
+    "a generator": ((float(i) for i in range(3)), "returned <generator.*a generator; a list"),
+    "a map": (map(float, range(3)), "returned <map.*a map; a list"),
+    "an array of no axis": (np.array(1.0), "returned 1 values for 3 images, array"),
+    "words": (["high", "low", "low"], "returned 'high' for 'a cat', a str; a finite number"),
+    "digits": ([1.0, "2", 3.0], "returned '2' for 'a dog', a str; a finite number"),
+    "an array of digits": (np.array(["1", "2", "3"]), "returned '1' for 'a cat', a str"),
+    "bools": ([True, False, True], "returned True for 'a cat', a bool; .*in place of a bool 1.0 or 0.0"),
+    "an array of bools": (np.array([True, False, True]), "returned True for 'a cat', a bool"),
+    "a tensor of bools": (torch.tensor([True, False, True]), "returned True for 'a cat', a bool"),
+    "complex numbers": (np.array([1j, 2j, 3j]), "returned 1j for 'a cat', a complex"),
+    "an integer beyond float": ([1, 10**400, 2], "returned 1000.* for 'a dog', a int"),
+    "rows": (torch.ones(3, 2), r"returned \[1.0, 1.0\] for 'a cat', a list; a finite number"),
+    "a square": (np.ones((2, 2)), "returned 2 values for 3 images, array"),
+    "a dict a row": ([{"score": 1.0}] * 3, "returned {'score': 1.0} for 'a cat', a dict"),
+}
 
-    with pytest.raises(RewardError, match="Reward 'odd' on prompts.*'a cat'"):
-        score(make_reward(odd), batch(), PROMPTS, {}, Patience(0))
+
+@pytest.mark.parametrize("make", [ddpo_reward, make_reward])
+@pytest.mark.parametrize("returned, message", NOT_REWARDS.values(), ids=NOT_REWARDS)
+def test_what_is_no_list_of_numbers_is_shown_and_never_becomes_a_reward(make, returned, message):
+    calls = []
+
+    def odd(*args, **kwargs):
+        calls.append(1)
+        return (returned, {}) if make is ddpo_reward else returned
+
+    with pytest.raises(RewardError, match=r"Reward 'odd' on prompts \['a cat'.*" + message):
+        score(make(odd), batch(), PROMPTS, {}, Patience(2))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        (0.5, None, 2),
+        [[0.5], [None], [2.0]],
+        [torch.tensor(0.5), None, np.float32(2.0)],
+        [torch.tensor([0.5], requires_grad=True), None, np.array([[2]])],
+        np.array([0.5, None, 2.0], dtype=object),
+        [[0.5, None, 2.0]],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("make", [ddpo_reward, make_reward])
+def test_lists_tuples_and_what_is_in_them_are_taken(make, returned):
+    reward = make(lambda *args, **kwargs: (returned, {}) if make is ddpo_reward else returned)
+    assert score(reward, batch(), PROMPTS, {})[0] == [0.5, None, 2.0]
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        np.array([0.5, 1, 2], dtype=np.float16),
+        torch.tensor([0.5, 1, 2], dtype=torch.bfloat16, requires_grad=True),
+        torch.tensor([[0.5], [1], [2]]),
+        torch.tensor([[0.5, 1, 2]]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("make", [ddpo_reward, make_reward])
+def test_arrays_and_tensors_are_taken(make, returned):
+    reward = make(lambda *args, **kwargs: (returned, {}) if make is ddpo_reward else returned)
+    assert score(reward, batch(), PROMPTS, {})[0] == [0.5, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("returned", [[0.5], torch.tensor([[0.5]]), torch.tensor(0.5), (np.float64(0.5),)], ids=str)
+def test_one_image_has_one_reward(returned):
+    assert score(make_reward(lambda **_: returned), batch(1), PROMPTS[:1], {})[0] == [0.5]
+
+
+def http_errors():
+    """Errors of the network as libraries make them, by name."""
+    request = httpx.Request("POST", "http://judge")
+    return {
+        "socket": socket.gaierror(-2, "Name or service not known"),
+        "no route": OSError(errno.EHOSTUNREACH, "No route to host"),
+        "reset": ConnectionResetError("reset by peer"),
+        "time-out": TimeoutError("too late"),
+        "process": subprocess.TimeoutExpired("judge", 1.0),
+        "cut off": http.client.IncompleteRead(b""),
+        "urllib": urllib.error.URLError("unreachable"),
+        "urllib's status": urllib.error.HTTPError("http://judge", 503, "busy", None, None),
+        "requests": requests.ConnectionError("refused"),
+        "requests' status": requests.HTTPError("503"),
+        "requests' time-out": requests.ReadTimeout("too late"),
+        "httpx": httpx.ConnectError("refused"),
+        "httpx's time-out": httpx.ReadTimeout("too late"),
+        "httpx's status": httpx.HTTPStatusError("503", request=request, response=httpx.Response(503)),
+        "the Hub's time-out": huggingface_hub.errors.InferenceTimeoutError("too late"),
+        "a judge's": type("APIConnectionError", (type("APIError", (Exception,), {}),), {})("refused"),
+    }
+
+
+@pytest.mark.parametrize("error", http_errors().values(), ids=http_errors())
+def test_errors_of_the_network_are_retried(error):
+    errors = [error]
+
+    def remote(*, prompts, images):
+        if errors:
+            raise errors.pop()
+        return [1.0, 2.0, 3.0]
+
+    assert score(make_reward(remote), batch(), PROMPTS, {}, Patience(1))[0] == [1.0, 2.0, 3.0]
+
+
+OWN_ERRORS = [
+    *(TypeError("no"), ValueError("no"), KeyError("no"), AttributeError("no"), RuntimeError("no"), ImportError("no")),
+    *(ZeroDivisionError("no"), AssertionError("no"), FileNotFoundError(errno.ENOENT, "no"), PermissionError("no")),
+    *(torch.OutOfMemoryError("no"), httpx.InvalidURL("no"), requests.exceptions.MissingSchema("no")),
+    *(requests.exceptions.JSONDecodeError("no", "", 0), json.JSONDecodeError("no", "", 0)),
+]
+
+
+@pytest.mark.parametrize("error", OWN_ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("timeout", [None, 30])
+def test_any_other_error_is_raised_at_once_and_named(error, timeout):
+    calls = []
+
+    def wrong(*, prompts, images):
+        calls.append(1)
+        raise error
+
+    with pytest.raises(RewardError, match=rf"Reward 'wrong' .*'a car'.*{type(error).__name__}.*no") as caught:
+        score(make_reward(wrong), batch(), PROMPTS, {}, Patience(3, timeout=timeout))
+    assert len(calls) == 1 and caught.value.__cause__ is error
 
 
 @pytest.mark.parametrize("retries", [0, 1, 3])

@@ -14,17 +14,15 @@ from ..pipelines.pixels import to_pil, to_unit_range
 from .registry import Reward
 
 
-def call_reward(
-    reward: Reward, images: torch.Tensor, prompts: list[str], columns: dict[str, list]
-) -> tuple[Sequence[float | None], Any]:
+def call_reward(reward: Reward, images: torch.Tensor, prompts: list[str], columns: dict[str, list]) -> tuple[Any, Any]:
     r"""
     Call a reward function on one batch.
 
     In TRL's convention it is called as `f(prompts=prompts, images=images, **columns)`, see [`register_reward`].
 
     In DDPO's convention it is `f(images, prompts, metadata) -> (rewards, info)`, with images a float tensor
-    (B, 3, H, W) in [0, 1], and prompts and metadata tuples of length `B`. The rewards are `B` numbers in any array
-    type, or a list with `None` to leave a sample out.
+    (B, 3, H, W) in [0, 1], and prompts and metadata tuples of length `B`. In both, the rewards are `B` numbers in a
+    list, tuple, array or tensor, with `None` to leave a sample out.
 
     Args:
         reward ([`Reward`]):
@@ -37,8 +35,8 @@ def call_reward(
             Further columns of the data set by name, B values each; DDPO's convention reads `metadata`.
 
     Returns:
-        `tuple[Sequence[float | None], Any]`: what the function returned, not checked: rewards, `None` where it leaves
-            a sample out; and its info, anything to log or to hand to hooks, which is empty in TRL's convention.
+        `tuple[Any, Any]`: what the function returned, not checked: rewards; and its info, anything to log or to hand
+            to hooks, which is empty in TRL's convention.
 
     Raises:
         `TypeError`: a function in DDPO's convention does not return a pair.
@@ -51,14 +49,11 @@ def call_reward(
 
 def _call_ddpo(
     function: Callable[..., Any], images: torch.Tensor, prompts: list[str], metadata: list[Any]
-) -> tuple[Sequence[float | None], Any]:
+) -> tuple[Any, Any]:
     returned = function(to_unit_range(images), tuple(prompts), tuple(metadata))
     if not isinstance(returned, tuple) or len(returned) != 2:
         raise TypeError(f"it returned {type(returned).__name__}; a tuple (rewards, info) is expected")
-    rewards, info = returned
-    if isinstance(rewards, list | tuple) and any(reward is None for reward in rewards):
-        return list(rewards), info
-    return torch.as_tensor(rewards, dtype=torch.float64).flatten().tolist(), info
+    return returned
 
 
 def _awaited(rewards: Awaitable[Sequence[float | None]]) -> Sequence[float | None]:

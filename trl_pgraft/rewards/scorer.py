@@ -2,7 +2,9 @@
 
 """Score images with reward functions, and check the rewards."""
 
+import errno
 import math
+import reprlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +18,16 @@ from .conventions import call_reward
 from .registry import Reward
 
 
+# What a later call may overcome. Base classes by their names, because their libraries may be missing: Python's own and
+# those of http.client, urllib, requests, httpx, huggingface_hub, aiohttp, openai and gRPC. And the system's errors.
+_TRANSIENT = {
+    *("ConnectionError", "TimeoutError", "TimeoutExpired"),
+    *("gaierror", "herror", "SSLError", "URLError", "HTTPError", "HTTPException"),
+    *("RequestException", "RequestError", "LocalEntryNotFoundError", "ClientError", "APIError", "RpcError"),
+    *("ENETDOWN", "ENETUNREACH", "ENETRESET", "EHOSTDOWN", "EHOSTUNREACH"),
+}
+
+
 class RewardError(RuntimeError):
     """A reward function failed; the message names it and the prompts that it got."""
 
@@ -27,7 +39,7 @@ class Patience:
 
     Args:
         retries (`int`, *optional*, defaults to `2`):
-            Number of further calls after an exception or a time-out.
+            Number of further calls after an error of the network or a time-out; other errors are raised at once.
         wait (`float`, *optional*, defaults to `0.0`):
             Seconds before the first further call; doubled before each next one.
         timeout (`float`, *optional*):
@@ -65,25 +77,59 @@ def score(
         `tuple[list[float | None], Any]`: B rewards, `None` where the function leaves a sample out, and its info.
 
     Raises:
-        [`RewardError`]: it kept raising or took too long, or returned the wrong number of rewards, or one
-            that is not finite.
+        [`RewardError`]: it raised an error, kept failing to reach a server or to end in time, or returned something
+            else than one finite number or `None` for each image.
     """
     where = f"Reward {reward.name!r} on prompts {_shortened(prompts)}"
     for attempt in range(patience.retries + 1):
         try:
             returned, info = _within(patience.timeout, lambda: call_reward(reward, images, prompts, columns))
-            rewards = [None if value is None else float(value) for value in returned]
             break
         except Exception as error:
-            if attempt == patience.retries:
+            if attempt == patience.retries or not _is_transient(error):
                 raise RewardError(f"{where} raised {error!r} in {attempt + 1} attempts.") from error
             time.sleep(patience.wait * 2**attempt)
-    if len(rewards) != len(prompts):
-        raise RewardError(f"{where} returned {len(rewards)} values for {len(prompts)} images; one each is expected.")
-    for prompt, value in zip(prompts, rewards, strict=True):
-        if value is not None and not math.isfinite(value):
-            raise RewardError(f"{where} returned {value} for {prompt!r}. Return None to leave a sample out.")
-    return rewards, info
+    return _numbers(returned, prompts, where), info
+
+
+def _is_transient(error: Exception) -> bool:
+    """Whether a later call may succeed: errors of the network, and time-outs."""
+    names = {kind.__name__ for kind in type(error).__mro__} | {errno.errorcode.get(getattr(error, "errno", None) or 0)}
+    # A ValueError of such a library is about what it was given: an address, a certificate, or text that is no JSON.
+    return not _TRANSIENT.isdisjoint(names) and not isinstance(error, ValueError)
+
+
+def _numbers(returned: Any, prompts: list[str], where: str) -> list[float | None]:
+    """The rewards that a function returned, one for each prompt; shapes (B, 1) and (1, B) are taken as (B,)."""
+    if not isinstance(returned, list | tuple) and not hasattr(returned, "tolist"):
+        raise RewardError(
+            f"{where} returned {reprlib.repr(returned)}, a {type(returned).__name__}; a list, tuple, array or tensor "
+            "of one number for each image is expected."
+        )
+    rows = _plain(returned)
+    values = [_plain(row) for row in (rows if isinstance(rows, list | tuple) else [rows])]
+    if len(values) != len(prompts):
+        raise RewardError(
+            f"{where} returned {len(values)} values for {len(prompts)} images, {reprlib.repr(returned)}; one each is "
+            "expected."
+        )
+    for prompt, value in zip(prompts, values, strict=True):
+        if value is not None and (
+            isinstance(value, bool)
+            or not hasattr(value, "__float__")
+            or not abs(value) <= torch.finfo(torch.float64).max
+        ):
+            raise RewardError(
+                f"{where} returned {reprlib.repr(value)} for {prompt!r}, a {type(value).__name__}; a finite number is "
+                "expected, and in place of a bool 1.0 or 0.0. Return None to leave a sample out."
+            )
+    return [None if value is None else float(value) for value in values]
+
+
+def _plain(value: Any) -> Any:
+    """Lists and numbers in the place of an array or tensor; of one item, the item."""
+    plain = value.tolist() if hasattr(value, "tolist") else value
+    return _plain(plain[0]) if isinstance(plain, list | tuple) and len(plain) == 1 else plain
 
 
 def score_all(

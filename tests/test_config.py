@@ -4,11 +4,13 @@ import dataclasses
 import warnings
 
 import pytest
+import torch
 from ddpo_defaults import DDPO_DEFAULTS
+from diffusers.optimization import SchedulerType, get_scheduler
 from trl import TrlParser
 
 from trl_pgraft import GraftConfig, NoiseCorrectionConfig, accept_all
-from trl_pgraft.config import MAY_CHANGE
+from trl_pgraft.config import LR_SCHEDULES, MAY_CHANGE
 
 
 OTHER_DEFAULTS = {"sample_eta": 0.0, "train_cfg": False, "mixed_precision": None}
@@ -173,3 +175,22 @@ def test_trls_parser_reads_it_from_a_file(tmp_path):
 def test_the_former_name_of_the_signature_warns(config, processes):
     with pytest.warns(DeprecationWarning, match="shaping is now .*resume_signature"):
         assert config.shaping(*processes) == config.resume_signature(*processes)
+
+
+@pytest.mark.parametrize("kind", [GraftConfig, NoiseCorrectionConfig])
+def test_schedules_that_cannot_be_made_of_the_configuration_are_refused(kind):
+    """Of all that diffusers has, these need the optimizer and numbers of steps alone."""
+    needing_more = []
+    for name in (schedule.value for schedule in SchedulerType):
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        try:
+            get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=4)
+        except AttributeError:
+            needing_more.append(name)
+        else:
+            assert kind(lr_scheduler_type=name).lr_scheduler_type == name
+    assert needing_more == ["piecewise_constant"]
+    for name in ("cosin", "", None, *needing_more):
+        with pytest.raises(ValueError, match=f"lr_scheduler_type={name!r} is not one of 'constant', .*'polynomial'"):
+            kind(lr_scheduler_type=name)
+    assert len(LR_SCHEDULES) == len(SchedulerType) - 1

@@ -28,6 +28,8 @@ else:
 
 
 GUIDANCE_LOSSES = ("conditional", "corrected", "combined")
+# Those of diffusers' schedules that need no arguments beside the numbers of steps.
+LR_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 PPO_ONLY_FIELDS = (
     "train_adv_clip_max",
     "train_clip_range",
@@ -108,9 +110,10 @@ def check_fields(config: "DataclassInstance", ranges: Mapping[str, Collection[st
     Raises:
         `ValueError`: a field is out of range or has an unknown choice; the message names it.
     """
-    hints = typing.get_type_hints(type(config))
     unset = {
-        name for name, hint in hints.items() if type(None) in typing.get_args(hint) and getattr(config, name) is None
+        name
+        for name, hint in typing.get_type_hints(type(config)).items()
+        if type(None) in typing.get_args(hint) and getattr(config, name) is None
     }
     for f in dataclasses.fields(config):
         value, choices = getattr(config, f.name), f.metadata.get("choices")
@@ -119,9 +122,8 @@ def check_fields(config: "DataclassInstance", ranges: Mapping[str, Collection[st
         if choices and f.name not in unset and value not in choices:
             raise ValueError(f"{f.name}={value!r} is not one of {', '.join(map(repr, choices))}.")
     for words, names in ranges.items():
-        is_in_range = _IN_RANGE[words.partition(";")[0]]
         for name in names:
-            if name not in unset and not is_in_range(getattr(config, name)):
+            if name not in unset and not _IN_RANGE[words.partition(";")[0]](getattr(config, name)):
                 raise ValueError(f"{name}={getattr(config, name)} {words}.")
 
 
@@ -147,8 +149,10 @@ def default_values(config: "DataclassInstance") -> dict[str, Any]:
         config (`DataclassInstance`):
             The configuration, whose values do not matter.
     """
-    fields = dataclasses.fields(config)
-    return {f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for f in fields}
+    return {
+        f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        for f in dataclasses.fields(config)
+    }
 
 
 @dataclass
@@ -295,7 +299,7 @@ class GraftConfig:
         None, "Decay of a moving average over an iteration's optimizer steps, which becomes the adapter. None: off."
     )
     lr_scheduler_type: str = config_field(
-        "constant", "Learning-rate schedule of `diffusers.optimization.get_scheduler`."
+        "constant", "Learning-rate schedule of `diffusers.optimization.get_scheduler`.", choices=LR_SCHEDULES
     )
     warmup_steps: int = config_field(0, "Optimizer steps of learning-rate warm-up.")
     gradient_checkpointing: bool = config_field(
@@ -336,9 +340,8 @@ class GraftConfig:
     )
 
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            if f.default_factory is dict:
-                setattr(self, f.name, _as_dict(f.name, getattr(self, f.name)))
+        for name in (f.name for f in dataclasses.fields(self) if f.default_factory is dict):
+            setattr(self, name, _as_dict(name, getattr(self, name)))
         if not isinstance(self.negative_prompts, str):
             self.negative_prompts = ", ".join(self.negative_prompts or [])
         if self.train_cfg:
@@ -389,8 +392,7 @@ class GraftConfig:
     def _check_acceptance(self) -> None:
         """Check the acceptance rule, its arguments and the group size; a preference sets the group size to 2."""
         rule = get_acceptance(self.acceptance)
-        kwargs = self.acceptance_kwargs
-        size, k = self.samples_per_prompt, kwargs.get("k")
+        size, k = self.samples_per_prompt, self.acceptance_kwargs.get("k")
         if size is not None and size < 2:
             raise ValueError(f"samples_per_prompt={size}: selection needs a group of at least 2 samples.")
         if self.acceptance == "preference":
@@ -403,9 +405,8 @@ class GraftConfig:
             )
         if isinstance(self.acceptance, str):
             # Rewards below any bound show now, and not after the first samples, whether the rule takes its arguments.
-            rewards = torch.full((self.samples_per_prompt or 8,), -1e30, dtype=torch.float64)
             try:
-                rule(rewards, **kwargs)
+                rule(torch.full((self.samples_per_prompt or 8,), -1e30, dtype=torch.float64), **self.acceptance_kwargs)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"acceptance_kwargs do not fit acceptance={self.acceptance!r}: {error}") from error
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from typing_extensions import deprecated
 
-from ..config import check_fields, config_field, plain_fields
+from ..config import LR_SCHEDULES, check_fields, config_field, plain_fields
 
 
 # Fields that may differ when a run is resumed.
@@ -95,7 +95,7 @@ class NoiseCorrectionConfig:
         0.999, "Decay of the moving average of the weights, which is what is saved. None: the last weights."
     )
     lr_scheduler_type: str = config_field(
-        "cosine", "Learning-rate schedule of `diffusers.optimization.get_scheduler`."
+        "cosine", "Learning-rate schedule of `diffusers.optimization.get_scheduler`.", choices=LR_SCHEDULES
     )
     warmup_steps: int = config_field(100, "Optimizer steps of learning-rate warm-up.")
     mixed_precision: str = config_field(

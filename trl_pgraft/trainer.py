@@ -23,7 +23,7 @@ from .pipelines.denoiser_format import DenoiserFormat
 from .rewards.registry import DDPORewardFunction, RewardFunction, choose_rewards
 from .rollouts.collect import RolloutCollector
 from .rollouts.dataset import check_samples, example_columns, rollout_from_dataset
-from .rollouts.prompts import check_group_size, check_held_out_columns, choose_prompts, with_columns
+from .rollouts.prompts import PromptData, check_group_size, check_held_out_columns, choose_prompts, with_columns
 from .rollouts.rollout import Evaluation
 from .training.callbacks import Callbacks
 from .training.finetuner import Finetuner
@@ -52,9 +52,9 @@ class PGraftTrainer:
             Rewards in TRL's form: functions, registered names or `"package.module:function"`.
         reward_weights (`list[float]`, *optional*):
             Weights of `reward_funcs` in their sum; 1 each where not given.
-        train_dataset (`datasets.Dataset`, *optional*):
+        train_dataset (`datasets.Dataset`, list of `str`, or the Hub's name of a split `train`, *optional*):
             Prompts in a column `prompt`. Rewards get the further columns, the pipeline's call those that it takes.
-        eval_dataset (`datasets.Dataset`, *optional*):
+        eval_dataset (`datasets.Dataset`, list of `str`, or the Hub's name of a split `train`, *optional*):
             Held-out prompts with the columns of `train_dataset`, in place of `config.eval_prompts`.
         samples_dataset (`datasets.Dataset`, *optional*):
             Samples that a run kept, of one or several iterations, to train on without sampling.
@@ -84,8 +84,8 @@ class PGraftTrainer:
         *,
         reward_funcs: str | RewardFunction | list[str | RewardFunction] | None = None,
         reward_weights: Sequence[float] | None = None,
-        train_dataset: datasets.Dataset | None = None,
-        eval_dataset: datasets.Dataset | None = None,
+        train_dataset: PromptData | None = None,
+        eval_dataset: PromptData | None = None,
         samples_dataset: datasets.Dataset | datasets.DatasetDict | None = None,
         peft_config: PeftConfig | str | Path | None = None,
         pipeline_kwargs: dict[str, Any] | None = None,
@@ -96,9 +96,9 @@ class PGraftTrainer:
         self.output_dir = Path(config.project_kwargs.get("project_dir") or config.output_dir)
         self.callbacks = Callbacks(callbacks or [], config)
         self.rewards = choose_rewards(reward_function, reward_funcs, reward_weights, required=samples_dataset is None)
-        given = (prompt_function, train_dataset, eval_dataset, samples_dataset)
-        source, self.held_out = choose_prompts(config, getattr(sd_pipeline, "sd_pipeline", sd_pipeline), *given)
-        example = example_columns(samples_dataset if train_dataset is None else train_dataset)
+        given = (getattr(sd_pipeline, "sd_pipeline", sd_pipeline), prompt_function, train_dataset, eval_dataset)
+        source, self.held_out, prompts = choose_prompts(config, self.rewards, *given, samples_dataset)
+        example = example_columns(samples_dataset if prompts is None else prompts)
         self.accelerator = accelerator = make_accelerator(config, self.output_dir)
         check_group_size(config, accelerator.num_processes, is_sampling=source is not None)
         self.policy = Policy(sd_pipeline, config, accelerator, peft_config, pipeline_kwargs, denoiser_format, example)

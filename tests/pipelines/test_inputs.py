@@ -320,3 +320,21 @@ def test_steps_that_an_image_skips_are_not_tuned(tmp_path):
     assert trainer.policy.switch.state_timestep == steps[3]
     sampled = trainer.policy.levels.sample(100, torch.Generator().manual_seed(0))
     assert sampled.max() <= steps[1] and sampled.min() > trainer.policy.switch.switch_timestep
+
+
+@pytest.mark.parametrize(
+    "name, value, advice",
+    [
+        ("num_images_per_prompt", 2, "samples_per_prompt"),
+        ("num_videos_per_prompt", 1, "samples_per_prompt"),
+        ("latents", torch.zeros(1, 4, 4, 4), "`seed`"),
+        ("generator", torch.Generator(), "`seed`"),
+        ("return_dict", False, "leave it out"),
+        ("output_type", "latent", "PIL images"),
+        ("prompt", "a cat", "train_dataset or prompt_function"),
+        ("batch_size", 4, "sample_batch_size"),
+    ],
+)
+def test_what_the_library_sets_is_refused_in_pipeline_kwargs(name, value, advice):
+    with pytest.raises(ValueError, match=f"pipeline_kwargs: `{name}` cannot be given here.*{advice}"):
+        sampling_arguments(GraftConfig(), tiny_sd(), {"height": 16, name: value})

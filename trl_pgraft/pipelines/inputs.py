@@ -13,6 +13,21 @@ from ..config import GraftConfig
 from .placement import device_of
 
 
+# Arguments of a pipeline call that the library sets, and what is set in their place.
+SET_ELSEWHERE = {
+    "prompt": "Give prompts as train_dataset or prompt_function.",
+    "generator": "Each sample has a generator of its own; set the configuration's `seed`.",
+    "latents": "Each sample starts from noise of its own; set the configuration's `seed`.",
+    "output_type": "Rewards are given PIL images, or tensors in DDPO's convention, whatever it is; leave it out.",
+    "return_dict": "The output is read by name; leave it out.",
+    "batch_size": "Set the configuration's `sample_batch_size`.",
+    **dict.fromkeys(
+        ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt"),
+        "Set the configuration's `samples_per_prompt`, and `sample_batch_size` for the images of one call.",
+    ),
+}
+
+
 def parameters_of(pipeline: DiffusionPipeline) -> dict[str, inspect.Parameter]:
     """Parameters of the pipeline's call by name."""
     return dict(inspect.signature(pipeline.__call__).parameters)
@@ -20,8 +35,7 @@ def parameters_of(pipeline: DiffusionPipeline) -> dict[str, inspect.Parameter]:
 
 def takes_prompts(pipeline: DiffusionPipeline) -> bool:
     """Whether the pipeline's call has a prompt; unconditional and class-conditional ones have none."""
-    parameters = parameters_of(pipeline)
-    return "prompt" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return any(name == "prompt" or p.kind is p.VAR_KEYWORD for name, p in parameters_of(pipeline).items())
 
 
 def input_names(pipeline: DiffusionPipeline) -> set[str]:
@@ -95,36 +109,15 @@ def prompt_arguments(
 
 
 def _check_required(pipeline: DiffusionPipeline, call: dict[str, Any]) -> None:
-    needed = {n for n in input_names(pipeline) if parameters_of(pipeline)[n].default is inspect.Parameter.empty}
-    missing = sorted(needed - call.keys())
+    missing = sorted(
+        name
+        for name, parameter in parameters_of(pipeline).items()
+        if parameter.default is parameter.empty and name in input_names(pipeline) - call.keys()
+    )
     if missing:
         raise ValueError(
             f"{type(pipeline).__name__} needs {', '.join(missing)} for each image: give it as a column of "
             "train_dataset (in `evaluate`, of `columns`), or one for all in pipeline_kwargs."
-        )
-
-
-def check_held_out(pipeline: DiffusionPipeline, example: dict[str, Any], held_out: dict[str, Any]) -> None:
-    """
-    Check that held-out prompts have the images, labels and the like that the pipeline is handed in training.
-
-    Args:
-        pipeline (`DiffusionPipeline`):
-            The pipeline.
-        example (`dict`):
-            Its inputs for a prompt of training, from [`inputs_of`].
-        held_out (`dict`):
-            Its inputs for a held-out prompt.
-
-    Raises:
-        `ValueError`: it would lack some; the message names them.
-    """
-    missing = sorted(name for name in example.keys() - held_out.keys() if "prompt" not in name)
-    if missing:
-        raise ValueError(
-            f"{type(pipeline).__name__} is handed {', '.join(missing)} for each prompt of training, which the "
-            f"held-out prompts do not have. In place of eval_prompts give the trainer an eval_dataset with "
-            f"{'columns' if len(missing) > 1 else 'a column'} {', '.join(missing)}."
         )
 
 
@@ -161,8 +154,23 @@ def _repeated(value: Any, count: int) -> Any:
 def sampling_arguments(
     config: GraftConfig, pipeline: DiffusionPipeline, pipeline_kwargs: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Keyword arguments of the pipeline call as `config` sets them, those that the pipeline takes."""
+    """
+    Keyword arguments of the pipeline call as `config` sets them, those that the pipeline takes.
+
+    Args:
+        config ([`GraftConfig`]):
+            Steps, guidance, eta and negative prompt.
+        pipeline (`DiffusionPipeline`):
+            The pipeline that is called.
+        pipeline_kwargs (`dict` or `None`):
+            Further arguments, which win over the configuration.
+
+    Raises:
+        `ValueError`: one of them cannot be given, because it differs from sample to sample or is needed as it is.
+    """
     given, taken = pipeline_kwargs or {}, parameters_of(pipeline)
+    for name in sorted(given.keys() & SET_ELSEWHERE.keys()):
+        raise ValueError(f"pipeline_kwargs: `{name}` cannot be given here. {SET_ELSEWHERE[name]}")
     wanted = {
         "num_inference_steps": config.sample_num_steps,
         _guidance_argument(taken): config.sample_guidance_scale,
@@ -170,8 +178,9 @@ def sampling_arguments(
         "negative_prompt": config.negative_prompts or None,
     }
     arguments = {name: value for name, value in wanted.items() if name in taken and value is not None} | given
-    negative = {"negative_prompt", "negative_prompt_embeds"}
-    if arguments.get("true_cfg_scale", 1.0) > 1.0 and not negative & arguments.keys():
+    if arguments.get("true_cfg_scale", 1.0) > 1.0 and arguments.keys().isdisjoint(
+        {"negative_prompt", "negative_prompt_embeds"}
+    ):
         # With this scale pipelines guide only where they are handed a negative prompt.
         arguments["negative_prompt"] = ""
     return arguments
@@ -180,9 +189,8 @@ def sampling_arguments(
 def _guidance_argument(parameters: dict[str, inspect.Parameter]) -> str:
     """The scale of classifier-free guidance: `true_cfg_scale` where `guidance_scale` is off by default."""
     distilled = parameters.get("guidance_scale")
-    if "true_cfg_scale" in parameters and (distilled is None or distilled.default is None):
-        return "true_cfg_scale"
-    return "guidance_scale"
+    is_off = distilled is None or distilled.default is None
+    return "true_cfg_scale" if is_off and "true_cfg_scale" in parameters else "guidance_scale"
 
 
 def call_pipeline(
@@ -193,5 +201,7 @@ def call_pipeline(
     inputs: Sequence[dict[str, Any]] | None = None,
 ) -> Any:
     """Call the pipeline with one generator a sample, so that a sample does not depend on its batch."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return pipeline(generator=generators, **prompt_arguments(pipeline, prompts, arguments, inputs))
+    return pipeline(
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        **prompt_arguments(pipeline, prompts, arguments, inputs),
+    )

@@ -4,7 +4,7 @@
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -45,6 +45,39 @@ def call_reward(reward: Reward, images: torch.Tensor, prompts: list[str], column
         return _call_ddpo(reward.function, images, prompts, columns.get("metadata", [{}] * len(prompts)))
     rewards = reward.function(prompts=prompts, images=to_pil(images), **columns)
     return (_awaited(rewards) if inspect.isawaitable(rewards) else rewards), {}
+
+
+def check_columns(rewards: Sequence[Reward], columns: Collection[str], owner: str) -> None:
+    r"""
+    Check, before anything is sampled, that reward functions in TRL's convention can be called with these columns.
+
+    Args:
+        rewards (`Sequence[Reward]`):
+            The reward functions; those in DDPO's convention are called alike whatever columns there are.
+        columns (`Collection[str]`):
+            Names of the further columns of the prompts.
+        owner (`str`):
+            What has these columns, for the error's message.
+
+    Raises:
+        `ValueError`: a function needs another column or does not take one, or a column has the name of what all
+            functions are given.
+    """
+    for reward in (reward for reward in rewards if reward.convention == "trl"):
+        try:
+            # Of the function itself: what a decorator's wrapper takes may be more than what is wrapped.
+            inspect.signature(reward.function, follow_wrapped=False).bind(
+                **{"prompts": None, "images": None}, **dict.fromkeys(columns)
+            )
+        except TypeError as error:
+            raise ValueError(
+                f"reward_funcs: {reward.name!r} is called with `prompts`, `images` and the further columns of {owner} "
+                f"({', '.join(columns) or 'none'}), and that does not fit: {str(error).rpartition('() ')[2]}. Add a "
+                "column that is missing or give its parameter a default, rename a column `prompts` or `images`, whose "
+                "names are taken by the samples, or let the function take other columns as `**columns`."
+            ) from error
+        except ValueError:
+            continue  # such as a compiled function, which shows no signature
 
 
 def _call_ddpo(

@@ -115,9 +115,8 @@ def make_reward(
     Raises:
         `ValueError`: the name is unknown or cannot be imported.
     """
-    if isinstance(spec, str):
-        return Reward(spec.rpartition(":")[2], get_reward(spec), weight, convention)
-    return Reward(getattr(spec, "__name__", type(spec).__name__), spec, weight, convention)
+    name = spec.rpartition(":")[2] if isinstance(spec, str) else getattr(spec, "__name__", type(spec).__name__)
+    return Reward(name, get_reward(spec) if isinstance(spec, str) else spec, weight, convention)
 
 
 def choose_rewards(
@@ -142,17 +141,22 @@ def choose_rewards(
     Raises:
         `ValueError`: both conventions, none, a wrong number of weights, or two rewards of one name.
     """
-    if reward_function is not None and reward_funcs is not None:
-        raise ValueError("Give reward_function (DDPO's convention) or reward_funcs (TRL's), not both.")
-    if reward_function is not None and reward_weights is not None:
-        raise ValueError("reward_weights are those of reward_funcs; reward_function is one reward.")
     if reward_function is not None:
+        if reward_funcs is not None or reward_weights is not None:
+            raise ValueError(
+                "Give reward_function (DDPO's convention) or reward_funcs (TRL's), not both; reward_weights are those "
+                "of reward_funcs."
+            )
         return [make_reward(reward_function, convention="ddpo")]
-    if reward_funcs is None and required:
+    functions = (
+        []
+        if reward_funcs is None
+        else list(reward_funcs)
+        if isinstance(reward_funcs, list | tuple)
+        else [reward_funcs]
+    )
+    if required and not functions:
         raise ValueError("No reward: give reward_function (DDPO's convention) or reward_funcs (TRL's).")
-    if reward_funcs is None:
-        return []
-    functions = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
     weights = list(reward_weights) if reward_weights is not None else [1.0] * len(functions)
     if len(weights) != len(functions):
         raise ValueError(f"reward_weights has {len(weights)} values for {len(functions)} reward_funcs.")

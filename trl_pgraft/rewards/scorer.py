@@ -94,9 +94,10 @@ def score(
 
 def _is_transient(error: Exception) -> bool:
     """Whether a later call may succeed: errors of the network, and time-outs."""
-    names = {kind.__name__ for kind in type(error).__mro__} | {errno.errorcode.get(getattr(error, "errno", None) or 0)}
     # A ValueError of such a library is about what it was given: an address, a certificate, or text that is no JSON.
-    return not _TRANSIENT.isdisjoint(names) and not isinstance(error, ValueError)
+    return not isinstance(error, ValueError) and not _TRANSIENT.isdisjoint(
+        [*(kind.__name__ for kind in type(error).__mro__), errno.errorcode.get(getattr(error, "errno", None) or 0)]
+    )
 
 
 def _numbers(returned: Any, prompts: list[str], where: str) -> list[float | None]:
@@ -159,8 +160,10 @@ def score_all(
     """
     scored = [score(reward, images, prompts, columns, patience) for reward in rewards]
     values = [[math.nan if value is None else value for value in of_one] for of_one, _ in scored]
-    table = torch.tensor(values, dtype=torch.float64).reshape(len(scored), len(prompts)).T
-    return table, [info for _, info in scored]
+    return (
+        torch.tensor(values, dtype=torch.float64).reshape(len(scored), len(prompts)).T,
+        [info for _, info in scored],
+    )
 
 
 def _within(seconds: float | None, function: Callable[[], Any]) -> Any:
@@ -186,5 +189,4 @@ def _within(seconds: float | None, function: Callable[[], Any]) -> Any:
 
 
 def _shortened(prompts: list[str], most: int = 4) -> str:
-    rest = f" and {len(prompts) - most} more" if len(prompts) > most else ""
-    return f"{[prompt[:80] for prompt in prompts[:most]]}{rest}"
+    return f"{[prompt[:80] for prompt in prompts[:most]]}" + f" and {len(prompts) - most} more" * (len(prompts) > most)

@@ -4,7 +4,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import torch
@@ -13,11 +13,15 @@ from diffusers import DiffusionPipeline
 from ..adapters.policy import Policy
 from ..config import GraftConfig
 from ..core.seeding import seed_of
-from ..pipelines.inputs import check_held_out, takes_prompts
+from ..pipelines.inputs import takes_prompts
+from ..rewards.conventions import check_columns
+from ..rewards.registry import Reward
 
 
 # A prompt and its further columns.
 Prompt = tuple[str, dict[str, Any]]
+# What holds prompts: a data set, a list of them, or the Hub's name of a data set with a split `train`.
+PromptData: TypeAlias = datasets.Dataset | Sequence[str] | str
 # Given the number of an iteration and a number of prompts, yields these prompts.
 PromptSource = Callable[[int, int], Iterator[Prompt]]
 
@@ -59,9 +63,9 @@ def prompts_from_dataset(train_dataset: datasets.Dataset, seed: int, required: b
             Whether there must be a column `prompt` or `prompt_embeds`. Without `prompt`, prompts are empty.
 
     Raises:
-        `ValueError`: the data set is empty, or has no prompts.
+        `ValueError`: the data set is empty, has no prompts, or one that is not a string.
     """
-    _check_dataset("train_dataset", train_dataset, required)
+    train_dataset = _as_dataset("train_dataset", train_dataset, required)
 
     def source(epoch: int, count: int) -> Iterator[Prompt]:
         for number in range(epoch * count, (epoch + 1) * count):
@@ -72,13 +76,38 @@ def prompts_from_dataset(train_dataset: datasets.Dataset, seed: int, required: b
     return source
 
 
-def _check_dataset(name: str, dataset: datasets.Dataset, required: bool) -> None:
-    columns = list(dataset.column_names)
+def _as_dataset(name: str, given: PromptData, required: bool, token: str | None = None) -> datasets.Dataset:
+    """The data set that is given, one of the prompts in a list, or the split `train` of one on the Hub; checked."""
+    if isinstance(given, str):
+        given = datasets.load_dataset(given, split="train", token=token)
+    elif isinstance(given, list | tuple):
+        given = datasets.Dataset.from_dict({"prompt": list(_checked_prompts(name, given))})
+    if not isinstance(given, datasets.Dataset):
+        raise ValueError(
+            f"{name} is a {type(given).__name__}; give a `datasets.Dataset`, one split: it is gone through in random "
+            "order, so a stream has to be loaded. A list of prompts and a data set's name on the Hub are taken too."
+        )
+    columns = given.column_names
     # Embeddings stand for prompts.
     if required and not {"prompt", "prompt_embeds"} & set(columns):
         raise ValueError(f"{name} has no column `prompt`; it has {', '.join(columns)}.")
-    if len(dataset) == 0:
+    if len(given) == 0:
         raise ValueError(f"{name} is empty: there is no prompt to sample images for.")
+    if required and "prompt_embeds" not in columns:
+        # Of rows that a transform computes when they are read, the first one alone is.
+        is_computed = given.format["type"] == "custom"
+        _checked_prompts(name, [_as_prompt(given[0])[0]] if is_computed else given.with_format(None)["prompt"][:])
+    return given
+
+
+def _checked_prompts(name: str, prompts: Sequence[Any]) -> Sequence[str]:
+    for row, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise ValueError(
+                f"{name}: the prompt of row {row} is {str(prompt)[:80]}, a {type(prompt).__name__}. A prompt is a "
+                "string, which may be empty; of chat messages give the text alone."
+            )
+    return prompts
 
 
 def _as_prompt(row: dict[str, Any]) -> Prompt:
@@ -87,36 +116,40 @@ def _as_prompt(row: dict[str, Any]) -> Prompt:
 
 def choose_prompts(
     config: GraftConfig,
+    rewards: Sequence[Reward],
     pipeline: DiffusionPipeline | None,
     prompt_function: Callable[[], tuple[str, Any]] | None,
-    train_dataset: datasets.Dataset | None,
-    eval_dataset: datasets.Dataset | None,
+    train_dataset: PromptData | None,
+    eval_dataset: PromptData | None,
     samples_dataset: datasets.Dataset | datasets.DatasetDict | None,
-) -> tuple[PromptSource | None, list[Prompt]]:
+) -> tuple[PromptSource | None, list[Prompt], datasets.Dataset | None]:
     r"""
     The prompts of a run, chosen from a trainer's arguments and checked before anything is sampled.
 
     Args:
         config ([`GraftConfig`]):
-            The run's configuration, of which `seed` and `eval_prompts` are read.
+            The run's configuration, of which `seed`, `eval_prompts` and `hub_token` are read.
+        rewards (`Sequence[Reward]`):
+            The reward functions, which are called with the columns of the prompts.
         pipeline (`DiffusionPipeline` or `None`):
             The pipeline; data sets need no prompts if its call takes none.
         prompt_function (`Callable` or `None`):
             See [`prompts_from_function`].
-        train_dataset (`datasets.Dataset` or `None`):
-            See [`prompts_from_dataset`].
-        eval_dataset (`datasets.Dataset` or `None`):
+        train_dataset (`datasets.Dataset`, list of `str`, `str` or `None`):
+            See [`prompts_from_dataset`]; or a list of prompts, or the name of a data set on the Hub.
+        eval_dataset (`datasets.Dataset`, list of `str`, `str` or `None`):
             Held-out prompts with columns as those of `train_dataset`, in place of `config.eval_prompts`.
         samples_dataset (`datasets.Dataset`, `datasets.DatasetDict` or `None`):
             Samples of an earlier run, in place of prompts.
 
     Returns:
-        `tuple[PromptSource | None, list[Prompt]]`: the source of prompts to sample images for, `None` with
-            `samples_dataset`; and the held-out prompts, none if none are given.
+        `tuple[PromptSource | None, list[Prompt], datasets.Dataset | None]`: the source of prompts to sample images
+            for, `None` with `samples_dataset`; the held-out prompts, none if none are given; and `train_dataset` as a
+            data set.
 
     Raises:
-        `ValueError`: not exactly one of the three sources is given, held-out prompts are given twice, or a data set
-            is of another type, is empty or lacks prompts.
+        `ValueError`: not exactly one of the three sources is given, held-out prompts are given twice, a data set is
+            of another type, is empty or lacks prompts, or a reward function cannot be called with its columns.
     """
     required = not callable(pipeline) or takes_prompts(pipeline)
     given = {
@@ -130,31 +163,33 @@ def choose_prompts(
             f"Exactly one of {', '.join(given)} must be given, because it has the prompts to sample images for; got "
             f"{' and '.join(named) or 'none'}."
         )
-    source = None
-    if prompt_function is not None:
-        source = prompts_from_function(prompt_function)
-    elif train_dataset is not None:
-        source = prompts_from_dataset(train_dataset, config.seed, required)
-    return source, _held_out_prompts(config.eval_prompts, eval_dataset, required)
+    held_out = _held_out_prompts(config, eval_dataset, required)
+    for _, columns in held_out[:1]:
+        check_columns(rewards, columns, "eval_prompts" if eval_dataset is None else "eval_dataset")
+    if train_dataset is not None:
+        dataset = _as_dataset("train_dataset", train_dataset, required, config.hub_token)
+        check_columns(rewards, _as_prompt(dataset[0])[1], "train_dataset")
+        return prompts_from_dataset(dataset, config.seed, required), held_out, dataset
+    if prompt_function is None:
+        return None, held_out, None
+    check_columns(rewards, ["metadata"], "prompt_function")
+    return prompts_from_function(prompt_function), held_out, None
 
 
-def _held_out_prompts(
-    eval_prompts: Sequence[str] | None, eval_dataset: datasets.Dataset | None, required: bool
-) -> list[Prompt]:
+def _held_out_prompts(config: GraftConfig, eval_dataset: PromptData | None, required: bool) -> list[Prompt]:
     if eval_dataset is None:
-        return with_columns(eval_prompts or [])
-    if eval_prompts:
+        return with_columns(config.eval_prompts or [])
+    if config.eval_prompts:
         raise ValueError("eval_dataset and config.eval_prompts both say what is held out; give one of them.")
-    if not isinstance(eval_dataset, datasets.Dataset):
-        raise ValueError(f"eval_dataset is a {type(eval_dataset).__name__}; give a `datasets.Dataset`, one split.")
-    _check_dataset("eval_dataset", eval_dataset, required)
-    return [_as_prompt(row) for row in eval_dataset]
+    return [_as_prompt(row) for row in _as_dataset("eval_dataset", eval_dataset, required, config.hub_token)]
 
 
 def with_columns(prompts: Sequence[str], columns: Mapping[str, Sequence[Any]] | None = None) -> list[Prompt]:
     """The P `prompts`, each with its values of the `columns` of P values; without any where there are no columns."""
-    rows = columns or {}
-    return [(prompt, {name: rows[name][i] for name in rows}) for i, prompt in enumerate(prompts)]
+    prompts = _checked_prompts("held-out prompts", [prompts] if isinstance(prompts, str) else prompts)
+    return [
+        (prompt, {name: values[i] for name, values in (columns or {}).items()}) for i, prompt in enumerate(prompts)
+    ]
 
 
 def check_held_out_columns(policy: Policy, held_out: Sequence[Prompt], example: dict[str, Any]) -> None:
@@ -173,7 +208,15 @@ def check_held_out_columns(policy: Policy, held_out: Sequence[Prompt], example: 
         `ValueError`: a held-out prompt lacks some; the message names them.
     """
     for _, columns in held_out:
-        check_held_out(policy.pipeline, policy.inputs_of(example), policy.inputs_of(columns))
+        missing = sorted(
+            n for n in policy.inputs_of(example) if "prompt" not in n and n not in policy.inputs_of(columns)
+        )
+        if missing:
+            raise ValueError(
+                f"{type(policy.pipeline).__name__} is handed {', '.join(missing)} for each prompt of training, which "
+                "the held-out prompts do not have. In place of eval_prompts give the trainer an eval_dataset with "
+                f"{'columns' if len(missing) > 1 else 'a column'} {', '.join(missing)}."
+            )
 
 
 @dataclass(frozen=True)
@@ -253,11 +296,12 @@ def form_groups(prompts: Iterator[Prompt], images: int, group_size: int) -> list
         group_size (`int`):
             M, the samples per prompt.
     """
-    groups = []
-    for index, start in enumerate(range(0, images, group_size)):
-        prompt, columns = next(prompts)
-        groups.append(PromptGroup(index, prompt, min(group_size, images - start), columns))
-    return groups
+    # The starts come first, because no prompt may be taken beyond the last group.
+    taken = enumerate(zip(range(0, images, group_size), prompts, strict=False))
+    return [
+        PromptGroup(index, prompt, min(group_size, images - start), columns)
+        for index, (start, (prompt, columns)) in taken
+    ]
 
 
 def samples_of(groups: Sequence[PromptGroup], *seed_parts: Any) -> list[Sample]:
@@ -267,5 +311,7 @@ def samples_of(groups: Sequence[PromptGroup], *seed_parts: Any) -> list[Sample]:
 
 def columns_of(samples: Sequence[Sample]) -> dict[str, list[Any]]:
     """Further columns of the prompts of `samples`, as lists."""
-    names = dict.fromkeys(name for sample in samples for name in sample.group.columns)
-    return {name: [sample.group.columns.get(name) for sample in samples] for name in names}
+    return {
+        name: [sample.group.columns.get(name) for sample in samples]
+        for name in dict.fromkeys(name for sample in samples for name in sample.group.columns)
+    }

@@ -34,10 +34,12 @@ def merge_difference(
     Raises:
         `ValueError`: `accepted` is no LoRA of linear or convolution layers.
     """
-    terms, merged = [(policy, 1.0), (accepted, scale), (control, -scale)], {}
-    for path, layer in denoiser.named_modules():
-        if isinstance(layer, LoraLayer) and accepted in layer.lora_A:
-            merged[path] = _truncate(*_sum_of_terms(layer, terms), max_rank)
+    terms = [(policy, 1.0), (accepted, scale), (control, -scale)]
+    merged = {
+        path: _truncate(*_sum_of_terms(layer, terms), max_rank)
+        for path, layer in denoiser.named_modules()
+        if isinstance(layer, LoraLayer) and accepted in layer.lora_A
+    }
     if not merged:
         raise ValueError(f"{accepted!r} is no LoRA of linear or convolution layers; no other adapters can be merged.")
     rank, targets = max(len(a) for a, _ in merged.values()), denoiser.peft_config[accepted].target_modules

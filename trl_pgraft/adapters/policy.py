@@ -97,8 +97,10 @@ class Policy:
         self.peft_config = self._choose_adapter(peft_config)
         place_pipeline(self.pipeline, accelerator.device, weights_dtype(accelerator))
         self.arguments = sampling_arguments(config, self.pipeline, pipeline_kwargs)
-        own = {name: as_batch([value]) for name, value in self.inputs_of(example or {}).items()}
-        self.example_arguments = {**own, **self.arguments}
+        self.example_arguments = {
+            **{name: as_batch([value]) for name, value in self.inputs_of(example or {}).items()},
+            **self.arguments,
+        }
         self.introspection = introspect(self.pipeline, self.example_arguments, denoiser_format)
         self.call = self.introspection.call
         check_call(self.call, config, self.pipeline)

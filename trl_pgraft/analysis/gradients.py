@@ -31,8 +31,7 @@ def pilot_adapter(policy: Policy) -> Iterator[list[torch.nn.Parameter]]:
     denoiser, was_training = policy.denoiser, policy.denoiser.training
     # A new adapter becomes the only one that is trainable.
     trainable = [p for p in denoiser.parameters() if p.requires_grad]
-    peft_config = copy.deepcopy(policy.peft_config)
-    add_adapter(denoiser, peft_config, PILOT_ADAPTER, seed_of(policy.config.seed, "pilot"))
+    add_adapter(denoiser, copy.deepcopy(policy.peft_config), PILOT_ADAPTER, seed_of(policy.config.seed, "pilot"))
     try:
         denoiser.train()
         yield [p for p in adapter_parameters(denoiser, PILOT_ADAPTER) if p.requires_grad]
@@ -47,9 +46,13 @@ def pilot_adapter(policy: Policy) -> Iterator[list[torch.nn.Parameter]]:
 
 def pilot_loss(policy: Policy, pilot: Pilot) -> GraftLoss:
     """The loss by which `policy` is fine-tuned, on the prompts of `pilot`, without dropped captions."""
-    prompts = [group.prompt for group in pilot.groups]
-    inputs = [policy.inputs_of(group.columns) for group in pilot.groups]
-    conditioning = record_conditioning(policy.pipeline, policy.call, prompts, policy.arguments, inputs)
+    conditioning = record_conditioning(
+        policy.pipeline,
+        policy.call,
+        [group.prompt for group in pilot.groups],
+        policy.arguments,
+        [policy.inputs_of(group.columns) for group in pilot.groups],
+    )
     return replace(graft_loss(policy, PILOT_ADAPTER, conditioning), caption_dropout=0.0)
 
 
@@ -130,15 +133,14 @@ def _losses(policy: Policy, loss: GraftLoss, pilot: Pilot, rows: torch.Tensor) -
         timesteps.append(loss.levels.sample(TIMESTEPS_PER_STATE, generator).sort().values)
     prompts = torch.tensor([pilot.samples[row].group.index for row in rows.tolist()])
     x_i = states.to(policy.accelerator.device).repeat_interleave(TIMESTEPS_PER_STATE, 0)
-    values = loss(
+    return loss(
         policy.denoiser,
         x_i,
         torch.cat(noise).to(x_i),
         torch.cat(timesteps),
         prompts.repeat_interleave(TIMESTEPS_PER_STATE),
         torch.zeros(len(x_i), dtype=torch.bool),
-    )
-    return values.reshape(len(rows), TIMESTEPS_PER_STATE)
+    ).reshape(len(rows), TIMESTEPS_PER_STATE)
 
 
 def squared_mean(vectors: torch.Tensor) -> tuple[float, float]:

@@ -50,8 +50,12 @@ class Candidate:
     def to_row(self) -> dict[str, Any]:
         """The first entries of the candidate's row of curves."""
         log_snr = None if self.timestep is None else self.levels.schedule.log_snr(self.timestep).item()
-        place = {"fraction": self.fraction, "position": self.levels.step_index}
-        return {**place, "timestep": self.timestep, "log_snr": log_snr}
+        return {
+            "fraction": self.fraction,
+            "position": self.levels.step_index,
+            "timestep": self.timestep,
+            "log_snr": log_snr,
+        }
 
 
 @dataclass(frozen=True)
@@ -149,8 +153,9 @@ def choose_intermediate_step(
                 losses = [
                     losses_and_gradients(policy, replace(loss, levels=c.levels), pilot, parameters) for c in candidates
                 ]
-    rows = [c.to_row() | left | right for c, left, right in zip(candidates, information, losses, strict=True)]
-    curves = with_scores(rows)
+    curves = with_scores(
+        [c.to_row() | left | right for c, left, right in zip(candidates, information, losses, strict=True)]
+    )
     _warn_if_unresolved(curves)
     return IntermediateStep(_proposed(curves), stochastic, curves)
 
@@ -246,8 +251,9 @@ def _check_rewards(pilot: Pilot) -> None:
 def _information(collector: RolloutCollector, pilot: Pilot, step_index: int, completions: int) -> dict[str, float]:
     """How far x_I determines the reward; with `completions` = 1, wholly."""
     sizes = [group.size for group in pilot.groups]
-    predicted = score_predictions(collector, pilot, step_index)
-    readable = rank_correlation(pilot.total_reward.split(sizes), predicted.split(sizes))
+    readable = rank_correlation(
+        pilot.total_reward.split(sizes), score_predictions(collector, pilot, step_index).split(sizes)
+    )
     if completions == 1:
         return {"readable": readable, "reward_variance": 0.0, "information": max(0.0, readable) ** 2}
     others = [score_completions(collector, pilot, step_index, number) for number in range(1, completions)]

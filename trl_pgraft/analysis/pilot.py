@@ -80,8 +80,9 @@ def sample_pilot(collector: RolloutCollector, groups: list[PromptGroup], step_in
         recorded.append(of_batch)
     batch = RolloutBatch.collate(samples, batches)
     total_reward = total_rewards(batch.rewards, collector.weights, groups)
-    rule = (collector.acceptance, config.acceptance_kwargs, (config.seed, 0, "accept"))
-    accepted, _, _ = accept(total_reward, groups, *rule)
+    accepted, _, _ = accept(
+        total_reward, groups, collector.acceptance, config.acceptance_kwargs, (config.seed, 0, "accept")
+    )
     states, originals = ({s: torch.cat([seen[s][i] for seen in recorded]) for s in step_indices} for i in (0, 1))
     return Pilot(groups, samples, batch.images, total_reward, accepted, states, originals)
 
@@ -98,8 +99,10 @@ def _states_and_originals(
         outputs.append(model_output if len(outputs) in step_indices else None)
 
     with ExitStack() as stack:
-        recorders = {s: record_trajectory(policy.pipeline, policy.call, s, batch_size) for s in step_indices}
-        trajectories = {s: stack.enter_context(recorder) for s, recorder in recorders.items()}
+        trajectories = {
+            s: stack.enter_context(record_trajectory(policy.pipeline, policy.call, s, batch_size))
+            for s in step_indices
+        }
         stack.enter_context(observe_steps(policy.pipeline.scheduler, on_step))
         yield recorded
     for step_index, trajectory in trajectories.items():

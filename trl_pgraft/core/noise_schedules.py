@@ -102,8 +102,7 @@ class NoiseSchedule:
             s = t / self.num_train_timesteps
             return 1 - s, s
         below = t.floor().long()
-        above = (below + 1).clamp(max=last)
-        phi = torch.lerp(self.angles[below], self.angles[above], t - below)
+        phi = torch.lerp(self.angles[below], self.angles[(below + 1).clamp(max=last)], t - below)
         # sin(pi/2 - phi) rather than cos(phi): exactly 0 at pure noise.
         return (math.pi / 2 - phi).sin(), phi.sin()
 

@@ -17,8 +17,7 @@ def seed_of(*parts: Any) -> int:
         parts:
             What the random numbers are for, as values that JSON has: the run's seed, an iteration, a prompt's index.
     """
-    digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+    return int.from_bytes(hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
 def generator_of(*parts: Any) -> torch.Generator:

@@ -172,5 +172,6 @@ class Publisher:
         try:
             push()
         except Exception as error:
-            message = redacted(error, self.config.hub_token)
-            warnings.warn(f"The run goes on, but a push failed: {message}", stacklevel=2)
+            warnings.warn(
+                f"The run goes on, but a push failed: {redacted(error, self.config.hub_token)}", stacklevel=2
+            )

@@ -176,8 +176,11 @@ def _push(
         raise
     except Exception as error:
         ensure_card()
-        command = ["hf", "upload", name, str(folder.resolve()), ".", "--repo-type", kind]
-        command += [*(["--private"] if private else []), *(["--revision", revision] if revision else [])]
+        command = [
+            *("hf", "upload", name, str(folder.resolve()), ".", "--repo-type", kind),
+            *(["--private"] if private else []),
+            *(["--revision", revision] if revision else []),
+        ]
         raise PushError(
             f"{folder} was not pushed to {kind} repository {name}: {redacted(error, token)}\nNothing is lost. To "
             "push it later, logged in with `hf auth login` or HF_TOKEN:\n"

@@ -120,8 +120,11 @@ def sample_files(folder: Path) -> list[str]:
 
 def files_on_hub(api: HfApi, repo_id: str) -> dict[str, RepoFile]:
     """The files of dataset repository `repo_id` by name, listed with the token of `api`."""
-    tree = api.list_repo_tree(repo_id, recursive=True, repo_type="dataset")
-    return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+    return {
+        entry.path: entry
+        for entry in api.list_repo_tree(repo_id, recursive=True, repo_type="dataset")
+        if isinstance(entry, RepoFile)
+    }
 
 
 def retried(action: Callable[[], Result]) -> Result:

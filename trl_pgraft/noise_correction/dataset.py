@@ -121,8 +121,11 @@ class DatasetInverter:
         """
         self._made_by, self._left_out = json.dumps([self._sampler_tag(), self._encoding_tag()]), 0
         starts = range(0, len(self.dataset), self.config.inversion_batch_size)
-        own = starts[accelerator.process_index :: accelerator.num_processes]
-        for start in tqdm(own, desc="inverting", disable=not accelerator.is_local_main_process):
+        for start in tqdm(
+            starts[accelerator.process_index :: accelerator.num_processes],
+            desc="inverting",
+            disable=not accelerator.is_local_main_process,
+        ):
             path, batch, tags, found = self._read(start)
             if found is None:
                 save_tensors(path, self._invert(start, batch), tags)
@@ -157,9 +160,8 @@ class DatasetInverter:
         """Noise of one batch; samples that do not converge are left out as far as that is allowed."""
         latents = self._latents(batch).to(device_of(self.sampler.pipeline))
         self.sampler.check_shape(latents)
-        conditioning = self.sampler.record(list(batch.get("prompt", [""] * len(latents))))
         found, rows = invert(
-            self.sampler.velocity(conditioning),
+            self.sampler.velocity(self.sampler.record(list(batch.get("prompt", [""] * len(latents))))),
             self.sampler.steps[: self.steps],
             self._noised(latents, start),
             self.config.tolerance,
@@ -246,9 +248,13 @@ def _active_adapters(denoiser: torch.nn.Module) -> list[Any]:
     """Which adapters take part and with what scale, which their weights do not show; a gate has its own rule."""
     gate = gate_on(denoiser)
     left_out = {CORRECTION_ADAPTER, gate.adapter_name if gate else None}
-    layers = [layer for layer in tuner_layers(uncompiled(denoiser)) if not layer.disable_adapters]
-    active = [(layer, name) for layer in layers for name in layer.active_adapters if name not in left_out]
-    found = {(name, getattr(layer, "scaling", {}).get(name)) for layer, name in active}
+    found = {
+        (name, getattr(layer, "scaling", {}).get(name))
+        for layer in tuner_layers(uncompiled(denoiser))
+        if not layer.disable_adapters
+        for name in layer.active_adapters
+        if name not in left_out
+    }
     return [sorted(found, key=str), gate and [gate.adapter_name, gate.switch_timestep]]
 
 

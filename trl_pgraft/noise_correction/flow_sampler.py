@@ -74,8 +74,9 @@ class FlowSampler:
                 f"guided=True: {type(pipeline).__name__} with these pipeline_kwargs does not guide by u + w (c - u). "
                 "Ask for guidance in pipeline_kwargs, or leave `guided` out."
             )
-        like = self.call.format.latents(introspection.first_step[0])[:1]
-        self.like = torch.empty_like(like, device=device_of(pipeline))
+        self.like = torch.empty_like(
+            self.call.format.latents(introspection.first_step[0])[:1], device=device_of(pipeline)
+        )
 
     @property
     def levels(self) -> list[float]:

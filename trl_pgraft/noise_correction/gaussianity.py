@@ -66,8 +66,11 @@ class Gaussianity:
     normal_accuracy: float
 
     def __str__(self) -> str:
-        found = {name: value for name, value in asdict(self).items() if not name.startswith("normal_")}
-        lines = [f"{name:22s} {value:9.4f} {getattr(self, f'normal_{name}'):9.4f}" for name, value in found.items()]
+        lines = [
+            f"{name:22s} {value:9.4f} {getattr(self, f'normal_{name}'):9.4f}"
+            for name, value in asdict(self).items()
+            if not name.startswith("normal_")
+        ]
         return "\n".join([f"{'':22s} {'samples':>9s} {'N(0, I)':>9s}", *lines])
 
 
@@ -93,8 +96,10 @@ def gaussianity(samples: torch.Tensor, seed: int = 0) -> Gaussianity:
     generator = torch.Generator().manual_seed(seed)
     # Two sets of N(0, I): one to compare the samples with, the other to compare with it in their place.
     normal, other = (torch.randn(x.shape, generator=generator) for _ in range(2))
-    found, chance = _statistics(x, normal, generator), _statistics(other, normal, generator)
-    return Gaussianity(**found, **{f"normal_{name}": value for name, value in chance.items()})
+    return Gaussianity(
+        **_statistics(x, normal, generator),
+        **{f"normal_{name}": value for name, value in _statistics(other, normal, generator).items()},
+    )
 
 
 def random_part(noise: torch.Tensor, seed: int) -> torch.Tensor:
@@ -119,14 +124,15 @@ def _statistics(x: torch.Tensor, normal: torch.Tensor, generator: torch.Generato
     squared = flat.square().sum(1).sort().values
     expected = torch.special.gammainc(torch.tensor(flat.shape[1] / 2, dtype=torch.float64), squared / 2)
     ranks = torch.arange(len(x) + 1, dtype=torch.float64) / len(x)
-    correlation = (left * right).mean() / (left.square().mean() * right.square().mean()).sqrt()
     return {
         "mean": flat.mean(0).square().mean().sqrt().item(),
         "std": std.item(),
         "element_std": (flat.std(0) - 1).square().mean().sqrt().item(),
         "skewness": z.pow(3).mean().item(),
         "kurtosis": z.pow(4).mean().item() - 3,
-        "neighbour_correlation": correlation.item(),
+        "neighbour_correlation": (
+            (left * right).mean() / (left.square().mean() * right.square().mean()).sqrt()
+        ).item(),
         "radius": torch.maximum(ranks[1:] - expected, expected - ranks[:-1]).max().item(),
         "accuracy": two_sample_accuracy(x, normal, generator),
     }

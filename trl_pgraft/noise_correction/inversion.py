@@ -130,8 +130,13 @@ def invert_flow(
         def at_step(x: torch.Tensor, step: int, rows: torch.Tensor) -> torch.Tensor:
             return model(x, torch.full((len(x),), levels[step], dtype=x.dtype, device=x.device))
 
-        steps = [after - before for before, after in zip(levels[:-1], levels[1:], strict=True)]
-        return invert(at_step, steps, latents, tolerance, max_iterations)[0]
+        return invert(
+            at_step,
+            [after - before for before, after in zip(levels[:-1], levels[1:], strict=True)],
+            latents,
+            tolerance,
+            max_iterations,
+        )[0]
     sampler = FlowSampler(model, pipeline_kwargs or {}, guided, denoiser_format)
     sampler.check_shape(latents)
     velocity = sampler.velocity(sampler.record(list(prompts) if prompts is not None else [""] * len(latents)))

@@ -210,8 +210,13 @@ class NoiseCorrectedPipeline:
                 f"{folder} has a corrector of the kind {facts['corrector']!r}; this version of trl_pgraft supports "
                 f"{', '.join(CORRECTORS)}. Train one of these to the same data."
             )
-        corrector = CORRECTORS[facts["corrector"]].load(folder, pipeline)
-        return cls(pipeline, corrector, facts["corrector_steps"], facts["trained_for"], denoiser_format)
+        return cls(
+            pipeline,
+            CORRECTORS[facts["corrector"]].load(folder, pipeline),
+            facts["corrector_steps"],
+            facts["trained_for"],
+            denoiser_format,
+        )
 
     def push_to_hub(
         self,

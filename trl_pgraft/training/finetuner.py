@@ -54,8 +54,11 @@ class FineTuningReport:
     def to_metrics(self) -> dict[str, float]:
         """Metrics by name; level 0 is the cleanest quarter of the tuned range."""
         losses, bins = torch.cat(self.losses).cpu(), torch.cat(self.bins)
-        levels = {f"loss/level_{i}": losses[bins == i].mean().item() for i in bins.unique().tolist()}
-        return {"loss": losses.mean().item(), **levels, "skipped_steps": self.skipped}
+        return {
+            "loss": losses.mean().item(),
+            **{f"loss/level_{i}": losses[bins == i].mean().item() for i in bins.unique().tolist()},
+            "skipped_steps": self.skipped,
+        }
 
 
 @dataclass(frozen=True)
@@ -138,8 +141,11 @@ class Finetuner:
         rows = SelectedRows(rollout, config.train_num_inner_epochs, (config.seed, epoch), policy.inputs_of)
         if not rows:
             return None
-        conditioning = record_conditioning(policy.pipeline, policy.call, rows.prompts, policy.arguments, rows.inputs)
-        return TrainingSet(rows, rollout.states, conditioning)
+        return TrainingSet(
+            rows,
+            rollout.states,
+            record_conditioning(policy.pipeline, policy.call, rows.prompts, policy.arguments, rows.inputs),
+        )
 
     def steps_for(self, rows: int) -> int:
         """Optimizer steps of a fine-tuning on `rows` accepted samples."""
@@ -204,10 +210,9 @@ class Finetuner:
         """Fine-tune adapter `name` on the rows of `passes`."""
         policy, config, accelerator = self.policy, self.config, self.accelerator
         with on_device(policy.pipeline, policy.denoiser, accelerator, optimizer):
-            loss = graft_loss(policy, name, data.conditioning)
             return fine_tune_adapter(
                 accelerator,
-                loss,
+                graft_loss(policy, name, data.conditioning),
                 data.states,
                 passes,
                 optimizer,
@@ -299,8 +304,7 @@ def _losses_of(
     x_i = states[rows.states].to(device)
     sampled = [_sample_row(loss, seed, k, count, x_i.shape[1:]) for seed in rows.seeds]
     timesteps, noise, dropped = (torch.stack(values) for values in zip(*sampled, strict=True))
-    losses = loss(model, x_i, noise.to(device), timesteps, rows.prompts, dropped)
-    return losses, loss.levels.bin_of(timesteps, 4)
+    return loss(model, x_i, noise.to(device), timesteps, rows.prompts, dropped), loss.levels.bin_of(timesteps, 4)
 
 
 def _sample_row(

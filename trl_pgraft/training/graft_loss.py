@@ -92,10 +92,11 @@ class GraftLoss:
             with torch.no_grad(), without_adapters(self.denoiser, self.adapters):
                 u = self._predict(self.denoiser, x_t, timesteps, prompts, unconditional=True)
             target = corrected_target(target, u.to(target.dtype), self.guidance_scale)
-        if kind == "conditional" and dropped.any():
-            prediction = self._predict_dropped(model, x_t, timesteps, prompts, dropped)
-        else:
-            prediction = self._predict(model, x_t, timesteps, prompts)
+        prediction = (
+            self._predict_dropped(model, x_t, timesteps, prompts, dropped)
+            if kind == "conditional" and dropped.any()
+            else self._predict(model, x_t, timesteps, prompts)
+        )
         return weighted_mse(prediction, target, weight)
 
     def _predict(
@@ -145,7 +146,6 @@ def graft_loss(policy: Policy, name: str, conditioning: Conditioning) -> GraftLo
         conditioning ([`Conditioning`]):
             Recorded conditioning of the prompts.
     """
-    adapters = [n for n in dict.fromkeys([ADAPTER_NAME, name]) if n in policy.denoiser.peft_config]
     return GraftLoss(
         denoiser_of(policy.pipeline),
         policy.call,
@@ -155,5 +155,5 @@ def graft_loss(policy: Policy, name: str, conditioning: Conditioning) -> GraftLo
         policy.config.guidance_loss,
         policy.tuned_guidance_scale,
         policy.config.caption_dropout,
-        adapters,
+        [n for n in dict.fromkeys([ADAPTER_NAME, name]) if n in policy.denoiser.peft_config],
     )

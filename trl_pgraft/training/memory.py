@@ -109,8 +109,12 @@ def estimate_memory(
         images = config.train_batch_size * (2 if call.is_guided and config.guidance_loss == "combined" else 1)
         activations = kept and kept * denoiser.dtype.itemsize // call.branches * images
     resident = pipeline.components.values() if offload_device(pipeline) is None else [denoiser]
-    modules = [component for component in resident if isinstance(component, torch.nn.Module)]
-    weights = {id(p): p.numel() * p.element_size() for module in modules for p in module.parameters()}
+    weights = {
+        id(p): p.numel() * p.element_size()
+        for component in resident
+        if isinstance(component, torch.nn.Module)
+        for p in component.parameters()
+    }
     return MemoryEstimate(
         pipeline=sum(weights.values()),
         adapter=4 * trained,

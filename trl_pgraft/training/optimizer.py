@@ -154,8 +154,7 @@ def learning_rates(kind: str, peak: float, warmup_steps: int, length: int) -> Ca
         `Callable[[int], float]`: maps the number of a step, from 0, to its learning rate.
     """
     unit = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    scheduler = get_scheduler(kind, unit, num_warmup_steps=warmup_steps, num_training_steps=length)
-    factor = scheduler.lr_lambdas[0]
+    factor = get_scheduler(kind, unit, num_warmup_steps=warmup_steps, num_training_steps=length).lr_lambdas[0]
     return lambda step: peak * factor(min(step, length))
 
 
@@ -170,7 +169,6 @@ def make_accelerator(config: GraftConfig, output_dir: Path) -> Accelerator:
             Output folder of the run, made if missing; logs are written to `config.logdir` inside.
     """
     logs = output_dir / config.logdir / (config.run_name if config.log_with == "tensorboard" else "")
-    own = {"project_dir": str(output_dir), "logging_dir": str(logs)}
     output_dir.mkdir(parents=True, exist_ok=True)
     best_precision = "no"
     if torch.cuda.is_available():
@@ -180,7 +178,9 @@ def make_accelerator(config: GraftConfig, output_dir: Path) -> Accelerator:
     return Accelerator(
         log_with=config.log_with,
         mixed_precision=config.mixed_precision or best_precision,
-        project_config=ProjectConfiguration(**{**own, **config.project_kwargs}),
+        project_config=ProjectConfiguration(
+            **{"project_dir": str(output_dir), "logging_dir": str(logs), **config.project_kwargs}
+        ),
         **config.accelerator_kwargs,
     )
 

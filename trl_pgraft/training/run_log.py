@@ -39,8 +39,9 @@ class RunLog:
 
     def start_trackers(self, config: GraftConfig, **values: Any) -> None:
         """Start the trackers that `config.log_with` names, with its fields and further `values` as parameters."""
-        parameters = tracker_values({**config.to_dict(), **values})
-        self.accelerator.init_trackers(config.tracker_project_name, parameters, tracker_arguments(config))
+        self.accelerator.init_trackers(
+            config.tracker_project_name, tracker_values({**config.to_dict(), **values}), tracker_arguments(config)
+        )
 
     def rewrite(self, history: Sequence[Metrics]) -> None:
         """Replace the lines of `metrics.jsonl` by those of `history`, oldest first."""
@@ -68,8 +69,7 @@ class RunLog:
 
 def _as_json(metrics: Metrics) -> str:
     """A line of JSON, which has no numbers that are not finite: they become null."""
-    finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-    return json.dumps(finite) + "\n"
+    return json.dumps({name: value if math.isfinite(value) else None for name, value in metrics.items()}) + "\n"
 
 
 class NoTracker(GeneralTracker):

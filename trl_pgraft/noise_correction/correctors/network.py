@@ -78,8 +78,9 @@ class NetworkCorrector:
 
     @classmethod
     def load(cls, folder: Path, pipeline: DiffusionPipeline) -> "NetworkCorrector":
-        network = AutoModel.from_pretrained(str(folder / NETWORK_FOLDER))
-        return cls(network.to(device_of(pipeline)).requires_grad_(False))
+        return cls(
+            AutoModel.from_pretrained(str(folder / NETWORK_FOLDER)).to(device_of(pipeline)).requires_grad_(False)
+        )
 
 
 def make_network(shape: tuple[int, ...], channels: int) -> UNet2DModel:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
+import typing
+from typing import Any, Literal
+
 import datasets
 import pytest
 import torch
@@ -41,6 +44,54 @@ def test_inputs_are_told_by_name():
     assert names.isdisjoint({"prompt", "num_images_per_prompt", "height", "guidance_scale", "ip_adapter_image"})
     assert {"image", "mask_image", "masked_image_latents"} <= input_names(CASES["inpainting"].make())
     assert input_names(tiny_dit()) == {"class_labels"} and input_names(tiny_ddpm()) == set()
+
+
+def call_of_many_types(
+    self,
+    prompt: "str | list[str]" = None,
+    prompt_2: "typing.Optional[typing.Union[str, typing.List[str]]]" = None,  # noqa: UP006, UP007, UP045
+    negative_prompt: str = "",
+    prompt_embeds: torch.FloatTensor | None = None,
+    image: "Image.Image | list['Image.Image'] | Missing" = None,  # noqa: F821
+    mask_image: list["Image.Image"] | None = None,
+    prompt_3=None,
+    control_image=None,
+    image_2: Any | None = None,
+    system_prompt: str | list[str] | None = None,
+    complex_human_instruction: list[str] | None = None,
+    prompt_template: dict[str, Any] | None = None,
+    prompt_prefix: str | None = None,
+    prompt_stop_words: list[str] | None = None,
+    prompt_cache: dict[str, torch.Tensor] | None = None,
+    prompt_weights: list[float] | float = 1.0,
+    prompt_mode: Literal["plain", "image"] = "plain",
+    rewrite_prompt: bool | None = True,
+    enhance_prompt: "bool | Missing" = None,  # noqa: F821
+    image_scale: float | int = 1.0,
+    image_count=1,
+    on_image=None,
+    use_image=None,
+    prompt_reps=None,
+):
+    """What a pipeline's call may look like."""
+
+
+def test_what_the_annotation_allows_to_be_a_list_is_repeated_and_nothing_else():
+    own = {"__call__": call_of_many_types, "components": {}, "device": "cpu", "dtype": torch.float32}
+    pipeline = type("Many", (), own)()
+    embeds = torch.zeros(1, 3)
+    per_prompt = dict.fromkeys(("prompt_2", "negative_prompt", "prompt_3"), "x")
+    per_prompt |= dict.fromkeys(("image", "mask_image", "control_image", "image_2"), BLACK)
+    once = {
+        **dict.fromkeys(("system_prompt", "prompt_prefix", "prompt_mode"), "x"),
+        **{"complex_human_instruction": ["x"], "prompt_stop_words": ["x"], "prompt_template": {"template": "{}"}},
+        **{"prompt_cache": {"x": embeds}, "prompt_weights": [0.5], "image_scale": 2.0, "on_image": print},
+        **{"rewrite_prompt": False, "enhance_prompt": False, "use_image": False, "image_count": 3, "prompt_reps": 2},
+    }
+    call = prompt_arguments(pipeline, PROMPTS, {**per_prompt, **once})
+    assert call == {"prompt": PROMPTS, **{n: [value] * 2 for n, value in per_prompt.items()}, **once}
+    assert prompt_arguments(pipeline, PROMPTS, {"prompt_embeds": embeds})["prompt_embeds"].shape == (2, 3)
+    assert inputs_of(pipeline, {**once, "prompt_2": "x"}, {}).keys() == {"prompt_2", "on_image", "prompt_reps"}
 
 
 def test_columns_that_are_no_inputs_stay_with_the_rewards(sd):

@@ -4,7 +4,9 @@
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from contextlib import suppress
+from types import SimpleNamespace, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from diffusers import DiffusionPipeline
@@ -26,6 +28,8 @@ SET_ELSEWHERE = {
         "Set the configuration's `samples_per_prompt`, and `sample_batch_size` for the images of one call.",
     ),
 }
+# In names of what a pipeline is given once for all prompts: adapters, concepts to edit, and what prompts are put into.
+ONE_FOR_ALL = ("ip_adapter", "gligen", "editing", "system_prompt", "template", "instruction", "kwargs")
 
 
 def parameters_of(pipeline: DiffusionPipeline) -> dict[str, inspect.Parameter]:
@@ -40,20 +44,44 @@ def takes_prompts(pipeline: DiffusionPipeline) -> bool:
 
 def input_names(pipeline: DiffusionPipeline) -> set[str]:
     """
-    Parameters of the pipeline's call that may differ from prompt to prompt, by the names that diffusers gives them.
+    Parameters of the pipeline's call that may differ from prompt to prompt, by their names and types.
 
     These are prompts and their embeddings (`prompt_2`, `negative_prompt`, `prompt_embeds`, `prompt_attention_mask`,
-    ...), images (`image`, `mask_image`, `control_image`, ...) and `class_labels`.
+    ...), images (`image`, `mask_image`, `control_image`, ...) and `class_labels`. Flags, numbers and templates are
+    none, whatever their names.
     """
 
-    def is_input(name: str) -> bool:
-        if name.startswith(("num_", "max_", "callback")) or name.endswith(("_scale", "_kwargs")):
-            return False
-        if "ip_adapter" in name:  # one image per adapter, not per prompt
-            return False
-        return "prompt" in name or "image" in name or name == "class_labels"
+    def is_input(name: str, parameter: inspect.Parameter) -> bool:
+        is_named_so = ("prompt" in name or "image" in name) and name != "prompt"
+        return is_named_so and not any(part in name for part in ONE_FOR_ALL) and _may_be_batch(pipeline, parameter)
 
-    return {name for name in parameters_of(pipeline) if is_input(name) and name not in ("prompt", "system_prompt")}
+    return {name for name, p in parameters_of(pipeline).items() if name == "class_labels" or is_input(name, p)}
+
+
+def _may_be_batch(pipeline: DiffusionPipeline, parameter: inspect.Parameter) -> bool:
+    """Whether a parameter takes images, tensors, or a text as well as a list of texts."""
+    scope, hints = getattr(inspect.unwrap(pipeline.__call__), "__globals__", {}), {"own": Any}
+    # A type that cannot be found, such as one that is imported for type checkers alone, counts as none.
+    with suppress(Exception):
+        hints = get_type_hints(SimpleNamespace(__annotations__={"own": parameter.annotation}), scope)
+    types = _types_in(hints["own"])
+    if Any in types or inspect.Parameter.empty in types:
+        return not _is_setting(parameter.default)
+    # Texts are in the list and beside it. Some pipelines with a plain `str` for this one take lists nevertheless.
+    texts = types.count(str) + (parameter.name == "negative_prompt")
+    return texts > 1 or any(getattr(t, "__name__", "").endswith(("Tensor", "Image", "ndarray")) for t in types)
+
+
+def _types_in(hint: Any) -> list[Any]:
+    """Types that an annotation allows, those inside unions and lists included."""
+    is_nested = get_origin(hint) in (Union, UnionType, list, tuple, Sequence)
+    return [found for part in get_args(hint) for found in _types_in(part)] if is_nested else [hint]
+
+
+def _is_setting(value: Any) -> bool:
+    """Whether a value is a flag, a number or the like, or a list of such, which no prompt has for itself."""
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, int | float | dict) or inspect.isroutine(first)
 
 
 def inputs_of(pipeline: DiffusionPipeline, columns: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
@@ -69,7 +97,7 @@ def inputs_of(pipeline: DiffusionPipeline, columns: dict[str, Any], arguments: d
             Arguments of the sampling call; what they set, no column sets.
     """
     names = input_names(pipeline) - (arguments.keys() - {"negative_prompt"})
-    return {name: value for name, value in columns.items() if name in names and value is not None}
+    return {name: v for name, v in columns.items() if name in names and v is not None and not isinstance(v, bool)}
 
 
 def prompt_arguments(
@@ -95,7 +123,7 @@ def prompt_arguments(
         `ValueError`: some prompts have an input that others lack, or one that the pipeline needs is missing.
     """
     own = _collated(inputs or [{}] * len(prompts))
-    repeatable = input_names(pipeline)
+    repeatable = {n for n in input_names(pipeline) if n == "class_labels" or not _is_setting(arguments.get(n))}
     shared = {n: _repeated(v, len(prompts)) if n in repeatable else v for n, v in arguments.items()}
     call = {
         name: _placed(value, pipeline) if name in repeatable else value for name, value in {**shared, **own}.items()

@@ -12,7 +12,7 @@ import torch
 from ..core.seeding import seed_of
 from ..core.tensor_files import load_tensors, save_tensors
 from .prompts import Sample
-from .rollout import RolloutBatch
+from .rollout import NO_FLAGS, RolloutBatch
 
 
 class RolloutCache:
@@ -37,7 +37,7 @@ class RolloutCache:
     def save_images(self, batch: RolloutBatch) -> None:
         """Write the images and states of a batch that was sampled."""
         tensors = {"images": batch.images, "x_i": batch.x_i, "calls": torch.tensor(batch.denoiser_calls)}
-        self._save("images", batch.samples, tensors, self._image_tags)
+        self._save("images", batch.samples, {**tensors, "flagged": batch.flagged}, self._image_tags)
 
     def save_rewards(self, samples: Sequence[Sample], rewards: torch.Tensor) -> None:
         """Write the rewards (B, F) of B samples that were scored."""
@@ -56,7 +56,8 @@ class RolloutCache:
                     # If other processes share the iteration now, each counts its part of a batch's calls.
                     calls = round(int(file["calls"]) * len(part) / len(keys))
                     own = [wanted.pop(keys[row]) for row in part]
-                    batch = RolloutBatch(own, file["images"][part], file["x_i"][part], calls)
+                    flagged = file.get("flagged", NO_FLAGS).expand(len(keys))[part]
+                    batch = RolloutBatch(own, file["images"][part], file["x_i"][part], calls, flagged=flagged)
                     rewards = [scored[keys[row]] for row in part if keys[row] in scored]
                     yield replace(batch, rewards=torch.stack(rewards)) if rewards else batch
 

@@ -112,7 +112,9 @@ class RolloutCollector:
         seed_parts, keys = (config.seed, epoch, "accept"), self._duplicate_keys(batch)
         selection = accept(total_reward, groups, self.acceptance, config.acceptance_kwargs, seed_parts, keys)
         calls = int(self._gather(torch.tensor([batch.denoiser_calls])).sum())
-        rollout = Rollout(groups, samples, states, rewards, total_reward, *selection, calls)
+        rollout = Rollout(
+            groups, samples, states, rewards, total_reward, *selection, calls, self._gather(batch.flagged)
+        )
         self._save_samples(rollout, batch, epoch)
         return rollout, batches
 
@@ -138,7 +140,8 @@ class RolloutCollector:
             # A process without a share samples one too, because nothing has no shape.
             batch = RolloutBatch.collate(own or samples[:1], self.sample_and_score(own or samples[:1]))
         rewards = torch.tensor(gather_object(batch.rewards[: len(own)].tolist()), dtype=torch.float64)
-        return Evaluation(total_rewards(rewards, self.weights, groups), rewards, batch.images[: len(own)])
+        flagged = torch.tensor(gather_object(batch.flagged[: len(own)].tolist()))
+        return Evaluation(total_rewards(rewards, self.weights, groups), rewards, batch.images[: len(own)], flagged)
 
     def sample_images(self, prompts: Sequence[Prompt], reference: bool) -> torch.Tensor:
         r"""
@@ -188,7 +191,11 @@ class RolloutCollector:
                 yield batch
 
         def score(batch: RolloutBatch) -> RolloutBatch:
-            rewards, infos = self.score(batch.images, batch.prompts, batch.columns)
+            kept = (batch.flagged != 1).expand(len(batch.samples))
+            rewards, infos = torch.full((len(kept), len(self.rewards)), torch.nan, dtype=torch.float64), list[Any]()
+            if kept.any():
+                own = replace(batch, samples=[batch.samples[row] for row in kept.nonzero()])
+                rewards[kept], infos = self.score(batch.images[kept], own.prompts, own.columns)
             if cache:
                 cache.save_rewards(batch.samples, rewards)
             return replace(batch, rewards=rewards, infos=infos)

@@ -11,6 +11,9 @@ import torch
 from .prompts import PromptGroup, Sample, columns_of
 
 
+NO_FLAGS = torch.tensor(torch.nan)  # of any number of images of a pipeline that reports none
+
+
 @dataclass(frozen=True)
 class RolloutBatch:
     r"""
@@ -29,6 +32,9 @@ class RolloutBatch:
             Rewards (B, F), float64, NaN where a function left a sample out; of shape (0, 0) until they are scored.
         infos (`list`, *optional*):
             The F reward functions' infos; empty for a batch that is not scored, or was scored before an interruption.
+        flagged (`torch.Tensor`, *optional*):
+            1 for each image that the pipeline's safety checker flagged, 0 for each other (B,). Flagged images come
+            back black and are not scored: their rewards are NaN. NaN where the pipeline reports no flags.
     """
 
     samples: Sequence[Sample]
@@ -37,6 +43,7 @@ class RolloutBatch:
     denoiser_calls: int
     rewards: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.float64))
     infos: list[Any] = field(default_factory=list)
+    flagged: torch.Tensor = NO_FLAGS
 
     @property
     def is_scored(self) -> bool:
@@ -61,7 +68,8 @@ class RolloutBatch:
         images, x_i, rewards = (
             torch.cat([getattr(batch, name) for batch in batches])[order] for name in ("images", "x_i", "rewards")
         )
-        return cls(samples, images, x_i, sum(batch.denoiser_calls for batch in batches), rewards)
+        flagged = torch.cat([batch.flagged.expand(len(batch.samples)) for batch in batches])[order]
+        return cls(samples, images, x_i, sum(batch.denoiser_calls for batch in batches), rewards, flagged=flagged)
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,8 @@ class Rollout:
             Number of groups with fewer than two scored samples, of which none is accepted.
         denoiser_calls (`int`, *optional*, defaults to `0`):
             Denoiser evaluations that sampling took, counted per image and branch of guidance.
+        flagged (`torch.Tensor`, *optional*):
+            Which images the pipeline's safety checker flagged (N,), see [`RolloutBatch`].
     """
 
     groups: list[PromptGroup]
@@ -99,6 +109,7 @@ class Rollout:
     implied_kl: float = float("nan")
     groups_skipped: int = 0
     denoiser_calls: int = 0
+    flagged: torch.Tensor = NO_FLAGS
 
     def captions(self) -> list[str]:
         """A caption for each sample's picture: total reward, whether it is accepted, and prompt."""
@@ -126,6 +137,7 @@ class Rollout:
             "accepted": accepted.sum().item(),
             "groups_skipped": self.groups_skipped,
             "implied_kl": self.implied_kl,
+            **_count(self.flagged, "flagged"),
         }
 
 
@@ -141,14 +153,22 @@ class Evaluation:
             Rewards (P, F), NaN where a function left a sample out.
         images (`torch.Tensor`):
             Images of this process's share of the prompts, uint8, each of shape (3, H, W); of videos (F, 3, H, W).
+        flagged (`torch.Tensor`, *optional*):
+            Which images the pipeline's safety checker flagged (P,), see [`RolloutBatch`].
     """
 
     reward: torch.Tensor
     values: torch.Tensor
     images: torch.Tensor
+    flagged: torch.Tensor = NO_FLAGS
 
     def metrics(self, names: Sequence[str]) -> dict[str, float]:
         """Means over the prompts, by the names that are logged; `names` are those of the F rewards."""
         means = zip(names, self.values.nanmean(0).tolist(), strict=True)
         by_function = {f"eval/rewards/{name}/mean": mean for name, mean in means}
-        return {**by_function, "eval/reward": self.reward.nanmean().item()}
+        return {**by_function, "eval/reward": self.reward.nanmean().item(), **_count(self.flagged, "eval/flagged")}
+
+
+def _count(flagged: torch.Tensor, name: str) -> dict[str, float]:
+    """The number of flagged images, to log as `name`; nothing where the pipeline reports no flags."""
+    return {} if flagged.isnan().all() else {name: int(flagged.nansum())}

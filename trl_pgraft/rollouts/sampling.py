@@ -15,7 +15,7 @@ from ..pipelines.inputs import call_pipeline, inputs_of
 from ..pipelines.observe import Trajectory, record_trajectory
 from ..pipelines.pixels import to_uint8
 from .prompts import Sample
-from .rollout import RolloutBatch
+from .rollout import NO_FLAGS, RolloutBatch
 
 
 Item = TypeVar("Item")
@@ -67,7 +67,11 @@ def sample_batches(
             output = call_pipeline(pipeline, prompts, seeds, {**arguments, "output_type": "pt"}, inputs)
         x_i = _checked_state(trajectory, pipeline)
         images = to_uint8(output.images if hasattr(output, "images") else output.frames).cpu()
-        yield RolloutBatch(batch, images, x_i.float().cpu(), trajectory.denoiser_calls)
+        flags = getattr(output, "nsfw_content_detected", getattr(output, "nsfw_detected", None))
+        # A flag may be one for each frame of a video.
+        found = [float(torch.as_tensor(f is not None and f).any()) for f in (() if flags is None else flags)]
+        flagged = torch.tensor(found) if found else NO_FLAGS
+        yield RolloutBatch(batch, images, x_i.float().cpu(), trajectory.denoiser_calls, flagged=flagged)
 
 
 def _checked_state(trajectory: Trajectory, pipeline: DiffusionPipeline) -> torch.Tensor:

@@ -44,6 +44,10 @@ from .lora import (
 from .warm_start import StartingAdapter, read_starting_adapter
 
 
+# Components that images are checked with: without them it is the same sampler.
+NO_PARTS = ("safety_checker", "feature_extractor")
+
+
 class PipelineWrapper(Protocol):
     """A hand-made pipeline around a diffusers pipeline, such as DDPO's; `use_lora=False` on it trains all weights."""
 
@@ -109,10 +113,44 @@ class Policy:
         self.levels, self.switch = tuned_levels(config, self.introspection.sampler, self.call.clock)
         check_sampler(self.introspection.sampler, self.levels.step_index, config.sample_eta)
         check_steps(self.introspection, self.levels.step_index, self.pipeline)
-        _hand_over(self.switch, sd_pipeline)
+        self._holder: Any = sd_pipeline  # of the adapter's switch level
+        _hand_over(self.switch, self._holder, self.has_adapter)
         if self.start is not None:
             self.start.check_level(self.switch, config, self.introspection.sampler)
         self.fingerprint = sampling_fingerprint(self.pipeline, self.arguments, self.levels.step_index)
+        self._parts = self._current_parts()
+
+    def _current_parts(self) -> dict[str, Any]:
+        """What sampling depends on and a user may replace: components by identity, the scheduler by what it is."""
+        scheduler = self.pipeline.scheduler
+        config = {name: str(value) for name, value in scheduler.config.items() if not name.startswith("_")}
+        components = {
+            name: uncompiled(part) if isinstance(part, torch.nn.Module) else part
+            for name, part in self.pipeline.components.items()
+            if name not in NO_PARTS
+        }
+        return {
+            **components,
+            # Some pipelines make theirs anew in each call.
+            "scheduler": (type(scheduler), config, getattr(scheduler, "shift", None)),
+            "switch level (by another trainer)": self._holder.switch,
+        }
+
+    def check_unchanged(self) -> None:
+        """
+        Check that the pipeline is made of what it was made of when it was introspected.
+
+        Raises:
+            `ValueError`: components were replaced or the scheduler's settings changed; the message names them.
+        """
+        now = self._current_parts()
+        changed = [name for name in now if now[name] is not self._parts[name] and now[name] != self._parts[name]]
+        if changed:
+            raise ValueError(
+                f"sd_pipeline: its {', '.join(changed)} changed after the trainer was made, whose noise levels and "
+                "conditioning are those of the pipeline as it was. Make a new trainer with the pipeline as it is now, "
+                "or put back what it had."
+            )
 
     def inputs_of(self, columns: dict[str, Any]) -> dict[str, Any]:
         """What the pipeline is handed of a prompt's further columns."""
@@ -211,13 +249,13 @@ def _check_no_gate(denoiser: torch.nn.Module) -> None:
         )
 
 
-def _hand_over(switch: SwitchLevel, sd_pipeline: DiffusionPipeline | PipelineWrapper) -> None:
-    """Set the switch of a wrapper that samples with its adapter, unless it was trained for another level."""
-    own = getattr(sd_pipeline, "switch", None)
+def _hand_over(switch: SwitchLevel, holder: Any, has_adapter: bool) -> None:
+    """Set the switch of the pipeline, with which a wrapper samples, unless its adapter is one of another level."""
+    own = getattr(holder, "switch", None) if has_adapter else None
     if own is not None and own.switch_timestep != switch.switch_timestep:
         raise ValueError(
             f"sd_pipeline: its adapter switches at timestep {own.switch_timestep}, this configuration at "
-            f"{switch.switch_timestep}. Keep the tuned_fraction and sample_num_steps that it was trained with."
+            f"{switch.switch_timestep}. Keep the tuned_fraction and sample_num_steps that it was trained with, or "
+            "load the pipeline anew."
         )
-    if hasattr(sd_pipeline, "switch"):
-        sd_pipeline.switch = switch
+    holder.switch = switch

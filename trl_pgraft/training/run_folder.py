@@ -44,14 +44,19 @@ class RunFolder:
 
     def begin(self, run_log: RunLog, state: TrainerState) -> None:
         """
-        Before the first iteration, move what an earlier run left to `previous_<n>`, unless that run is resumed.
+        Before each iteration check the pipeline, and before the first move what an earlier run left to `previous_<n>`,
+        unless that run is resumed.
 
         Args:
             run_log ([`RunLog`]):
                 Its file is written anew from the state's history.
             state ([`TrainerState`]):
                 State of the run.
+
+        Raises:
+            `ValueError`: components of the pipeline were replaced after the trainer was made.
         """
+        self.finetuner.policy.check_unchanged()
         if self.has_begun:
             return
         self.has_begun, accelerator = True, self.finetuner.accelerator

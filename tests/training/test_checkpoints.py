@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from cases import CASES, make_trainer
 from peft import LoraConfig
 from tiny_pipelines import add_random_adapter, tiny_sd
 
@@ -176,3 +177,16 @@ def test_a_changed_run_is_not_taken_for_an_unreadable_checkpoint(tmp_path):
     path = save(tmp_path, 1)
     with pytest.raises(ChangedRunError), reading(path):
         check_same_run(path, {"seed": 1}, *CONFIGS)
+
+
+def test_a_run_that_accepts_nothing_leaves_no_adapter_of_an_earlier_one(tmp_path):
+    """It is moved aside, as its samples are."""
+    case, options = CASES["SD 1.5"], {"control_adapter": True}
+    make_trainer(case, tmp_path, **options).train()
+    earlier = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    nothing = {"acceptance": lambda rewards: rewards * 0.0, "acceptance_kwargs": {}}
+    with pytest.warns(UserWarning, match="adapter, checkpoints.* moved to .*previous_1"):
+        make_trainer(case, tmp_path, **options, **nothing).train()
+    assert not (tmp_path / "adapter").exists()
+    moved = tmp_path / "previous_1" / "adapter"
+    assert (moved / "adapter_model.safetensors").read_bytes() == earlier and (moved / "pgraft.json").is_file()

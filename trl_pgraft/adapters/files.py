@@ -74,7 +74,7 @@ def save_adapter_weights(
     denoiser: ModelMixin, folder: Path, name: str, metadata: dict[str, str]
 ) -> dict[str, torch.Tensor]:
     r"""
-    Write an adapter in PEFT's format.
+    Write an adapter in PEFT's format, and remove files of an earlier one that the folder has in another format.
 
     Args:
         denoiser (`diffusers.ModelMixin`):
@@ -90,6 +90,8 @@ def save_adapter_weights(
         `dict[str, torch.Tensor]`: the adapter's weights on the CPU, by PEFT's names without the adapter's own.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for earlier in set(ADAPTER_FILES) - set(PEFT_FILES):
+        (folder / earlier).unlink(missing_ok=True)
     state = {k: v.contiguous().cpu() for k, v in get_peft_model_state_dict(denoiser, adapter_name=name).items()}
     save_file({PEFT_PREFIX + k: v for k, v in state.items()}, folder / "adapter_model.safetensors", metadata=metadata)
     denoiser.peft_config[name].save_pretrained(str(folder))

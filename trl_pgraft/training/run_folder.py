@@ -59,12 +59,14 @@ class RunFolder:
         self.finetuner.policy.check_unchanged()
         if self.has_begun:
             return
-        self.has_begun, accelerator = True, self.finetuner.accelerator
+        self.has_begun, accelerator, policy = True, self.finetuner.accelerator, self.finetuner.policy
         if not self.is_resumed:
             self.collector.clear_cache()
         if not self.is_resumed and accelerator.is_main_process:
             samples = [] if self.collector.prompt_source is None else ["samples"]
-            archive_previous_run(self.path, [self.checkpoints.name, METRICS_FILE, *samples])
+            # A run that has one already saves it in any case, and may have been started from this folder.
+            adapter = [] if policy.has_adapter or policy.start is not None else ["adapter"]
+            archive_previous_run(self.path, [*adapter, self.checkpoints.name, METRICS_FILE, *samples])
         accelerator.wait_for_everyone()
         run_log.rewrite(state.history)
 

@@ -121,18 +121,16 @@ class Policy:
         self._parts = self._current_parts()
 
     def _current_parts(self) -> dict[str, Any]:
-        """What sampling depends on and a user may replace: components by identity, the scheduler by what it is."""
-        scheduler = self.pipeline.scheduler
-        config = {name: str(value) for name, value in scheduler.config.items() if not name.startswith("_")}
-        components = {
-            name: uncompiled(part) if isinstance(part, torch.nn.Module) else part
-            for name, part in self.pipeline.components.items()
-            if name not in NO_PARTS
-        }
+        """What sampling depends on and a user may replace: components, and the scheduler's settings."""
+        scheduler, components = self.pipeline.scheduler, self.pipeline.components.items()
         return {
-            **components,
-            # Some pipelines make theirs anew in each call.
-            "scheduler": (type(scheduler), config, getattr(scheduler, "shift", None)),
+            **{n: uncompiled(c) if isinstance(c, torch.nn.Module) else c for n, c in components if n not in NO_PARTS},
+            # By what it is, because some pipelines make theirs anew in each call.
+            "scheduler": (
+                type(scheduler),
+                {name: str(value) for name, value in scheduler.config.items() if not name.startswith("_")},
+                getattr(scheduler, "shift", None),
+            ),
             "switch level (by another trainer)": self._holder.switch,
         }
 

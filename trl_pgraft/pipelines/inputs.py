@@ -3,6 +3,7 @@
 """What one pipeline call is handed for each of its prompts: the prompt, and inputs such as images or class labels."""
 
 import inspect
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from types import SimpleNamespace, UnionType
@@ -29,7 +30,7 @@ SET_ELSEWHERE = {
     ),
 }
 # In names of what a pipeline is given once for all prompts: adapters, concepts to edit, and what prompts are put into.
-ONE_FOR_ALL = ("ip_adapter", "gligen", "editing", "system_prompt", "template", "instruction", "kwargs")
+ONE_FOR_ALL = re.compile("^prompt$|ip_adapter|gligen|editing|system_prompt|template|instruction|kwargs")
 
 
 def parameters_of(pipeline: DiffusionPipeline) -> dict[str, inspect.Parameter]:
@@ -51,11 +52,16 @@ def input_names(pipeline: DiffusionPipeline) -> set[str]:
     none, whatever their names.
     """
 
-    def is_input(name: str, parameter: inspect.Parameter) -> bool:
-        is_named_so = ("prompt" in name or "image" in name) and name != "prompt"
-        return is_named_so and not any(part in name for part in ONE_FOR_ALL) and _may_be_batch(pipeline, parameter)
-
-    return {name for name, p in parameters_of(pipeline).items() if name == "class_labels" or is_input(name, p)}
+    return {
+        name
+        for name, parameter in parameters_of(pipeline).items()
+        if name == "class_labels"
+        or (
+            ("prompt" in name or "image" in name)
+            and not ONE_FOR_ALL.search(name)
+            and _may_be_batch(pipeline, parameter)
+        )
+    }
 
 
 def _may_be_batch(pipeline: DiffusionPipeline, parameter: inspect.Parameter) -> bool:
@@ -125,9 +131,7 @@ def prompt_arguments(
     own = _collated(inputs or [{}] * len(prompts))
     repeatable = {n for n in input_names(pipeline) if n == "class_labels" or not _is_setting(arguments.get(n))}
     shared = {n: _repeated(v, len(prompts)) if n in repeatable else v for n, v in arguments.items()}
-    call = {
-        name: _placed(value, pipeline) if name in repeatable else value for name, value in {**shared, **own}.items()
-    }
+    call = {n: _placed(v, pipeline) if n in repeatable else v for n, v in {**shared, **own}.items()}
     if takes_prompts(pipeline) and call.get("prompt_embeds") is None:
         call["prompt"] = list(prompts)
     elif "batch_size" in parameters_of(pipeline):
@@ -172,11 +176,10 @@ def _placed(value: Any, pipeline: DiffusionPipeline) -> Any:
 
 
 def _repeated(value: Any, count: int) -> Any:
-    if isinstance(value, torch.Tensor) and len(value) == 1:
-        return value.expand(count, *value.shape[1:])
-    if isinstance(value, list):
-        return value * count if len(value) == 1 else value
-    return value if value is None or isinstance(value, torch.Tensor) else [value] * count
+    if isinstance(value, torch.Tensor):
+        return value.expand(count, *value.shape[1:]) if len(value) == 1 else value
+    rows = value if isinstance(value, list) or value is None else [value]
+    return rows * count if rows and len(rows) == 1 else rows
 
 
 def sampling_arguments(
@@ -206,9 +209,7 @@ def sampling_arguments(
         "negative_prompt": config.negative_prompts or None,
     }
     arguments = {name: value for name, value in wanted.items() if name in taken and value is not None} | given
-    if arguments.get("true_cfg_scale", 1.0) > 1.0 and arguments.keys().isdisjoint(
-        {"negative_prompt", "negative_prompt_embeds"}
-    ):
+    if arguments.get("true_cfg_scale", 1.0) > 1.0 and not {"negative_prompt", "negative_prompt_embeds"} & {*arguments}:
         # With this scale pipelines guide only where they are handed a negative prompt.
         arguments["negative_prompt"] = ""
     return arguments
@@ -217,8 +218,8 @@ def sampling_arguments(
 def _guidance_argument(parameters: dict[str, inspect.Parameter]) -> str:
     """The scale of classifier-free guidance: `true_cfg_scale` where `guidance_scale` is off by default."""
     distilled = parameters.get("guidance_scale")
-    is_off = distilled is None or distilled.default is None
-    return "true_cfg_scale" if is_off and "true_cfg_scale" in parameters else "guidance_scale"
+    is_off = "true_cfg_scale" in parameters and (distilled is None or distilled.default is None)
+    return "true_cfg_scale" if is_off else "guidance_scale"
 
 
 def call_pipeline(

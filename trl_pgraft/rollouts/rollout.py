@@ -165,8 +165,11 @@ class Evaluation:
     def metrics(self, names: Sequence[str]) -> dict[str, float]:
         """Means over the prompts, by the names that are logged; `names` are those of the F rewards."""
         means = zip(names, self.values.nanmean(0).tolist(), strict=True)
-        by_function = {f"eval/rewards/{name}/mean": mean for name, mean in means}
-        return {**by_function, "eval/reward": self.reward.nanmean().item(), **_count(self.flagged, "eval/flagged")}
+        return {
+            **{f"eval/rewards/{name}/mean": mean for name, mean in means},
+            "eval/reward": self.reward.nanmean().item(),
+            **_count(self.flagged, "eval/flagged"),
+        }
 
 
 def _count(flagged: torch.Tensor, name: str) -> dict[str, float]:

@@ -271,3 +271,10 @@ def test_a_pipeline_that_never_calls_its_denoiser_is_refused():
 
     with pytest.raises(ValueError, match="its end, without calling its `transformer`"):
         introspect(Idle())
+
+
+def test_the_scheduler_is_left_as_the_call_itself_leaves_it(sd):
+    introspect(sd, GUIDED)
+    left = sd.scheduler.timesteps.tolist()
+    sd(prompt="a", output_type="latent", **GUIDED)
+    assert left == sd.scheduler.timesteps.tolist() and len(left) == 5

@@ -75,9 +75,7 @@ def check_steps(introspection: Introspection, step_index: int, pipeline: Diffusi
             names it, and the share of the steps before the change.
     """
     name, steps = type(pipeline).__name__, introspection.steps
-    call, first = introspection.call, steps[0]
-    # In half precision rounding may hide which guidance it is.
-    is_exact = call.format.latents(introspection.first_step[0]).dtype == torch.float32
+    first, latents = steps[0], introspection.call.format.latents(introspection.first_step[0])
     for index, step in enumerate(steps[:step_index]):
         share = f"Set tuned_fraction to at most {index / len(steps):.3g}, or "
         if step.changed:
@@ -86,7 +84,7 @@ def check_steps(introspection: Introspection, step_index: int, pipeline: Diffusi
                 "depends on the step or on the state, as a ControlNet's residuals do, and training records it once "
                 f"for each prompt. {share}tune with a pipeline without it, such as the one without the ControlNet."
             )
-        if step.denoiser_timestep is not None and not _guided_alike(step, first, is_exact):
+        if step.denoiser_timestep is not None and not _guided_alike(step, first, latents.dtype):
             raise ValueError(
                 f"{name} changes its guidance in step {index + 1} of {len(steps)}: {step.branches} branches with "
                 f"scale {step.guidance_scale} after {first.branches} with {first.guidance_scale}, and the tuned steps "
@@ -94,10 +92,11 @@ def check_steps(introspection: Introspection, step_index: int, pipeline: Diffusi
             )
 
 
-def _guided_alike(step: StepFacts, other: StepFacts, is_exact: bool) -> bool:
+def _guided_alike(step: StepFacts, other: StepFacts, dtype: torch.dtype) -> bool:
+    # In half precision rounding may hide which guidance it is.
     own, others = step.guidance_scale, other.guidance_scale
     if own is None or others is None:
-        return step.branches == other.branches and (own is others or not is_exact)
+        return step.branches == other.branches and (own is others or dtype != torch.float32)
     return step.branches == other.branches and math.isclose(own, others, rel_tol=0.02)
 
 

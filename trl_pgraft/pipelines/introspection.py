@@ -123,14 +123,16 @@ def introspect(
         changed = _changed(first.calls, step.calls, format) if rows == branches else []
         return StepFacts(step.timestep, shown, rows, scale, changed)
 
-    # Left after the last step, so that no image is decoded. One pair of timesteps does not determine a clock.
-    steps = record(PROBE_PROMPTS[:1], kwargs, len(sampler.timesteps), facts).measured
-    made = kwargs.get("num_inference_steps")
-    two = record(PROBE_PROMPTS[:1], {**kwargs, "num_inference_steps": 2 * made}, 2, facts) if made else None
+    count, two_steps = len(sampler.timesteps), list[StepFacts]()
+    if count == 1 and "num_inference_steps" in kwargs:  # one pair of timesteps does not determine a clock
+        twice = 2 * kwargs["num_inference_steps"]
+        two_steps = record(PROBE_PROMPTS[:1], {**kwargs, "num_inference_steps": twice}, 2, facts).measured
+    # Left after the last step, so that no image is decoded.
+    steps = record(PROBE_PROMPTS[:1], kwargs, count, facts).measured
     call = DenoiserCall(
         format=format,
         timestep_dtype=format.timestep(first.calls[0]).dtype,
-        clock=_fit_clock(two.measured if two and len(steps) == 1 else steps, pipeline),
+        clock=_fit_clock(two_steps or steps, pipeline),
         sign=sign,
         calls_per_step=len(first.calls),
         branches=branches,

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 
 from ..adapters.policy import Policy
 from ..config import GraftConfig
-from ..core.seeding import seed_of
+from ..core.seeding import generator_of, seed_of
 from ..pipelines.inputs import takes_prompts
 from ..rewards.conventions import check_columns
 from ..rewards.registry import Reward
@@ -70,7 +70,7 @@ def prompts_from_dataset(train_dataset: datasets.Dataset, seed: int, required: b
     def source(epoch: int, count: int) -> Iterator[Prompt]:
         for number in range(epoch * count, (epoch + 1) * count):
             pass_, index = divmod(number, len(train_dataset))
-            generator = torch.Generator().manual_seed(seed_of(seed, "prompts", pass_))
+            generator = generator_of(seed, "prompts", pass_)
             yield _as_prompt(train_dataset[torch.randperm(len(train_dataset), generator=generator)[index].item()])
 
     return source

@@ -15,7 +15,7 @@ from ..core.acceptance import (
     deduplicate,
 )
 from ..core.divergence import estimated_kl, implied_kl
-from ..core.seeding import seed_of
+from ..core.seeding import generator_of
 from .prompts import PromptGroup
 
 
@@ -79,7 +79,7 @@ def accept(
         `tuple[torch.Tensor, float, int]`: which samples are accepted (N,), bool; the implied KL, averaged over groups,
             in nats; and the number of groups that were skipped, because fewer than two of their samples are scored.
     """
-    generator = torch.Generator().manual_seed(seed_of(*seed_parts))
+    generator = generator_of(*seed_parts)
     accepted = torch.zeros(len(total_reward), dtype=torch.bool)
     kls = []
     for members in torch.arange(len(total_reward)).split([group.size for group in groups]):

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from ..config import GraftConfig
-from ..core.seeding import seed_of
+from ..core.seeding import generator_of, seed_of
 from ..rollouts.rollout import Rollout
 
 
@@ -120,7 +120,7 @@ class SelectedRows:
         return states
 
     def _shuffled(self, count: int, *parts: Any) -> torch.Tensor:
-        return torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(*self._seed_parts, *parts)))
+        return torch.randperm(count, generator=generator_of(*self._seed_parts, *parts))
 
 
 def count_microbatches(rows: int, config: GraftConfig, processes: int) -> int:

@@ -23,7 +23,7 @@ from .pipelines.denoiser_format import DenoiserFormat
 from .rewards.registry import DDPORewardFunction, RewardFunction, choose_rewards
 from .rollouts.collect import RolloutCollector
 from .rollouts.dataset import check_samples, example_columns, rollout_from_dataset
-from .rollouts.prompts import PromptData, check_group_size, check_held_out_columns, choose_prompts, with_columns
+from .rollouts.prompts import PromptData, check_group_size, choose_prompts, with_columns
 from .rollouts.rollout import Evaluation
 from .training.callbacks import Callbacks
 from .training.finetuner import Finetuner
@@ -104,8 +104,8 @@ class PGraftTrainer:
         self.policy = Policy(sd_pipeline, config, accelerator, peft_config, pipeline_kwargs, denoiser_format, example)
         self.pipeline, self.denoiser = self.policy.pipeline, self.policy.denoiser
         self.finetuner = Finetuner(self.policy, config, accelerator)
-        check_held_out_columns(self.policy, self.held_out, example)
         self.collector = RolloutCollector(self.policy, self.rewards, source, config, accelerator, self.output_dir)
+        self.collector.check_prompts(self.held_out, example, prompts)
         self.samples_dataset = check_samples(samples_dataset, self.policy.fingerprint, self.collector.reward_names)
         self.publisher = Publisher(config, self.output_dir, accelerator, samples_dataset is None)
         self.run_folder = RunFolder(self.output_dir, self.finetuner, self.collector)

@@ -182,7 +182,8 @@ def some_prompts(
 def label_of(prompt: Prompt) -> str:
     """The text under a picture of `prompt`: the prompt itself, or numbers and words such as its class without one."""
     text, columns = prompt
-    return text or ", ".join(f"{name} {value}" for name, value in columns.items() if isinstance(value, int | str))
+    shown = {name: value for name, value in columns.items() if isinstance(value, int | str) and "image" not in name}
+    return text or ", ".join(f"{name} {value}" for name, value in shown.items())
 
 
 def repository_of(pipeline: DiffusionPipeline) -> str | None:

@@ -25,6 +25,7 @@ from ..core.tensor_files import load_tensors, save_tensors
 from ..pipelines.denoiser_call import denoiser_of
 from ..pipelines.denoiser_format import uncompiled
 from ..pipelines.fingerprint import fingerprint_of, stable
+from ..pipelines.pixels import as_image
 from ..pipelines.placement import device_of, offload_device
 from .config import NoiseCorrectionConfig
 from .correctors.lora import CORRECTION_ADAPTER
@@ -280,7 +281,7 @@ def encode_images(pipeline: DiffusionPipeline, kwargs: dict[str, Any], images: l
     """
     vae = getattr(pipeline, "vae", None)
     channels = (uncompiled(denoiser_of(pipeline)) if vae is None else vae).config.in_channels
-    images = [image.convert("L" if channels == 1 else "RGB") for image in images]
+    images = [as_image(image, "image", "L" if channels == 1 else "RGB") for image in images]
     if vae is None:
         return _pixels(pipeline, images)
     pixels = pipeline.image_processor.preprocess(images, kwargs.get("height"), kwargs.get("width"))

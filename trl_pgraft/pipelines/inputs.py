@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..config import GraftConfig
+from .pixels import as_image
 from .placement import device_of
 
 
@@ -92,7 +93,7 @@ def _is_setting(value: Any) -> bool:
 
 def inputs_of(pipeline: DiffusionPipeline, columns: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
     """
-    Those of a prompt's further columns that the pipeline is handed.
+    Those of a prompt's further columns that the pipeline is handed, with images as [`as_image`] makes them.
 
     Args:
         pipeline (`DiffusionPipeline`):
@@ -101,9 +102,22 @@ def inputs_of(pipeline: DiffusionPipeline, columns: dict[str, Any], arguments: d
             Further columns of the prompt's row.
         arguments (`dict`):
             Arguments of the sampling call; what they set, no column sets.
+
+    Raises:
+        `ValueError`: an image cannot be read or converted; the message names its column.
     """
     names = input_names(pipeline) - (arguments.keys() - {"negative_prompt"})
-    return {name: v for name, v in columns.items() if name in names and v is not None and not isinstance(v, bool)}
+    own = {name: v for name, v in columns.items() if name in names and v is not None and not isinstance(v, bool)}
+    return _with_images(pipeline, own)
+
+
+def _with_images(pipeline: DiffusionPipeline, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs of a call, with images in the mode that the pipeline encodes."""
+    config = getattr(getattr(pipeline, "vae", None), "config", {})
+    channels = config.get("in_channels", config.get("input_channels", 3))
+    mode = {1: "L", 4: "RGBA"}.get(channels, "RGB")
+    is_image = {name: "image" in name and "prompt" not in name for name in inputs}
+    return {name: as_image(value, name, mode) if is_image[name] else value for name, value in inputs.items()}
 
 
 def prompt_arguments(
@@ -199,9 +213,10 @@ def sampling_arguments(
     Raises:
         `ValueError`: one of them cannot be given, because it differs from sample to sample or is needed as it is.
     """
-    given, taken = pipeline_kwargs or {}, parameters_of(pipeline)
+    given, taken = dict(pipeline_kwargs or {}), parameters_of(pipeline)
     for name in sorted(given.keys() & SET_ELSEWHERE.keys()):
         raise ValueError(f"pipeline_kwargs: `{name}` cannot be given here. {SET_ELSEWHERE[name]}")
+    given |= _with_images(pipeline, {name: given[name] for name in given.keys() & input_names(pipeline)})
     wanted = {
         "num_inference_steps": config.sample_num_steps,
         _guidance_argument(taken): config.sample_guidance_scale,

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
@@ -21,6 +22,7 @@ from ..pipelines.pixels import to_pil
 from ..rewards.registry import Reward
 from ..rewards.scorer import Patience, score_all
 from .cache import RolloutCache
+from .columns import check_held_out_columns, check_inputs
 from .dataset import to_dataset
 from .prompts import Prompt, PromptGroup, PromptSource, Sample, form_groups, samples_of
 from .rollout import Evaluation, Rollout, RolloutBatch
@@ -65,6 +67,29 @@ class RolloutCollector:
         self.images = config.sample_batch_size * config.sample_num_batches_per_epoch * accelerator.num_processes
         self.group_size = config.group_size(self.images)
 
+    def check_prompts(
+        self, held_out: Sequence[Prompt], example: dict[str, Any], dataset: datasets.Dataset | None
+    ) -> None:
+        r"""
+        Check, before anything is sampled, what the run's prompts have beside their text.
+
+        Args:
+            held_out (`Sequence[Prompt]`):
+                Held-out prompts, with their columns.
+            example (`dict[str, Any]`):
+                Further columns of one prompt of training.
+            dataset (`datasets.Dataset` or `None`):
+                The data set that prompts come from, if they do; those that the configured iterations take are read.
+
+        Raises:
+            `ValueError`: see [`check_inputs`] and [`check_held_out_columns`].
+        """
+        check_held_out_columns(self.policy, held_out, example)
+        check_inputs(self.policy, held_out, "held-out prompts")
+        if dataset is not None and self.prompt_source is not None and self.policy.inputs_of(example):
+            wanted = self.config.num_epochs * -(-self.images // self.group_size)
+            check_inputs(self.policy, self.prompt_source(0, min(wanted, len(dataset))), "train_dataset")
+
     def groups(self, epoch: int) -> list[PromptGroup]:
         r"""
         The groups of an iteration, the same on all processes.
@@ -84,7 +109,10 @@ class RolloutCollector:
         if self.accelerator.is_main_process:
             prompts = self.prompt_source(epoch, -(-self.images // self.group_size))
             groups = [form_groups(prompts, self.images, self.group_size)]
-        return broadcast_object_list(groups)[0]
+        found = broadcast_object_list(groups)[0]
+        # Again, because transforms compute another image each time, and runs go on for longer than they were to.
+        check_inputs(self.policy, ((group.prompt, group.columns) for group in found), "train_dataset")
+        return found
 
     def sample_rollout(self, epoch: int) -> tuple[Rollout, list[RolloutBatch]]:
         r"""
@@ -134,6 +162,7 @@ class RolloutCollector:
         """
         if not prompts:
             raise ValueError("evaluate: no prompts given, and neither eval_dataset nor config.eval_prompts has any.")
+        check_inputs(self.policy, prompts, "evaluate")
         groups, samples = self._held_out(prompts)
         own = samples[self._own_share(len(samples))]
         with self.policy.sampler(reference):

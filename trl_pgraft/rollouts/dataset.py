@@ -63,10 +63,15 @@ def check_samples(
 
 
 def example_columns(dataset: datasets.Dataset | None) -> dict[str, Any]:
-    """Further columns of the first prompt of a data set of prompts or samples; of samples, the pipeline's inputs."""
+    """
+    Further columns of one prompt of a data set of prompts or samples; of samples, the pipeline's inputs.
+
+    It is the first one that has all of them, among the first 99, so that the pipeline can be called with them.
+    """
     if not isinstance(dataset, datasets.Dataset) or not len(dataset):
         return {}
-    row = dataset[0]
+    rows = (dataset[i] for i in range(min(99, len(dataset))))
+    row = next((row for row in rows if None not in row.values()), None) or dataset[0]
     return _without_prefix(row) if "x_I" in row else row
 
 

@@ -10,7 +10,6 @@ import datasets
 import torch
 from diffusers import DiffusionPipeline
 
-from ..adapters.policy import Policy
 from ..config import GraftConfig
 from ..core.seeding import generator_of, seed_of
 from ..pipelines.inputs import takes_prompts
@@ -93,11 +92,23 @@ def _as_dataset(name: str, given: PromptData, required: bool, token: str | None 
         raise ValueError(f"{name} has no column `prompt`; it has {', '.join(columns)}.")
     if len(given) == 0:
         raise ValueError(f"{name} is empty: there is no prompt to sample images for.")
+    given = _with_plain_images(given)
     if required and "prompt_embeds" not in columns:
         # Of rows that a transform computes when they are read, the first one alone is.
         is_computed = given.format["type"] == "custom"
         _checked_prompts(name, [_as_prompt(given[0])[0]] if is_computed else given.with_format(None)["prompt"][:])
     return given
+
+
+def _with_plain_images(dataset: datasets.Dataset) -> datasets.Dataset:
+    """The data set with images as PIL's, also where its format makes arrays of them, which have no palette."""
+    chosen = dataset.format["columns"]
+    others = [name for name in chosen if not isinstance(dataset.features[name], datasets.Image)]
+    kind = dataset.format["type"]
+    if kind in (None, "custom") or others == chosen:
+        return dataset
+    options = {"columns": others, "output_all_columns": True, **dataset.format["format_kwargs"]}
+    return dataset.select_columns(chosen).with_format(kind, **options)
 
 
 def _checked_prompts(name: str, prompts: Sequence[Any]) -> Sequence[str]:
@@ -190,33 +201,6 @@ def with_columns(prompts: Sequence[str], columns: Mapping[str, Sequence[Any]] | 
     return [
         (prompt, {name: values[i] for name, values in (columns or {}).items()}) for i, prompt in enumerate(prompts)
     ]
-
-
-def check_held_out_columns(policy: Policy, held_out: Sequence[Prompt], example: dict[str, Any]) -> None:
-    r"""
-    Check that held-out prompts have the images, labels and the like that the pipeline is handed in training.
-
-    Args:
-        policy ([`Policy`]):
-            Its pipeline and arguments determine which columns are inputs.
-        held_out (`Sequence[Prompt]`):
-            Held-out prompts, each with its further columns.
-        example (`dict[str, Any]`):
-            Further columns of one prompt of training.
-
-    Raises:
-        `ValueError`: a held-out prompt lacks some; the message names them.
-    """
-    for _, columns in held_out:
-        missing = sorted(
-            n for n in policy.inputs_of(example) if "prompt" not in n and n not in policy.inputs_of(columns)
-        )
-        if missing:
-            raise ValueError(
-                f"{type(policy.pipeline).__name__} is handed {', '.join(missing)} for each prompt of training, which "
-                "the held-out prompts do not have. In place of eval_prompts give the trainer an eval_dataset with "
-                f"{'columns' if len(missing) > 1 else 'a column'} {', '.join(missing)}."
-            )
 
 
 @dataclass(frozen=True)

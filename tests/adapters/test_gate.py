@@ -4,12 +4,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from cases import CASES
 from diffusers import EulerDiscreteScheduler
 from tiny_pipelines import adapter_use, add_random_adapter, tiny_flux, tiny_sd
 
 from trl_pgraft import GraftConfig, TimestepGate
 from trl_pgraft.adapters.guidance import TunedGuidance
 from trl_pgraft.adapters.lora import active_adapters
+from trl_pgraft.pipelines.inputs import call_pipeline
 from trl_pgraft.pipelines.introspection import introspect
 from trl_pgraft.pipelines.timesteps import tuned_levels
 
@@ -243,13 +245,47 @@ def test_tuned_guidance_is_another_scale_above_the_switch(sd, tuned_scale):
     call = introspect(sd, {"guidance_scale": GUIDANCE}).call
     expected = sample_by_hand(sd, guidance=lambda t: tuned_scale if t > SWITCH else GUIDANCE)
     hooks = hooks_of(sd.unet)
-    with TunedGuidance(sd.unet, call, GUIDANCE, tuned_scale, SWITCH):
+    with TunedGuidance(sd, call, GUIDANCE, tuned_scale, SWITCH):
         torch.testing.assert_close(sample(sd), expected, rtol=1e-4, atol=1e-5)
     assert hooks_of(sd.unet) == hooks
     assert not torch.allclose(expected, sample(sd), atol=1e-3)
 
 
+@pytest.mark.parametrize("same_noise", [False, True])
+@pytest.mark.parametrize("prompts", [1, 2, 4])
+def test_tuned_guidance_does_not_take_prompts_for_branches(sd, prompts, same_noise):
+    """Two prompts without guidance are as many rows as one with it; with equal noise not even the latents differ."""
+    call = introspect(sd, {"guidance_scale": GUIDANCE}).call
+    seeds = [0] * prompts if same_noise else range(prompts)
+    arguments = {"prompt": ["a cat", "a dog", "a bird", ""][:prompts], "num_inference_steps": 2}
+    calls, hooks = [], hooks_of(sd.unet)
+    with TunedGuidance(sd, call, GUIDANCE, 1.0, SWITCH):
+        for scale in (1.0, 2 * GUIDANCE):
+            with pytest.raises(ValueError, match="called without guidance, or with another scale than the 3"):
+                sd(
+                    **arguments, guidance_scale=scale, generator=[torch.Generator().manual_seed(s) for s in seeds],
+                    callback_on_step_end=lambda *step: calls.append(step) or {},
+                )  # fmt: skip
+    assert not calls and hooks_of(sd.unet) == hooks and "step" not in vars(sd.scheduler)
+
+
+@pytest.mark.parametrize("name", ["DiT", "PixArt", "Sana"])
+def test_tuned_guidance_is_seen_in_other_pipelines(name):
+    """DiT hands its scheduler both branches; of learned variances, some pipelines hand on a part or nothing."""
+    case, pipeline = CASES[name], CASES[name].make()
+    arguments = {**case.arguments(pipeline), "output_type": "pt"}
+    inputs = case.inputs(pipeline, arguments, [0, 1])
+
+    def run(scale):
+        return call_pipeline(pipeline, PROMPTS, [1, 2], {**arguments, "guidance_scale": scale}, inputs).images
+
+    with TunedGuidance(pipeline, case.learn(pipeline, arguments), GUIDANCE, 5.0, None):
+        found = run(GUIDANCE)
+    torch.testing.assert_close(found, run(5.0), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(found, run(GUIDANCE), atol=1e-3)
+
+
 def test_tuned_guidance_needs_both_branches_in_one_call(flux):
     call = introspect(flux, {"guidance_scale": GUIDANCE}).call
     with pytest.raises(ValueError, match="tuned_guidance_scale"):
-        TunedGuidance(flux.transformer, call, GUIDANCE, 1.0, SWITCH)
+        TunedGuidance(flux, call, GUIDANCE, 1.0, SWITCH)

@@ -232,7 +232,9 @@ class Policy:
                 )
             if self.config.tuned_guidance_scale is not None and not reference:
                 own = self.call.guidance_scale or math.nan
-                stack.enter_context(TunedGuidance(called, self.call, own, self.tuned_guidance_scale, switch_timestep))
+                stack.enter_context(
+                    TunedGuidance(self.pipeline, self.call, own, self.tuned_guidance_scale, switch_timestep)
+                )
             yield self.pipeline
 
 

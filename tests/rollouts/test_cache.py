@@ -18,7 +18,7 @@ from trl_pgraft.rollouts.rollout import RolloutBatch
 
 def samples(count=8, prompts=("a cat", "a dog")):
     source = iter([(prompt, {"number": i}) for i, prompt in enumerate(prompts)])
-    return samples_of(form_groups(source, count, count // len(prompts)), 0, 0)
+    return samples_of(form_groups(source, count, count // len(prompts)), 0)
 
 
 class Sampler:

@@ -4,11 +4,10 @@ from itertools import repeat
 
 import pytest
 import torch
-from runs import make_trainer
+from runs import make_trainer, sample_iteration
 from tiny_pipelines import add_random_adapter, tiny_flux, tiny_sd
 
 from trl_pgraft import GraftConfig, TimestepGate
-from trl_pgraft.core.seeding import seed_of
 from trl_pgraft.pipelines.denoiser_call import denoiser_of
 from trl_pgraft.pipelines.inputs import call_pipeline, sampling_arguments
 from trl_pgraft.pipelines.introspection import introspect
@@ -26,8 +25,8 @@ def prompts(*texts):
     return iter([(text, {"number": i}) for i, text in enumerate(texts)])
 
 
-def samples(count=24, *seed_parts):
-    return samples_of(form_groups(prompts("a cat", "a dog"), count, count // 2), *seed_parts or (0, 0))
+def samples(count=24, epoch=0):
+    return samples_of(form_groups(prompts("a cat", "a dog"), count, count // 2), 0, first=count * epoch)
 
 
 def sample_with(pipeline, batch_size, wanted, arguments=ARGUMENTS, step_index=2):
@@ -35,13 +34,6 @@ def sample_with(pipeline, batch_size, wanted, arguments=ARGUMENTS, step_index=2)
     batches = list(sample_batches(pipeline, call, wanted, step_index, batch_size, arguments))
     images, states = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("images", "x_i"))
     return RolloutBatch(wanted, images, states, sum(batch.denoiser_calls for batch in batches))
-
-
-def test_seeds_depend_on_every_part_and_on_nothing_else():
-    assert seed_of(0, 1, "a") == seed_of(0, 1, "a")
-    seeds = {seed_of(*parts) for parts in [(0, 1, 2), (0, 2, 1), (0, 12), (1, 1, 2), ("0", 1, 2), (0, 1, 2, 0)]}
-    assert len(seeds) == 6
-    assert all(0 <= seed < 2**63 for seed in seeds)
 
 
 def test_groups_of_an_iteration_and_its_smaller_last_group():
@@ -60,10 +52,10 @@ def test_one_prompt_is_taken_for_each_group():
 
 
 def test_samples_have_seeds_of_their_own():
-    wanted = samples(24, 0, 3)
+    wanted = samples(24, epoch=3)
     assert len({s.seed for s in wanted}) == 24
-    assert [s.seed for s in wanted] == [s.seed for s in samples(24, 0, 3)]
-    assert not {s.seed for s in wanted} & {s.seed for s in samples(24, 0, 4)}
+    assert [s.seed for s in wanted] == [s.seed for s in samples(24, epoch=3)]
+    assert not {s.seed for s in wanted} & {s.seed for s in samples(24, epoch=4)}
 
 
 def test_only_arguments_that_the_pipeline_takes_are_given(sd, flux):
@@ -78,7 +70,7 @@ def test_only_arguments_that_the_pipeline_takes_are_given(sd, flux):
 @pytest.mark.parametrize("make, arguments", [(tiny_sd, ARGUMENTS), (tiny_flux, FLUX_ARGUMENTS)])
 def test_a_group_of_24_in_batches_of_5_is_the_same_as_one_by_one(make, arguments):
     """The group size is independent of the batch size, and so are the samples."""
-    pipeline, wanted = make(), samples_of(form_groups(prompts("a cat"), 24, 24), 0, 0)
+    pipeline, wanted = make(), samples_of(form_groups(prompts("a cat"), 24, 24), 0)
     together = sample_with(pipeline, 5, wanted, arguments)
     assert together.images.shape == (24, 3, 16, 16) and together.images.dtype == torch.uint8
     few = [0, 4, 5, 23]
@@ -183,3 +175,22 @@ def test_an_acceptance_rule_of_an_unknown_name_is_refused_before_sampling(config
     late.acceptance = "typo"
     with pytest.raises(ValueError, match="typo"):
         make_trainer(late)
+
+
+def test_no_two_samples_of_a_run_share_their_noise(config, monkeypatch):
+    """Rounds and held-out prompts; only an evaluation that is repeated has the same again."""
+    trainer, seeds = make_trainer(config()), []
+    prepare = trainer.pipeline.prepare_latents
+
+    def noted(*arguments, **keywords):
+        seeds.extend(generator.initial_seed() for generator in arguments[6])
+        return prepare(*arguments, **keywords)
+
+    monkeypatch.setattr(trainer.pipeline, "prepare_latents", noted)
+    for epoch in (0, 1, 2):
+        sample_iteration(trainer, epoch)
+    for _ in range(2):
+        trainer.evaluate(["a cat", "a dog"])
+    count = 3 * trainer.images_per_round
+    assert len(seeds) == count + 4 and len(set(seeds)) == count + 2 and max(seeds) < 2**32
+    assert seeds[-2:] == seeds[-4:-2]

@@ -13,7 +13,7 @@ import torch
 
 from ..adapters.lora import AdapterSwitch, adapter_parameters, add_adapter, remove_adapter
 from ..adapters.policy import Policy
-from ..core.seeding import generator_of, seed_of
+from ..core.seeding import generator_of, noise_of, seed_of
 from ..pipelines.conditioning import record_conditioning
 from ..training.graft_loss import GraftLoss, graft_loss
 from .pilot import Pilot
@@ -128,9 +128,9 @@ def _losses(policy: Policy, loss: GraftLoss, pilot: Pilot, rows: torch.Tensor) -
     timesteps, noise = [], []
     for row in rows.tolist():
         # The same noise at every candidate, so that the curves differ by the candidate alone.
-        generator = generator_of(pilot.samples[row].seed, "difficulty")
-        noise.append(torch.randn(TIMESTEPS_PER_STATE, *states.shape[1:], generator=generator))
-        timesteps.append(loss.levels.sample(TIMESTEPS_PER_STATE, generator).sort().values)
+        parts = (policy.config.seed, "difficulty", row)
+        noise.append(noise_of((TIMESTEPS_PER_STATE, *states.shape[1:]), *parts))
+        timesteps.append(loss.levels.sample(TIMESTEPS_PER_STATE, generator_of(*parts)).sort().values)
     prompts = torch.tensor([pilot.samples[row].group.index for row in rows.tolist()])
     x_i = states.to(policy.accelerator.device).repeat_interleave(TIMESTEPS_PER_STATE, 0)
     return loss(

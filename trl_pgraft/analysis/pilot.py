@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 
 from ..adapters.policy import Policy
 from ..core.parameterizations import predicted_original
-from ..core.seeding import seed_of
+from ..core.seeding import sample_seed
 from ..pipelines.inputs import prompt_arguments
 from ..pipelines.observe import observe_steps, record_trajectory
 from ..pipelines.pixels import to_uint8
@@ -71,7 +71,7 @@ def sample_pilot(collector: RolloutCollector, groups: list[PromptGroup], step_in
         step_indices (`Sequence[int]`):
             Steps of the sampler whose input states are kept; the number of steps stands for the final latents.
     """
-    config, samples = collector.config, samples_of(groups, collector.config.seed, 0)
+    config, samples = collector.config, samples_of(groups, collector.config.seed)
     batches: list[RolloutBatch] = []
     recorded = []
     for rows in _batches(collector, samples):
@@ -154,7 +154,7 @@ def score_completions(collector: RolloutCollector, pilot: Pilot, step_index: int
     Returns:
         `torch.Tensor`: (N,), NaN where a sample is left out.
     """
-    return _score(collector, pilot, _images(collector, pilot, _reseed(pilot, step_index, number)))
+    return _score(collector, pilot, _images(collector, pilot, _reseed(collector, pilot, step_index, number)))
 
 
 def is_stochastic(collector: RolloutCollector, pilot: Pilot, step_index: int) -> bool:
@@ -169,18 +169,19 @@ def is_stochastic(collector: RolloutCollector, pilot: Pilot, step_index: int) ->
         step_index (`int`):
             Step of the sampler whose input is x_I.
     """
-    _, images = next(_images(collector, pilot, _reseed(pilot, step_index, 0)))
+    _, images = next(_images(collector, pilot, _reseed(collector, pilot, step_index, 0)))
     # Kernels that sum in another order every time change some pixels by a level or two.
     return bool((images.float() - pilot.images[: len(images)].float()).abs().mean() > 0.5)
 
 
-def _reseed(pilot: Pilot, step_index: int, number: int) -> StepEnd:
+def _reseed(collector: RolloutCollector, pilot: Pilot, step_index: int, number: int) -> StepEnd:
     """The pilot's noise up to x_I and other noise after it, so that the scheduler's own state is right as well."""
+    first = (number * len(pilot.states) + list(pilot.states).index(step_index)) * len(pilot.samples)
 
     def reseed(rows: slice, step: int, generators: Sequence[torch.Generator], latents: torch.Tensor) -> torch.Tensor:
         if step + 1 == step_index:
-            for generator, sample in zip(generators, pilot.samples[rows], strict=True):
-                generator.manual_seed(seed_of(sample.seed, "completion", step_index, number))
+            for row, generator in enumerate(generators, first + rows.start):
+                generator.manual_seed(sample_seed(collector.config.seed, "completion", row))
         return latents
 
     return reseed

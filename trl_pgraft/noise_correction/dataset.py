@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..adapters.gate import gate_on
 from ..adapters.lora import tuner_layers
-from ..core.seeding import generator_of
+from ..core.seeding import noise_of
 from ..core.tensor_files import load_tensors, save_tensors
 from ..pipelines.denoiser_call import denoiser_of
 from ..pipelines.denoiser_format import uncompiled
@@ -187,10 +187,9 @@ class DatasetInverter:
         if self.steps == len(self.sampler.steps):
             return latents
         sigma = self.sampler.levels[self.steps - 1]
-        noise = torch.empty_like(latents, device="cpu")
-        for row, of_row in enumerate(noise, start):
-            of_row.normal_(generator=generator_of(self.config.seed, "skipped steps", row))
-        return (1 - sigma) * latents + sigma * noise.to(latents.device)
+        rows = range(start, start + len(latents))
+        noise = torch.stack([noise_of(latents.shape[1:], self.config.seed, "skipped steps", row) for row in rows])
+        return (1 - sigma) * latents + sigma * noise.to(latents)
 
     def _leave_out(self, start: int, error: InversionError) -> None:
         self._left_out += len(error.samples)

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from tqdm.auto import tqdm
 
 from ..config import default_values
-from ..core.seeding import generator_of
+from ..core.seeding import generator_of, noise_of
 from ..core.tensor_files import save_tensors
 from ..pipelines.conditioning import Conditioning
 from ..pipelines.denoiser_call import DenoiserCall
@@ -122,22 +122,22 @@ class CorrectorFinetuner:
             self.average.copy_to(self.parameters)
 
     def _train_step(self, model: torch.nn.Module, steps: OptimizerSteps, learning_rate: float) -> None:
-        count, generator = self.config.train_batch_size, generator_of(self.config.seed, "step", self.step)
-        rows = self.rows[torch.randint(len(self.rows), (count,), generator=generator)]
+        count, parts = self.config.train_batch_size, (self.config.seed, "step", self.step)
+        rows = self.rows[torch.randint(len(self.rows), (count,), generator=generator_of(*parts, "rows"))]
         # Each process has samples of all levels, which are sampled in ascending order.
         own = torch.arange(self.accelerator.process_index, count, self.accelerator.num_processes)
         with self.accelerator.autocast():
-            loss = self._losses_of(rows, generator, own, model)[0].mean()
+            loss = self._losses_of(rows, parts, own, model)[0].mean()
         self.accelerator.backward(loss)
         steps.take(learning_rate)
         self._losses.append(self.accelerator.reduce(loss.detach(), "mean"))
 
     def _losses_of(
-        self, rows: torch.Tensor, generator: torch.Generator, own: torch.Tensor, model: torch.nn.Module
+        self, rows: torch.Tensor, parts: tuple[Any, ...], own: torch.Tensor, model: torch.nn.Module
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Squared error of each sample `own` of a batch of `rows`, and that of correcting nothing."""
-        signal = (torch.arange(len(rows)) + torch.rand(len(rows), generator=generator)) / len(rows)
-        noise = torch.randn(len(rows), *self.data.inverted.noise.shape[1:], generator=generator)
+        signal = (torch.arange(len(rows)) + torch.rand(len(rows), generator=generator_of(*parts))) / len(rows)
+        noise = noise_of((len(rows), *self.data.inverted.noise.shape[1:]), *parts)
         device, rows = self.accelerator.device, rows[own]
         y, noise, signal = self.data.inverted.noise[rows].to(device), noise[own].to(device), signal[own].double()
         x, target = perturb(y, noise, signal)
@@ -163,8 +163,8 @@ class CorrectorFinetuner:
             for number, batch in enumerate(rows.split(size)):
                 # As many at a time as a process trains on.
                 for own in torch.arange(len(batch)).split(size // self.accelerator.num_processes):
-                    generator = generator_of(self.config.seed, "evaluation", number)
-                    losses = self._losses_of(batch, generator, own, self.corrector.module)
+                    parts = (self.config.seed, "evaluation", number)
+                    losses = self._losses_of(batch, parts, own, self.corrector.module)
                     totals = [
                         total + loss.sum().item() / len(rows) for total, loss in zip(totals, losses, strict=True)
                     ]

@@ -129,7 +129,7 @@ class RolloutCollector:
             [`RewardError`]: a reward function failed.
         """
         config, groups = self.config, self.groups(epoch)
-        samples = samples_of(groups, config.seed, epoch)
+        samples = samples_of(groups, config.seed, first=epoch * self.images)
         own = samples[self._own_share(len(samples))]
         cache = RolloutCache(self.cache_dir / f"round_{epoch:04d}", self.policy.sampled_by(), self.reward_names)
         with self.policy.sampler(reference=config.sample_from == "reference"):
@@ -281,4 +281,6 @@ class RolloutCollector:
 
     def _gather(self, values: torch.Tensor) -> torch.Tensor:
         """Values of all processes, in their order, on the host."""
-        return self.accelerator.gather(values.to(self.accelerator.device)).cpu()
+        # As their bits, because not every device has float64.
+        bits = values.view(torch.int64) if values.dtype == torch.float64 else values
+        return self.accelerator.gather(bits.to(self.accelerator.device)).cpu().view(values.dtype)

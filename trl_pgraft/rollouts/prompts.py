@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..config import GraftConfig
-from ..core.seeding import generator_of, seed_of
+from ..core.seeding import generator_of, sample_seed
 from ..pipelines.inputs import takes_prompts
 from ..rewards.conventions import check_columns
 from ..rewards.registry import Reward
@@ -288,9 +288,10 @@ def form_groups(prompts: Iterator[Prompt], images: int, group_size: int) -> list
     ]
 
 
-def samples_of(groups: Sequence[PromptGroup], *seed_parts: Any) -> list[Sample]:
-    """All samples of `groups`, seeded by `seed_parts` (values that JSON has), group and index."""
-    return [Sample(g, i, seed_of(*seed_parts, g.index, i)) for g in groups for i in range(g.size)]
+def samples_of(groups: Sequence[PromptGroup], seed: int, purpose: str = "rollout", first: int = 0) -> list[Sample]:
+    """All samples of `groups`, numbered from `first` on; see [`sample_seed`] for `seed` and `purpose`."""
+    members = ((group, i) for group in groups for i in range(group.size))
+    return [Sample(g, i, sample_seed(seed, purpose, n)) for n, (g, i) in enumerate(members, first)]
 
 
 def columns_of(samples: Sequence[Sample]) -> dict[str, list[Any]]:

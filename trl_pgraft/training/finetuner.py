@@ -19,7 +19,7 @@ from ..adapters.lora import ADAPTER_NAME, AdapterSwitch, adapter_parameters, add
 from ..adapters.merge import merge_difference
 from ..adapters.policy import Policy
 from ..config import GraftConfig
-from ..core.seeding import seed_of
+from ..core.seeding import generator_of, noise_of, seed_of
 from ..pipelines.checks import guides_plainly
 from ..pipelines.conditioning import Conditioning, record_conditioning
 from ..pipelines.placement import on_device
@@ -311,8 +311,6 @@ def _sample_row(
     loss: GraftLoss, seed: int, k: int, count: int, shape: torch.Size
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Timestep, noise and caption dropout of a row's k-th use in a pass: functions of its seed alone."""
-    generator = torch.Generator().manual_seed(seed)
-    timestep = loss.levels.sample(count, generator)[k]
-    generator.manual_seed(seed + k + 1)
-    dropped = torch.rand((), generator=generator) < loss.caption_dropout
-    return timestep, torch.randn(shape, generator=generator), dropped
+    timestep = loss.levels.sample(count, generator_of(seed))[k]
+    dropped = torch.rand((), generator=generator_of(seed, k)) < loss.caption_dropout
+    return timestep, noise_of(shape, seed, k), dropped

@@ -131,7 +131,11 @@ def torchrun(folder: Path, **options) -> list[str]:
     return launcher + command(folder, **options)[1:]
 
 
-@pytest.mark.parametrize("options", [{}, {"control_adapter": True}], ids=str)
+# One accepted sample at three timesteps: of the second batch the second process has none.
+REMAINDER = {"samples_per_prompt": 8, "train_timestep_fraction": 0.75, "train_gradient_accumulation_steps": 2}
+
+
+@pytest.mark.parametrize("options", [{}, {"control_adapter": True}, REMAINDER], ids=str)
 def test_two_processes_are_one(tmp_path, options):
     """Three rounds in double precision: the same samples are accepted, and the adapters agree."""
     options |= {"float64": True, "train_batch_size": 2}
@@ -144,6 +148,8 @@ def test_two_processes_are_one(tmp_path, options):
         torch.testing.assert_close(ours, alone, rtol=0, atol=1e-6)
     for name in ("reward", "reward_accepted", "accepted", "images", "denoiser_calls"):
         assert [m[name] for m in first["history"]] == pytest.approx([m[name] for m in one["history"]], rel=1e-9)
+    losses = [[m["loss"] for m in run["history"]] for run in (first, second, one)]
+    assert losses[0] == losses[1] == pytest.approx(losses[2], rel=1e-6), "of all rows, in float32"
     assert accepted_seeds(tmp_path / "two") == accepted_seeds(tmp_path / "one")
 
 

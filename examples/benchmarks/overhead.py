@@ -72,7 +72,7 @@ def training(trainer, repeats: int) -> tuple[float, float]:
     prompts = load_prompts("train")[:BATCH]
     states = torch.randn(BATCH, *_latent_shape(trainer))
     conditioning = record_conditioning(trainer.pipeline, trainer.policy.call, prompts, trainer.policy.arguments)
-    rows = Rows(torch.arange(BATCH), torch.arange(BATCH), list(range(BATCH)))
+    rows = Rows(torch.arange(BATCH), torch.arange(BATCH), list(range(BATCH)), torch.zeros(BATCH, dtype=torch.long))
     loss = graft_loss(trainer.policy, ADAPTER_NAME, conditioning)
 
     def ours() -> None:

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
+import itertools
+from typing import NamedTuple
+
 import pytest
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig
+from runs import make_trainer
 from tiny_pipelines import add_random_adapter
 
 from trl_pgraft import GraftConfig, renoise
@@ -14,7 +18,7 @@ from trl_pgraft.pipelines.introspection import introspect
 from trl_pgraft.pipelines.timesteps import tuned_levels
 from trl_pgraft.training.finetuner import FineTuningReport, fine_tune_adapter
 from trl_pgraft.training.graft_loss import GraftLoss
-from trl_pgraft.training.rows import Rows, count_microbatches
+from trl_pgraft.training.rows import Rows, SelectedRows, count_microbatches, microbatches_of
 
 
 PROMPTS = ["a cat", "a dog"]
@@ -138,9 +142,12 @@ def config_of(**options):
     return GraftConfig(**{**defaults, **options})
 
 
-def rows_of(*passes):
-    tensors = [torch.tensor(rows) for rows in passes]
-    return iter([Rows(rows, rows % 2, (1000 * (8 * n + rows)).tolist()) for n, rows in enumerate(tensors)])
+def rows_of(*passes, timesteps=1):
+    """Passes over rows of the given numbers, in order, one timestep after the other."""
+    for n, rows in enumerate(passes):
+        numbers = torch.tensor(rows).repeat(timesteps)
+        uses = torch.arange(timesteps).repeat_interleave(len(rows))
+        yield Rows(numbers, numbers % 2, (1000 * (8 * n + numbers)).tolist(), uses)
 
 
 def fine_tune_on(pipeline, passes, config, loss=None, **options):
@@ -151,7 +158,14 @@ def fine_tune_on(pipeline, passes, config, loss=None, **options):
     schedule = options.pop("lr_schedule", lambda step: 0.05)
     loss = loss or loss_of(pipeline)
     return fine_tune_adapter(
-        Accelerator(cpu=True), loss, states, rows_of(*passes), optimizer, config, schedule, **options
+        Accelerator(cpu=True),
+        loss,
+        states,
+        rows_of(*passes, timesteps=config.num_train_timesteps),
+        optimizer,
+        config,
+        schedule,
+        **options,
     )
 
 
@@ -178,7 +192,7 @@ def test_fine_tuning_lowers_its_loss(sd, guidance_loss):
     add_adapter(sd.unet, LoraConfig(r=8, target_modules=["conv_in", "conv1", "conv2", "conv_out"]), "pgraft", seed=0)
     states = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     optimizer = torch.optim.Adam(adapter_parameters(sd.unet, "pgraft"))
-    passes = iter([Rows(torch.tensor([0, 1]), torch.tensor([0, 1]), [5, 6])] * 20)
+    passes = iter([Rows(torch.tensor([0, 1]), torch.tensor([0, 1]), [5, 6], torch.tensor([0, 0]))] * 20)
     loss = loss_of(sd, guidance_loss)
     report = fine_tune_adapter(Accelerator(cpu=True), loss, states, passes, optimizer, config_of(), lambda step: 0.03)
     assert report.losses[-1].mean() < 0.5 * report.losses[0].mean()
@@ -190,6 +204,7 @@ def test_fine_tuning_lowers_its_loss(sd, guidance_loss):
         (4, {}, 2, 2),
         (5, {}, 3, 3),
         (4, {"train_timestep_fraction": 0.3}, 6, 6),
+        (5, {"train_timestep_fraction": 0.3}, 8, 8),
         (4, {"train_gradient_accumulation_steps": 2}, 2, 1),
         (5, {"train_gradient_accumulation_steps": 2}, 3, 2),
         (4, {"train_num_inner_epochs": 3, "train_gradient_accumulation_steps": 4}, 6, 2),
@@ -205,13 +220,21 @@ def test_microbatches_and_steps_are_counted(tuned, rows, options, microbatches, 
         assert report.steps == seen.count(event) == steps
 
 
-def test_accumulated_microbatches_are_one_large_batch(tuned, sd):
+@pytest.mark.parametrize(
+    "rows, size, accumulation",
+    [
+        pytest.param([0, 1, 2, 3], 2, 2, id="equal microbatches"),
+        pytest.param([0, 1, 2, 3, 4], 2, 3, id="a smaller last one"),
+        pytest.param([0, 1, 2], 2, 4, id="a smaller group"),
+    ],
+)
+def test_accumulated_microbatches_are_one_large_batch(tuned, sd, rows, size, accumulation):
     initial = values_of(tuned)
-    fine_tune_on(tuned, [[0, 1, 2, 3]], config_of(train_batch_size=4))
+    fine_tune_on(tuned, [rows], config_of(train_batch_size=len(rows)))
     large = values_of(tuned)
     for parameter, value in zip(adapter_parameters(tuned.unet, "pgraft"), initial, strict=True):
         parameter.data.copy_(value)
-    fine_tune_on(tuned, [[0, 1, 2, 3]], config_of(train_batch_size=2, train_gradient_accumulation_steps=2))
+    fine_tune_on(tuned, [rows], config_of(train_batch_size=size, train_gradient_accumulation_steps=accumulation))
     for one, other in zip(large, values_of(tuned), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
 
@@ -265,10 +288,54 @@ def test_captions_are_dropped_at_their_rate(tuned, dropout, low, high):
     assert len(spy.given) == 200 and low <= sum(dropped for *_, dropped in spy.given) <= high
 
 
-def test_the_last_batch_is_filled_up_from_the_first_rows(tuned):
+def test_the_last_batch_of_a_pass_is_not_filled_up(tuned):
     spy = Spy(tuned, loss_of(tuned).levels)
     fine_tune_on(tuned, [[2, 3, 4]], config_of(), spy)
-    assert [prompt for _, _, _, prompt, _ in spy.given] == [0, 1, 0, 0]
+    assert [prompt for _, _, _, prompt, _ in spy.given] == [0, 1, 0]
+
+
+class Rank(NamedTuple):
+    """What of an accelerator says which rows are a process's own."""
+
+    process_index: int
+    num_processes: int
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_processes_share_each_pair_of_row_and_timestep_once(processes):
+    """7 rows at 3 timesteps in batches of 4 a process, two batches a step; weights make means over the steps."""
+    config = config_of(train_batch_size=4, train_timestep_fraction=0.3, train_gradient_accumulation_steps=2)
+    given = [
+        list(microbatches_of(rows_of(range(7), timesteps=3), config, Rank(p, processes))) for p in range(processes)
+    ]
+    assert len({len(batches) for batches in given}) == 1, "as many exchanges of gradients"
+    assert len(given[0]) == count_microbatches(7, config, processes)
+    pairs, step = [], 0.0
+    for parts in zip(*given, strict=True):
+        assert len({part.ends_step for part in parts}) == 1
+        for part in parts:
+            step += part.weight * len(part.rows) / processes
+            if part.weight:
+                pairs += zip(part.rows.seeds, part.rows.uses.tolist(), strict=True)
+        if parts[0].ends_step:
+            assert step == pytest.approx(1)
+            step = 0.0
+    assert parts[0].ends_step and len(pairs) == len(set(pairs)) == 21
+
+
+def test_pairs_of_row_and_timestep_are_shuffled_over_the_pass(config):
+    """No sample is trained at its timesteps one after the other; the reference fit has the same order."""
+    rollout, _ = make_trainer(config(sample_num_batches_per_epoch=8)).collector.sample_rollout(0)
+    rows = SelectedRows(rollout, passes=2, seed_parts=(0, 0))
+    (first, second), (control, _) = rows.passes(6), rows.passes(6, control=True)
+    for one in (first, second):
+        pairs = list(zip(one.states.tolist(), one.uses.tolist(), strict=True))
+        assert set(pairs) == {(row, use) for row in rows.accepted.tolist() for use in range(6)}
+        assert len(pairs) == len(rows) * 6 and pairs != sorted(pairs)
+        runs = sum(a == b for a, b in itertools.pairwise(one.states.tolist()))
+        assert runs < len(pairs) / 2, f"{runs} of {len(pairs)} follow one of the same sample"
+    assert first.states.tolist() != second.states.tolist()
+    assert (first.seeds, first.uses.tolist()) == (control.seeds, control.uses.tolist())
 
 
 def test_the_learning_rate_is_that_of_the_schedule(tuned):
@@ -313,4 +380,9 @@ def test_a_report_averages_the_loss_by_level():
     report = FineTuningReport(steps=2, skipped=1)
     report.losses = [torch.tensor([1.0, 3.0]), torch.tensor([5.0])]
     report.bins = [torch.tensor([0, 3]), torch.tensor([3])]
-    assert report.to_metrics() == {"loss": 3.0, "loss/level_0": 1.0, "loss/level_3": 4.0, "skipped_steps": 1}
+    assert report.to_metrics(Accelerator(cpu=True)) == {
+        "loss": 3.0,
+        "loss/level_0": 1.0,
+        "loss/level_3": 4.0,
+        "skipped_steps": 1,
+    }

@@ -30,6 +30,9 @@ from .optimizer import OptimizerSteps, make_optimizer, parameters_of, prepared
 from .rows import Rows, SelectedRows, count_microbatches, microbatches_of
 
 
+_NO_BINS = torch.empty(0, dtype=torch.long)  # of a process that had no rows
+
+
 @dataclass
 class FineTuningReport:
     r"""
@@ -51,12 +54,16 @@ class FineTuningReport:
     losses: list[torch.Tensor] = field(default_factory=list)
     bins: list[torch.Tensor] = field(default_factory=list)
 
-    def to_metrics(self) -> dict[str, float]:
-        """Metrics by name; level 0 is the cleanest quarter of the tuned range."""
-        losses, bins = torch.cat(self.losses).cpu(), torch.cat(self.bins)
+    def to_metrics(self, accelerator: Accelerator) -> dict[str, float]:
+        """Metrics by name, of the rows of all processes; level 0 is the cleanest quarter of the tuned range."""
+        losses, bins = torch.cat([torch.empty(0), *(x.cpu() for x in self.losses)]), torch.cat([*self.bins, _NO_BINS])
+        sums = torch.stack([torch.bincount(bins, values, minlength=4) for values in (losses, torch.ones_like(losses))])
+        # As float32, because not every device has float64.
+        total, count = accelerator.reduce(sums.float().to(accelerator.device)).cpu()
+        levels = count.nonzero().flatten().tolist()
         return {
-            "loss": losses.mean().item(),
-            **{f"loss/level_{i}": losses[bins == i].mean().item() for i in bins.unique().tolist()},
+            "loss": (total.sum() / count.sum()).item(),
+            **{f"loss/level_{i}": (total[i] / count[i]).item() for i in levels},
             "skipped_steps": self.skipped,
         }
 
@@ -179,11 +186,14 @@ class Finetuner:
         Raises:
             `RuntimeError`: ten optimizer steps in a row had a non-finite loss or gradient.
         """
+        count = self.config.num_train_timesteps
         if self.optimizer is not None:
-            return self._fine_tune(ADAPTER_NAME, self.optimizer, data, data.rows.passes(), learning_rate, on_event)
+            return self._fine_tune(
+                ADAPTER_NAME, self.optimizer, data, data.rows.passes(count), learning_rate, on_event
+            )
         accepted, control = "pgraft_accepted", "pgraft_control"
-        report = self._fine_tune_new(accepted, epoch, data, data.rows.passes(), learning_rate, on_event)
-        self._fine_tune_new(control, epoch, data, data.rows.passes(control=True), learning_rate)
+        report = self._fine_tune_new(accepted, epoch, data, data.rows.passes(count), learning_rate, on_event)
+        self._fine_tune_new(control, epoch, data, data.rows.passes(count, control=True), learning_rate)
         scale = self.config.control_scale
         if self.config.guidance_loss == "conditional":
             scale /= self.policy.tuned_guidance_scale
@@ -262,7 +272,7 @@ def fine_tune_adapter(
     Raises:
         `RuntimeError`: ten optimizer steps in a row had a non-finite loss or gradient.
     """
-    report, accumulation, device = FineTuningReport(), config.train_gradient_accumulation_steps, accelerator.device
+    report, starts_step = FineTuningReport(), True
     average = EMAModel(parameters_of(optimizer), decay=config.ema_decay) if config.ema_decay else None
     microbatches = list(microbatches_of(passes, config, accelerator))
     bar = tqdm(total=len(microbatches), desc=title, leave=False, disable=not accelerator.is_local_main_process)
@@ -270,21 +280,24 @@ def fine_tune_adapter(
         steps = OptimizerSteps(
             accelerator, wrapped, config.train_max_grad_norm, "train_learning_rate", average, on_event
         )
-        for number, (rows, k) in enumerate(microbatches):
-            ends_step = (number + 1) % accumulation == 0 or number + 1 == len(microbatches)
-            if number % accumulation == 0:
+        for batch in microbatches:
+            if starts_step:
                 on_event("on_step_begin")
-            with nullcontext() if ends_step else accelerator.no_sync(model):
+            with nullcontext() if batch.ends_step else accelerator.no_sync(model):
                 # accelerate wraps a model in its autocast when it is first prepared, and not after that.
                 with accelerator.autocast():
-                    losses, bins = _losses_of(loss, model, states, rows, k, config.num_train_timesteps, device)
-                accelerator.backward(losses.mean() / accumulation)
-            report.losses.append(losses.detach())
-            report.bins.append(bins)
-            if ends_step:
+                    losses, bins = _losses_of(
+                        loss, model, states, batch.rows, config.num_train_timesteps, accelerator.device
+                    )
+                accelerator.backward(losses.sum() * batch.weight)
+            if batch.weight:
+                report.losses.append(losses.detach())
+                report.bins.append(bins)
+            if batch.ends_step:
                 steps.take(learning_rate(steps.taken))
             bar.update()
-            on_event("on_step_end" if ends_step else "on_substep_end")
+            starts_step = batch.ends_step
+            on_event("on_step_end" if batch.ends_step else "on_substep_end")
     if average is not None:
         average.copy_to(parameters_of(optimizer))
     report.steps, report.skipped = steps.taken, steps.skipped
@@ -296,13 +309,12 @@ def _losses_of(
     model: torch.nn.Module,
     states: torch.Tensor,
     rows: Rows,
-    k: int,
     count: int,
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss of each row at the k-th of its `count` timesteps, and the quarter of the tuned range where that lies."""
-    x_i = states[rows.states].to(device)
-    sampled = [_sample_row(loss, seed, k, count, x_i.shape[1:]) for seed in rows.seeds]
+    """Loss of each row at its timestep of `count`, and the quarter of the tuned range where that lies."""
+    x_i, uses = states[rows.states].to(device), zip(rows.seeds, rows.uses.tolist(), strict=True)
+    sampled = [_sample_row(loss, seed, k, count, x_i.shape[1:]) for seed, k in uses]
     timesteps, noise, dropped = (torch.stack(values) for values in zip(*sampled, strict=True))
     return loss(model, x_i, noise.to(device), timesteps, rows.prompts, dropped), loss.levels.bin_of(timesteps, 4)
 

@@ -21,7 +21,7 @@ from ..rollouts.rollout import Rollout
 @dataclass(frozen=True)
 class Rows:
     r"""
-    Training rows of one pass.
+    Training rows of one pass: each sample once with each number of its training timesteps.
 
     Args:
         states (`torch.Tensor` of shape `(R,)`, int64):
@@ -29,19 +29,23 @@ class Rows:
         prompts (`torch.Tensor` of shape `(R,)`, int64):
             Index of each row's conditioning.
         seeds (`list[int]`):
-            Seed of each row's timesteps and noise.
+            Seed of the timesteps and noise of each row's sample.
+        uses (`torch.Tensor` of shape `(R,)`, int64):
+            Number of each row's timestep among those of its sample.
     """
 
     states: torch.Tensor
     prompts: torch.Tensor
     seeds: list[int]
+    uses: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.seeds)
 
     def take(self, index: torch.Tensor) -> "Rows":
         """The rows at `index`."""
-        return Rows(self.states[index], self.prompts[index], [self.seeds[i] for i in index.tolist()])
+        seeds = [self.seeds[i] for i in index.tolist()]
+        return Rows(self.states[index], self.prompts[index], seeds, self.uses[index])
 
 
 class SelectedRows:
@@ -95,18 +99,22 @@ class SelectedRows:
     def __len__(self) -> int:
         return len(self.accepted)
 
-    def passes(self, control: bool = False) -> Iterator[Rows]:
+    def passes(self, timesteps: int = 1, control: bool = False) -> Iterator[Rows]:
         r"""
-        Shuffled rows of each pass.
+        Rows of each pass, each sample at each of its timesteps, shuffled together.
 
         Args:
+            timesteps (`int`, *optional*, defaults to `1`):
+                Training timesteps of each sample in a pass.
             control (`bool`, *optional*, defaults to `False`):
                 Samples without selection in place of the accepted ones.
         """
         for number in range(self.number_of_passes):
             seeds = [seed_of(*self._seed_parts, number, row) for row in self.accepted.tolist()]
             states = self._unselected(number) if control else self.accepted
-            yield Rows(states, self._prompt_rows, seeds).take(self._shuffled(len(self), "order", number))
+            pairs = self._shuffled(len(self) * timesteps, "order", number)
+            rows, uses = pairs // timesteps, pairs % timesteps
+            yield Rows(states[rows], self._prompt_rows[rows], [seeds[row] for row in rows.tolist()], uses)
 
     def _unselected(self, number: int) -> torch.Tensor:
         """For each accepted sample one of its group, taking turns, so that passes cover the group evenly."""
@@ -124,19 +132,41 @@ class SelectedRows:
 
 
 def count_microbatches(rows: int, config: GraftConfig, processes: int) -> int:
-    """Microbatches that each of `processes` computes in one fine-tuning on `rows` rows."""
-    batches = math.ceil(rows / (config.train_batch_size * processes))
-    return batches * config.num_train_timesteps * config.train_num_inner_epochs
+    """Microbatches that each of `processes` computes in one fine-tuning on `rows` samples."""
+    batches = math.ceil(rows * config.num_train_timesteps / (config.train_batch_size * processes))
+    return batches * config.train_num_inner_epochs
 
 
-def microbatches_of(
-    passes: Iterable[Rows], config: GraftConfig, accelerator: Accelerator
-) -> Iterator[tuple[Rows, int]]:
-    """This process's part of each global batch of the passes, once with each number of its training timesteps."""
-    size, count = config.train_batch_size, accelerator.num_processes
-    for rows in passes:
-        for start in range(0, len(rows), size * count):
-            # The last batch is filled up from the first rows of the (shuffled) pass: every process has work.
-            own = torch.arange(start, start + size) + accelerator.process_index * size
-            for k in range(config.num_train_timesteps):
-                yield rows.take(own % len(rows)), k
+@dataclass(frozen=True)
+class Microbatch:
+    r"""
+    What a process computes at a time.
+
+    Args:
+        rows ([`Rows`]):
+            At least one row.
+        weight (`float`):
+            Factor of the sum of their losses, by which the gradients that the processes average and accumulate over an
+            optimizer step are the mean over all its rows; 0 where a process has no rows left and computes another's.
+        ends_step (`bool`):
+            Whether it is the last one of its optimizer step.
+    """
+
+    rows: Rows
+    weight: float
+    ends_step: bool
+
+
+def microbatches_of(passes: Iterable[Rows], config: GraftConfig, accelerator: Accelerator) -> Iterator[Microbatch]:
+    """This process's part of each global batch of the passes; the last batch of a pass is smaller, never filled up."""
+    processes, own = accelerator.num_processes, accelerator.process_index
+    size = config.train_batch_size * processes
+    batches = [rows.take(part) for rows in passes for part in torch.arange(len(rows)).split(size)]
+    for start in range(0, len(batches), config.train_gradient_accumulation_steps):
+        step = batches[start : start + config.train_gradient_accumulation_steps]
+        weight = processes / sum(map(len, step))
+        for number, rows in enumerate(step, 1):
+            part = torch.arange(own, len(rows), processes)
+            # Every process takes part in the exchange of gradients, also where no row is left for it.
+            mine = rows.take(part if len(part) else torch.tensor([0]))
+            yield Microbatch(mine, weight if len(part) else 0.0, ends_step=number == len(step))

@@ -146,7 +146,7 @@ def fine_tune(
             callbacks.notify(event)
 
         report = finetuner.fine_tune(data, epoch, lambda step: rate(start + step), on_event)
-        metrics, global_step = report.to_metrics(), global_step + report.steps
+        metrics, global_step = report.to_metrics(finetuner.accelerator), global_step + report.steps
     else:
         finetuner.accelerator.print(f"Iteration {epoch}: nothing was accepted, so nothing is trained.")
     state.epoch, state.global_step = epoch + 1, global_step

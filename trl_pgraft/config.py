@@ -194,7 +194,8 @@ class GraftConfig:
     mixed_precision: str | None = config_field(
         None,
         "Precision of the frozen weights and of the forward pass; LoRA weights stay in float32. None (DDPO: fp16): "
-        "bf16 on an accelerator that has it, fp16 on other CUDA devices, no on a CPU.",
+        "that of `accelerate launch` if it is not no, its default; else bf16 on an accelerator that has it, fp16 on "
+        "other CUDA devices, no on a CPU.",
         choices=["no", "fp16", "bf16"],
     )
     allow_tf32: bool = config_field(True, "Allow TF32 matrix products on GPUs that have them.")

@@ -563,7 +563,7 @@ def test_arguments_are_checked_before_anything_is_inverted(tmp_path):
     ("field", "value"),
     [
         ("corrector", "unet"), ("tolerance", 0.0), ("tolerance", math.nan), ("max_unconverged", 1.0), ("max_steps", 0),
-        ("ema_decay", 1.0), ("corrector_steps", -1), ("lowest_sigma", 1.0), ("mixed_precision", None),
+        ("ema_decay", 1.0), ("corrector_steps", -1), ("lowest_sigma", 1.0), ("mixed_precision", "fp8"),
     ],
 )  # fmt: skip
 def test_fields_out_of_range_are_named(tmp_path, field, value):

@@ -5,9 +5,10 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from diffusers.training_utils import EMAModel
 
-from trl_pgraft.training.optimizer import OptimizerSteps, learning_rates
+from trl_pgraft.training.optimizer import OptimizerSteps, launched_accelerator, learning_rates
 
 
 @pytest.fixture
@@ -91,3 +92,75 @@ def test_events_come_around_the_step_and_before_the_gradient_is_cleared(make):
 def test_the_learning_rate_stays_at_the_end_of_its_schedule():
     rate = learning_rates("cosine", 0.4, 2, 6)
     assert [rate(step) for step in (0, 1, 2, 4, 6, 9)] == pytest.approx([0.0, 0.2, 0.4, 0.2, 0.0, 0.0])
+
+
+# What `accelerate launch` sets.
+
+FIELD = ("train_gradient_accumulation_steps", 2)
+
+
+@pytest.fixture
+def launcher(monkeypatch):
+    """Sets what the launcher does, in a process that has no accelerator yet; afterwards it has none again."""
+
+    def forget():
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+
+    def launch(**environment):
+        forget()
+        for name, value in environment.items():
+            monkeypatch.setenv(f"ACCELERATE_{name}", value)
+
+    yield launch
+    forget()
+
+
+@pytest.mark.parametrize(
+    ("launched", "configured", "found"),
+    [
+        (None, None, "no"), ("no", None, "no"), ("bf16", None, "bf16"), ("bf16", "bf16", "bf16"),
+        (None, "bf16", "bf16"), ("no", "bf16", "bf16"),
+    ],
+)  # fmt: skip
+def test_the_launchers_precision_is_taken_where_the_configuration_has_none(launcher, launched, configured, found):
+    launcher(**{"MIXED_PRECISION": launched} if launched else {})
+    assert launched_accelerator(configured).mixed_precision == found
+
+
+def test_the_precision_by_device_is_taken_where_neither_names_one(launcher):
+    launcher(MIXED_PRECISION="no")
+    assert launched_accelerator(None, "bf16").mixed_precision == "bf16"
+
+
+@pytest.mark.parametrize(("launched", "configured"), [("bf16", "no"), ("fp16", "bf16"), ("fp8", None)])
+def test_a_launcher_that_contradicts_the_precision_is_refused(launcher, launched, configured):
+    launcher(MIXED_PRECISION=launched)
+    with pytest.raises(ValueError, match=f"mixed_precision='{launched}'"):
+        launched_accelerator(configured)
+
+
+@pytest.mark.parametrize("steps", ["1", "2"])
+def test_gradients_are_those_of_the_loss_whatever_the_launcher_accumulates(launcher, steps):
+    launcher(GRADIENT_ACCUMULATION_STEPS=steps)
+    accelerator, parameter = launched_accelerator(None, accumulation=FIELD), torch.nn.Parameter(torch.ones(()))
+    OptimizerSteps(accelerator, torch.optim.SGD([parameter]), 1.0, "learning_rate").backward(3 * parameter)
+    assert parameter.grad == 3
+
+
+def test_an_accumulation_of_the_launcher_is_refused(launcher):
+    launcher(GRADIENT_ACCUMULATION_STEPS="4")
+    with pytest.raises(ValueError, match="gradient_accumulation_steps=4, and train_gradient_accumulation_steps is 2"):
+        launched_accelerator(None, accumulation=FIELD)
+    with pytest.raises(ValueError, match="Nothing is accumulated here"):
+        launched_accelerator(None)
+    launcher(GRADIENT_ACCUMULATION_STEPS="1")
+    with pytest.raises(ValueError, match="gradient_accumulation_steps=3"):
+        launched_accelerator(None, accumulation=FIELD, gradient_accumulation_steps=3)
+
+
+@pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
+def test_a_model_that_accelerate_splits_is_refused(launcher, name):
+    launcher(**{f"USE_{name}": "true"})
+    with pytest.raises(ValueError, match=f"{name}, which splits the model"):
+        launched_accelerator(None)

@@ -98,9 +98,10 @@ class NoiseCorrectionConfig:
         "cosine", "Learning-rate schedule of `diffusers.optimization.get_scheduler`.", choices=LR_SCHEDULES
     )
     warmup_steps: int = config_field(100, "Optimizer steps of learning-rate warm-up.")
-    mixed_precision: str = config_field(
-        "no",
-        "Precision of the forward pass in training. The inversion runs in the pipeline's own precision.",
+    mixed_precision: str | None = config_field(
+        None,
+        "Precision of the forward pass in training. None: that of `accelerate launch`, or 'no'. The inversion runs in "
+        "the pipeline's own precision.",
         choices=["no", "fp16", "bf16"],
     )
     gradient_checkpointing: bool = config_field(

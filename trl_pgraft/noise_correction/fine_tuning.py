@@ -128,7 +128,7 @@ class CorrectorFinetuner:
         own = torch.arange(self.accelerator.process_index, count, self.accelerator.num_processes)
         with self.accelerator.autocast():
             loss = self._losses_of(rows, parts, own, model)[0].mean()
-        self.accelerator.backward(loss)
+        steps.backward(loss)
         steps.take(learning_rate)
         self._losses.append(self.accelerator.reduce(loss.detach(), "mean"))
 

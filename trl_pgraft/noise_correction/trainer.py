@@ -10,7 +10,6 @@ from typing import Any
 
 import datasets
 import torch
-from accelerate import Accelerator
 from diffusers import DiffusionPipeline, ModelMixin
 from peft import PeftConfig
 
@@ -23,6 +22,7 @@ from ..pipelines.denoiser_format import DenoiserFormat, uncompiled
 from ..pipelines.inputs import takes_prompts
 from ..pipelines.placement import on_device, place_pipeline
 from ..training.checkpoints import archive_previous_run
+from ..training.optimizer import launched_accelerator
 from ..training.run_log import METRICS_FILE, RunLog
 from .config import NoiseCorrectionConfig
 from .correctors import Corrector, FlowCorrector, GaussianCorrector, LoraCorrector, NetworkCorrector
@@ -99,7 +99,7 @@ class NoiseCorrectionTrainer:
         if pipeline is None or train_dataset is None:
             raise ValueError("pipeline and train_dataset are required: a diffusers flow pipeline, and real data.")
         _check_arguments(config, pipeline, train_dataset, peft_config, network)
-        self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
+        self.accelerator = launched_accelerator(config.mixed_precision)
         if config.train_batch_size % self.accelerator.num_processes:
             raise ValueError(
                 f"train_batch_size={config.train_batch_size} is not divisible by the {self.accelerator.num_processes} "

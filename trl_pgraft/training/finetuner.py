@@ -289,7 +289,7 @@ def fine_tune_adapter(
                     losses, bins = _losses_of(
                         loss, model, states, batch.rows, config.num_train_timesteps, accelerator.device
                     )
-                accelerator.backward(losses.sum() * batch.weight)
+                steps.backward(losses.sum() * batch.weight)
             if batch.weight:
                 report.losses.append(losses.detach())
                 report.bins.append(bins)

@@ -2,6 +2,7 @@
 
 """Accelerator, optimizer, learning rate, and the optimizer steps that every fine-tuning takes."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, parse_flag_from_env
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
@@ -21,6 +22,8 @@ from ..pipelines.denoiser_format import uncompiled
 
 
 MOST_SKIPPED_IN_A_ROW = 10
+# Ways of accelerate to split a model, which sampling between the fits does not survive.
+SHARDING = ("DEEPSPEED", "FSDP", "MEGATRON_LM")
 
 
 @contextmanager
@@ -99,6 +102,10 @@ class OptimizerSteps:
     skipped: int = 0
     _skipped_in_a_row: int = field(default=0, init=False)
 
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of a `loss` that has its share of the step's mean already, which accelerate divides."""
+        self.accelerator.backward(loss * self.accelerator.gradient_accumulation_steps)
+
     def take(self, learning_rate: float) -> None:
         r"""
         Take one step along the gradients that are there, and clear them.
@@ -158,13 +165,59 @@ def learning_rates(kind: str, peak: float, warmup_steps: int, length: int) -> Ca
     return lambda step: peak * factor(min(step, length))
 
 
+def launched_accelerator(
+    mixed_precision: str | None, by_device: str = "no", accumulation: tuple[str, int] = ("", 1), **options: Any
+) -> Accelerator:
+    r"""
+    An accelerator whose launcher does not contradict the configuration.
+
+    `accelerate launch` always names a precision and an accumulation. "no" and 1 are its defaults and do not count.
+
+    Args:
+        mixed_precision (`str` or `None`):
+            The configuration's; `None` takes the launcher's.
+        by_device (`str`, *optional*, defaults to `"no"`):
+            Precision where neither names one.
+        accumulation (`tuple[str, int]`, *optional*, defaults to `("", 1)`):
+            The configuration's field of accumulation steps, and its value; without a field nothing is accumulated.
+        options:
+            Further arguments of the accelerator.
+
+    Raises:
+        `ValueError`: the launcher contradicts the configuration, or is to split the model.
+    """
+    for name in SHARDING:
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}") or options.get(f"{name.lower()}_plugin"):
+            raise ValueError(
+                f"accelerate is set to {name}, which splits the model: that is not supported, because the model also "
+                "samples. Run `accelerate launch` with plain data parallelism (--multi_gpu) or in one process."
+            )
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if launched not in ("no", mixed_precision or launched) or launched == "fp8":
+        raise ValueError(
+            f"accelerate's launcher has mixed_precision={launched!r}, and the configuration has {mixed_precision!r}. "
+            "Give both the same of 'no', 'fp16' and 'bf16', or leave it to one of them."
+        )
+    chosen = mixed_precision or (by_device if launched == "no" else launched)
+    accelerator, (field, steps) = Accelerator(mixed_precision=chosen, **options), accumulation
+    # The launcher's wins over an argument.
+    wanted = {accelerator.gradient_accumulation_steps, options.get("gradient_accumulation_steps", 1)} - {1, steps}
+    if wanted:
+        advice = f"Set {field} to what is wanted, and leave" if field else "Nothing is accumulated here; leave"
+        raise ValueError(
+            f"accelerate is set to gradient_accumulation_steps={max(wanted)}, and "
+            f"{field or 'the configuration'} is {steps}. {advice} it out of `accelerate launch`, its file and accelerator_kwargs."
+        )
+    return accelerator
+
+
 def make_accelerator(config: GraftConfig, output_dir: Path) -> Accelerator:
     r"""
     Accelerator of a run.
 
     Args:
         config ([`GraftConfig`]):
-            Configuration of the run; without its `mixed_precision`, the device determines the precision.
+            Configuration of the run; without its `mixed_precision`, the launcher or the device determines it.
         output_dir (`Path`):
             Output folder of the run, made if missing; logs are written to `config.logdir` inside.
     """
@@ -175,9 +228,12 @@ def make_accelerator(config: GraftConfig, output_dir: Path) -> Accelerator:
         best_precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
         if config.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
-    return Accelerator(
+    accumulation = "train_gradient_accumulation_steps", config.train_gradient_accumulation_steps
+    return launched_accelerator(
+        config.mixed_precision,
+        best_precision,
+        accumulation,
         log_with=config.log_with,
-        mixed_precision=config.mixed_precision or best_precision,
         project_config=ProjectConfiguration(
             **{"project_dir": str(output_dir), "logging_dir": str(logs), **config.project_kwargs}
         ),

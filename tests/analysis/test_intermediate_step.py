@@ -10,7 +10,8 @@ import warnings
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from tiny_pipelines import tiny_flux, tiny_sd
+from peft import LoraConfig
+from tiny_pipelines import ATTENTION, tiny_flux, tiny_sd
 
 from examples import quickstart
 from examples.benchmarks import intermediate_step
@@ -43,7 +44,7 @@ def brightness(images, prompts, metadata):
 def make(tmp_path):
     """Makes trainers with groups of four on a tiny pipeline of four steps."""
 
-    def make(pipeline=None, reward=brightness, reward_funcs=None, **options):
+    def make(pipeline=None, reward=brightness, reward_funcs=None, peft_config=None, **options):
         defaults = {
             "sample_num_steps": 4,
             "sample_guidance_scale": 3.0,
@@ -59,7 +60,7 @@ def make(tmp_path):
         config = GraftConfig(**{**defaults, **options})
         prompts = iter(PROMPTS * 100)
         source, pipeline = lambda: (next(prompts), {}), pipeline or tiny_sd()
-        return PGraftTrainer(config, reward, source, pipeline, reward_funcs=reward_funcs)
+        return PGraftTrainer(config, reward, source, pipeline, reward_funcs=reward_funcs, peft_config=peft_config)
 
     return make
 
@@ -181,6 +182,29 @@ def test_the_trainer_is_left_as_it_was_and_the_pilot_is_from_the_reference(make)
     assert not trainer.denoiser.training and trainer.pipeline.scheduler.step.__name__ == "step"
     assert "step" not in vars(trainer.pipeline.scheduler) and not trainer.denoiser._forward_pre_hooks
     trainer.step(0, 0)
+
+
+def test_dropout_is_off_in_the_pilot_and_each_module_keeps_its_mode(make):
+    """Of the denoiser, here in training mode but for one part, and of the adapter."""
+
+    def pilot(**dropout):
+        pipeline = tiny_sd()
+        pipeline.unet.conv_out = torch.nn.Sequential(
+            torch.nn.Dropout(dropout.get("denoiser", 0)), pipeline.unet.conv_out
+        )
+        lora = LoraConfig(r=2, target_modules=ATTENTION, lora_dropout=dropout.get("adapter", 0))
+        trainer = make(pipeline, peft_config=lora, sample_batch_size=12, sample_num_batches_per_epoch=1)
+        trainer.denoiser.train()
+        trainer.denoiser.conv_in.eval()
+        result = choose_intermediate_step(trainer, PROMPTS, [0.5, 1.0])
+        assert [p.training for p in (trainer.denoiser, trainer.denoiser.mid_block, trainer.denoiser.conv_in)] == [
+            1,
+            1,
+            0,
+        ]
+        return result
+
+    assert pilot(denoiser=0.9, adapter=0.9) == pilot()
 
 
 def test_with_a_control_adapter_there_is_no_adapter_before_and_after(make):

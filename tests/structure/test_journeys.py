@@ -18,13 +18,13 @@ from trl_pgraft.rollouts.prompts import PromptGroup, Sample
 from trl_pgraft.rollouts.rollout import Rollout, RolloutBatch
 from trl_pgraft.training.finetuner import TrainingSet
 from trl_pgraft.training.graft_loss import GraftLoss
-from trl_pgraft.training.rows import Rows, SelectedRows
+from trl_pgraft.training.rows import Microbatch, Rows, SelectedRows
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "architecture.md"
 PROMPT, REWARD, REWARDS = "a prompt to follow", "a reward to follow", [0.8125, 0.8115, 0.8105, 0.8095]
 SAMPLED = (PromptGroup, Sample, RolloutBatch, Rollout)
-MADE_OF_A_PROMPT = (*SAMPLED, TrainingSet, SelectedRows, Rows, Conditioning, GraftLoss)
+MADE_OF_A_PROMPT = (*SAMPLED, TrainingSet, SelectedRows, Rows, Microbatch, Conditioning, GraftLoss)
 
 
 def holds(value: Any, is_it: Any, depth: int = 3) -> bool:

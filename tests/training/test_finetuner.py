@@ -16,8 +16,9 @@ from trl_pgraft.pipelines.conditioning import record_conditioning
 from trl_pgraft.pipelines.denoiser_call import replay
 from trl_pgraft.pipelines.introspection import introspect
 from trl_pgraft.pipelines.timesteps import tuned_levels
-from trl_pgraft.training.finetuner import FineTuningReport, fine_tune_adapter
+from trl_pgraft.training.finetuner import fine_tune_adapter
 from trl_pgraft.training.graft_loss import GraftLoss
+from trl_pgraft.training.metrics import FineTuningReport
 from trl_pgraft.training.rows import Rows, SelectedRows, count_microbatches, microbatches_of
 
 

@@ -24,7 +24,7 @@ from ..pipelines.denoiser_format import DenoiserFormat, uncompiled
 from ..pipelines.fingerprint import fingerprint_of, sampling_fingerprint
 from ..pipelines.inputs import as_batch, inputs_of, sampling_arguments
 from ..pipelines.introspection import introspect
-from ..pipelines.placement import check_adaptable, place_pipeline, weights_dtype
+from ..pipelines.placement import check_adaptable, evaluation_mode, place_pipeline, weights_dtype
 from ..pipelines.schedulers import check_sampler, prediction_type_of
 from ..pipelines.timesteps import tuned_levels
 from .files import load_adapter_weights, put_adapter
@@ -221,6 +221,7 @@ class Policy:
         """The pipeline as the policy samples with it, gate and guidance included, or as the reference does."""
         called, switch_timestep = denoiser_of(self.pipeline), self.switch.switch_timestep
         with ExitStack() as stack:
+            stack.enter_context(evaluation_mode(self.denoiser))
             if self.is_full:
                 # The trained copy is in float32 also where the frozen weights are not.
                 stack.enter_context(self.accelerator.autocast())

@@ -27,16 +27,18 @@ LEAST_PARTS, MOST_PARTS = 3, 16
 
 @contextmanager
 def pilot_adapter(policy: Policy) -> Iterator[list[torch.nn.Parameter]]:
-    """Parameters of a new adapter of `policy`, for gradients; it computes nothing and is removed after the block."""
-    denoiser, was_training = policy.denoiser, policy.denoiser.training
+    """
+    Parameters of a new adapter of `policy`, for gradients, without dropout; it computes nothing and is removed after
+    the block.
+    """
+    denoiser = policy.denoiser
     # A new adapter becomes the only one that is trainable.
     trainable = [p for p in denoiser.parameters() if p.requires_grad]
     add_adapter(denoiser, copy.deepcopy(policy.peft_config), PILOT_ADAPTER, seed_of(policy.config.seed, "pilot"))
     try:
-        denoiser.train()
+        denoiser.eval()
         yield [p for p in adapter_parameters(denoiser, PILOT_ADAPTER) if p.requires_grad]
     finally:
-        denoiser.train(was_training)
         # Deleting an adapter that is on would turn another one on in its place.
         AdapterSwitch(denoiser, PILOT_ADAPTER).turn(False)
         remove_adapter(denoiser, PILOT_ADAPTER)
@@ -117,8 +119,8 @@ def _gradient(
         with policy.accelerator.autocast():
             values = _losses(policy, loss, pilot, chunk)
         found = torch.autograd.grad(values.sum() / values.shape[1], parameters, allow_unused=True)
-        gradient = gradient + torch.cat([g.flatten().double().cpu() for g in found if g is not None])
-        losses.append(values.detach().double().cpu())
+        gradient = gradient + torch.cat([g.flatten().cpu().double() for g in found if g is not None])
+        losses.append(values.detach().cpu().double())
     return gradient / len(rows), torch.cat(losses).mean(0)
 
 

@@ -233,7 +233,7 @@ def invert_step(
     for _ in range(max_iterations):
         on_device = active.to(target.device)
         defect = target[on_device] - step_size * velocity(x, step, rows[active]) - x
-        found = defect.abs().double().flatten(1).amax(1).cpu()
+        found = defect.abs().flatten(1).amax(1).cpu().double()
         better = found < residual[active]
         residual[active[better]] = found[better]
         best[on_device[better.to(target.device)]] = x[better.to(target.device)]
@@ -257,12 +257,13 @@ def _anderson(history: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     """
     states, defects = (torch.stack(parts, dim=1) for parts in zip(*history, strict=True))
     flat = defects.flatten(2)
-    products = (flat @ flat.mT).double()
+    # Of a few states each: solved on the host, because not every device has float64.
+    products = (flat @ flat.mT).cpu().double()
     # Defects become nearly parallel; without the ridge their weights would be large and cancel.
     ridge = ANDERSON_RIDGE * products.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-300)
-    system = products + ridge[:, None, None] * torch.eye(len(history), dtype=torch.float64, device=flat.device)
+    system = products + ridge[:, None, None] * torch.eye(len(history), dtype=torch.float64)
     weights = torch.linalg.solve(system, torch.ones_like(system[:, :, :1]))
-    weights = (weights / weights.sum(1, keepdim=True)).to(states.dtype)
+    weights = (weights / weights.sum(1, keepdim=True)).to(states)
     return (weights.reshape(*weights.shape[:2], *[1] * (states.ndim - 2)) * (states + defects)).sum(1)
 
 

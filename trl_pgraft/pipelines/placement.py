@@ -28,6 +28,19 @@ def device_of(pipeline: DiffusionPipeline) -> torch.device:
 
 
 @contextmanager
+def evaluation_mode(module: torch.nn.Module) -> Iterator[None]:
+    """A module without dropout inside the block; afterwards each of its parts is in the mode that it was in."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(modes[module])  # also what was added inside
+        for part, mode in modes.items():
+            part.training = mode
+
+
+@contextmanager
 def on_device(
     pipeline: DiffusionPipeline,
     denoiser: torch.nn.Module,

@@ -118,14 +118,19 @@ class SelectedRows:
 
     def _unselected(self, number: int) -> torch.Tensor:
         """For each accepted sample one of its group, taking turns, so that passes cover the group evenly."""
-        states = torch.empty_like(self.accepted)
-        groups = self._groups[self.accepted]
-        for group in groups.unique().tolist():
-            rows = (groups == group).nonzero().flatten()
-            members = ((self._groups == group) & self._scored).nonzero().flatten()
+        states, scored = torch.empty_like(self.accepted), self._scored.nonzero().flatten()
+        members_of = self._by_group(scored)
+        for group, rows in self._by_group(self.accepted).items():
+            members = scored[members_of[group]]
             members = members[self._shuffled(len(members), "control", group)]
             states[rows] = members[(number * len(rows) + torch.arange(len(rows))) % len(members)]
         return states
+
+    def _by_group(self, samples: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Places of the samples of each group in `samples`."""
+        groups, order = self._groups[samples].sort(stable=True)
+        found, counts = groups.unique_consecutive(return_counts=True)
+        return dict(zip(found.tolist(), order.split(counts.tolist()), strict=True))
 
     def _shuffled(self, count: int, *parts: Any) -> torch.Tensor:
         return torch.randperm(count, generator=generator_of(*self._seed_parts, *parts))

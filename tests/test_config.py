@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import dataclasses
+import json
+import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from ddpo_defaults import DDPO_DEFAULTS
@@ -11,6 +14,7 @@ from trl import TrlParser
 
 from trl_pgraft import GraftConfig, NoiseCorrectionConfig, accept_all
 from trl_pgraft.config import LR_SCHEDULES, MAY_CHANGE
+from trl_pgraft.core.acceptance import get_acceptance, probabilities_of
 
 
 OTHER_DEFAULTS = {"sample_eta": 0.0, "train_cfg": False, "mixed_precision": None}
@@ -92,6 +96,133 @@ def test_fields_that_only_ppo_uses_are_named_in_one_warning():
 def test_what_is_out_of_range_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         GraftConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_epochs": "many"}, r"num_epochs='many' \(str\) is not a whole number"),
+        ({"num_epochs": 8.0}, r"num_epochs=8.0 \(float\) is not a whole number"),
+        ({"num_epochs": True}, r"num_epochs=True \(bool\) is not a whole number"),
+        ({"num_epochs": None}, r"num_epochs=None \(NoneType\) is not a whole number\."),
+        ({"samples_per_prompt": "all"}, r"samples_per_prompt='all' \(str\) is not a whole number or None"),
+        ({"train_learning_rate": "high"}, r"train_learning_rate='high' \(str\) is not a number"),
+        ({"train_learning_rate": "nan"}, "train_learning_rate='nan' is not a finite number"),
+        ({"train_learning_rate": float("inf")}, "train_learning_rate=inf is not a finite number"),
+        ({"train_cfg": "no"}, r"train_cfg='no' \(str\) is not True or False"),
+        ({"allow_tf32": 1}, r"allow_tf32=1 \(int\) is not True or False"),
+        ({"output_dir": 3}, r"output_dir=3 \(int\) is not a string"),
+        ({"eval_prompts": ["a", 1]}, r"eval_prompts=\['a', 1\] \(list\) is not a list of strings or None"),
+        ({"negative_prompts": [1]}, r"negative_prompts=\[1\] \(list\) is not a list of strings"),
+        ({"deduplicate_by": "hash"}, r"deduplicate_by='hash' \(str\) is not a callable or None"),
+        ({"acceptance": 3}, r"acceptance=3 is not|acceptance=3 \(int\) is not a string or a callable"),
+        ({"accelerator_kwargs": {1: 2}}, r"accelerator_kwargs=\{1: 2\} must be a dict of names"),
+        ({"acceptance_kwargs": {"k": "two"}}, r"acceptance_kwargs: k='two' \(str\) is not a whole number"),
+        (
+            {"acceptance": "threshold", "acceptance_kwargs": {"threshold": float("nan")}},
+            "threshold=nan is not a finite",
+        ),
+        ({"seed": 10**30}, "seed=10+ is beyond 64 bits|seed=1.*is beyond 64 bits"),
+        ({"sample_num_steps": 10**9}, "sample_num_steps=1000000000 must be at least 1 and at most 10,000"),
+        ({"lora_rank": 10**9}, "lora_rank=1000000000 must be at least 1 and at most 10,000"),
+        (
+            {"sample_batch_size": 10**6, "sample_num_batches_per_epoch": 100},
+            "sample_num_batches_per_epoch = 100000000",
+        ),
+        ({"warmup_steps": -1}, "warmup_steps=-1 must be at least 0"),
+        ({"sample_eta": 2.0}, r"sample_eta=2.0 is outside \[0, 1\]"),
+    ],
+)
+def test_what_has_another_type_or_is_beyond_any_use_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        GraftConfig(**options)
+
+
+def test_a_token_of_another_type_is_not_shown():
+    with pytest.raises(ValueError, match=r"^hub_token \(bytes\) is not a string or None") as caught:
+        GraftConfig(hub_token=b"hf_secret")
+    assert "secret" not in str(caught.value)
+
+
+def test_what_stands_for_a_type_is_taken(tmp_path):
+    config = GraftConfig(
+        train_learning_rate="1e-4", control_scale=2, num_epochs=np.int64(3), tuned_fraction=np.float32(0.5),
+        allow_tf32=np.bool_(False), output_dir=tmp_path, eval_prompts=("a", "b"), acceptance_kwargs={"k": np.int64(2)},
+    )  # fmt: skip
+    assert config.train_learning_rate == 1e-4 and type(config.num_epochs) is int and config.num_epochs == 3
+    assert type(config.tuned_fraction) is float and config.allow_tf32 is False and config.control_scale == 2
+    assert config.output_dir == str(tmp_path) and config.eval_prompts == ["a", "b"]
+    assert type(config.acceptance_kwargs["k"]) is int and GraftConfig(eval_prompts="a cat").eval_prompts == ["a cat"]
+    json.dumps(config.to_dict())
+
+
+def test_numbers_of_a_file_are_numbers(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "train_learning_rate: 1e-4\nacceptance: exponential\nacceptance_kwargs: {beta: 1e-1, reward_max: 1}\n"
+    )
+    (config,) = TrlParser([GraftConfig]).parse_args_and_config(["--config", str(path)])
+    assert config.train_learning_rate == 1e-4 and config.acceptance_kwargs == {"beta": 0.1, "reward_max": 1}
+
+
+@pytest.mark.parametrize("options", [{}, {"acceptance": lambda rewards: rewards}, {"acceptance_kwargs": {"k": 10**8}}])
+def test_a_group_of_any_size_costs_no_memory(options):
+    assert GraftConfig(samples_per_prompt=10**9, **options).group_size(16) == 16
+
+
+RULES = {
+    "a float": (lambda rewards: 1.0, "returned 1.0"),
+    "nothing": (lambda rewards: None, "returned None"),
+    "too few": (lambda rewards: rewards[:2], "for 8 rewards"),
+    "a pair": (lambda rewards: (rewards, rewards), "returned"),
+    "strings": (lambda rewards: ["yes"] * len(rewards), "returned"),
+    "below zero": (lambda rewards: rewards - 0.5, "from 0 to 1"),
+    "not a number": (lambda rewards: rewards / 0, "from 0 to 1"),
+    "another argument": (lambda rewards, cap: rewards, "'cap'"),
+    "an error": (lambda rewards: rewards.sorted(), "sorted"),
+}
+
+
+@pytest.mark.parametrize("rule, message", RULES.values(), ids=RULES)
+def test_a_rule_that_returns_no_probabilities_is_refused(rule, message):
+    with pytest.raises(ValueError, match=f"do not fit acceptance=.*{message}"):
+        GraftConfig(acceptance=rule)
+
+
+@pytest.mark.parametrize("kind", [list, torch.Tensor.numpy, torch.Tensor.bool, torch.Tensor.float])
+def test_probabilities_may_be_of_any_kind(kind):
+    rewards = torch.tensor([0.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+    assert torch.equal(probabilities_of(lambda rewards: kind(rewards.round()), rewards, {}), rewards)
+
+
+def test_trying_a_rule_leaves_random_states_and_rewards_alone():
+    def careless(rewards):
+        rewards += random.random() + np.random.rand() + torch.rand(1)
+        return torch.zeros(len(rewards))
+
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    GraftConfig(acceptance=careless)
+    after = random.random(), np.random.rand(), torch.rand(1)
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    assert after == (random.random(), np.random.rand(), torch.rand(1))
+    rewards = torch.arange(3.0)
+    probabilities_of(careless, rewards, {})
+    assert rewards.tolist() == [0, 1, 2]
+
+
+def test_a_rule_may_be_named_by_its_module(tmp_path):
+    (tmp_path / "own_rules.py").write_text("half = lambda rewards, above=0.5: rewards > above\nnumber = 3\n")
+    (tmp_path / "config.yaml").write_text("acceptance: own_rules:half\nacceptance_kwargs: {above: 0.9}\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        (config,) = TrlParser([GraftConfig]).parse_args_and_config(["--config", str(tmp_path / "config.yaml")])
+        rule = get_acceptance(config.acceptance)
+        assert rule(torch.tensor([0.0, 1.0]), **config.acceptance_kwargs).tolist() == [False, True]
+        assert config.resume_signature(1)["acceptance"] == config.to_dict()["acceptance"] == "own_rules:half"
+        with pytest.raises(ValueError, match="acceptance: 'own_rules:none' cannot be imported"):
+            GraftConfig(acceptance="own_rules:none")
+        with pytest.raises(ValueError, match="acceptance: 'own_rules:number' is a int, which cannot be called"):
+            GraftConfig(acceptance="own_rules:number")
 
 
 def test_a_callable_acceptance_is_taken():

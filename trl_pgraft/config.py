@@ -6,17 +6,23 @@ import dataclasses
 import json
 import math
 import os
+import random
+import reprlib
 import sys
 import typing
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import torch
 from typing_extensions import deprecated
 
-from .core.acceptance import ACCEPTANCE_RULES, get_acceptance
+from .core.acceptance import ACCEPTANCE_RULES, get_acceptance, probabilities_of
 
 
 if TYPE_CHECKING:
@@ -50,19 +56,23 @@ MAY_CHANGE = (
     *("sample_batch_size", "sample_num_batches_per_epoch"),
     *("train_batch_size", "train_gradient_accumulation_steps"),
 )
-# A field's range by the words of its error; what follows a semicolon is advice.
+# A field's range by the words of its error; what follows a semicolon is advice. What is far beyond any use is refused
+# where memory depends on it: a mistyped number is an error in words then, and the process is not killed.
 _RANGES = {
     "is outside (0, 1]": ("tuned_fraction", "train_timestep_fraction"),
-    "is outside [0, 1)": ("caption_dropout",),
+    "is outside [0, 1)": ("caption_dropout", "train_adam_beta1", "train_adam_beta2"),
     "is outside (0, 1)": ("ema_decay",),
-    "must be at least 0": ("reward_retries", "reward_retry_wait"),
+    "is outside [0, 1]": ("sample_eta",),
+    "must be at least 0": ("reward_retries", "reward_retry_wait", "warmup_steps", "train_adam_weight_decay"),
     "must be at least 1": (
         *("num_epochs", "save_freq", "num_checkpoint_limit", "max_workers", "eval_freq"),
-        *("sample_num_steps", "sample_batch_size", "sample_num_batches_per_epoch"),
-        *("train_batch_size", "train_gradient_accumulation_steps", "train_num_inner_epochs"),
-        *("lora_rank", "max_merged_rank"),
+        *("train_gradient_accumulation_steps", "train_num_inner_epochs", "max_merged_rank"),
     ),
-    "must be positive": ("train_learning_rate", "control_scale"),
+    "must be at least 1 and at most 10,000": ("sample_num_steps", "lora_rank"),
+    "must be at least 1 and at most 1,000,000": (
+        *("sample_batch_size", "sample_num_batches_per_epoch", "train_batch_size"),
+    ),
+    "must be positive": ("train_learning_rate", "control_scale", "train_adam_epsilon", "train_max_grad_norm"),
     "must be positive; 1.0 is none": ("sample_guidance_scale", "tuned_guidance_scale"),
     "must be positive; None waits without end": ("reward_timeout",),
 }
@@ -70,10 +80,16 @@ _IN_RANGE: dict[str, Callable[[float], bool]] = {
     "is outside (0, 1]": lambda value: 0 < value <= 1,
     "is outside [0, 1)": lambda value: 0 <= value < 1,
     "is outside (0, 1)": lambda value: 0 < value < 1,
+    "is outside [0, 1]": lambda value: 0 <= value <= 1,
     "must be at least 0": lambda value: value >= 0,
     "must be at least 1": lambda value: value >= 1,
+    "must be at least 1 and at most 10,000": lambda value: 1 <= value <= 10_000,
+    "must be at least 1 and at most 1,000,000": lambda value: 1 <= value <= 1_000_000,
     "must be positive": lambda value: value > 0,
 }
+# Images of an iteration and process: each has its prompt, seed and state in memory.
+MOST_IMAGES = 10_000_000
+MADE_UP = 1024  # rewards at most, on which an acceptance rule is tried
 
 
 def config_field(default: Any, help: str, choices: Collection[str] = (), repr: bool = True) -> Any:
@@ -97,9 +113,79 @@ def config_field(default: Any, help: str, choices: Collection[str] = (), repr: b
     return field(default=default, metadata=metadata, repr=repr)
 
 
+def as_annotated(name: str, value: Any, annotation: Any, is_shown: bool = True) -> Any:
+    r"""
+    A value as its annotation has it. Taken as well are numbers of numpy, numbers in strings (YAML reads `1e-4` as a
+    string), an int for a float, a path for a string, and for a list of strings a tuple or one string.
+
+    Args:
+        name (`str`):
+            Name of the field, for the error's message.
+        value (`Any`):
+            The value.
+        annotation (`Any`):
+            `bool`, `int`, `float`, `str`, `list[str]`, `dict` or `Callable`, or a union of these and `None`;
+            `Annotated[..., more]` allows `more` too, which no command line can give.
+        is_shown (`bool`, *optional*, defaults to `True`):
+            Whether the error's message shows the value.
+
+    Raises:
+        `ValueError`: it has another type, is no finite number, or a whole one beyond 64 bits.
+    """
+    kinds: list[Any] = [annotation]
+    while nested := next((k for k in kinds if typing.get_origin(k) in (Annotated, typing.Union, UnionType)), None):
+        kinds.remove(nested)
+        kinds += typing.get_args(nested)
+    shown = f"{name}={reprlib.repr(value)}" if is_shown else name
+    for kind in kinds:
+        try:
+            found = _as_kind(value, typing.get_origin(kind) or kind)
+        except (TypeError, ValueError, OverflowError):
+            continue
+        if isinstance(found, float) and not math.isfinite(found):
+            raise ValueError(f"{shown} is not a finite number.")
+        if isinstance(found, int) and abs(found) >= 2**63:
+            raise ValueError(f"{shown} is beyond 64 bits.")
+        return found
+    expected = " or ".join(dict.fromkeys(_EXPECTED[typing.get_origin(kind) or kind] for kind in kinds))
+    raise ValueError(f"{shown} ({type(value).__name__}) is not {expected}.")
+
+
+_EXPECTED: dict[Any, str] = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    list: "a list of strings",
+    dict: "a dict",
+    Callable: "a callable",
+    NoneType: "None",
+}
+
+
+def _as_kind(value: Any, kind: Any) -> Any:
+    """The value as an instance of `kind`; a `TypeError` or `ValueError` where it is none."""
+    if kind in (int, float):
+        if isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool):
+            number = kind(value)  # an int that a float field is given stays one
+            return value if type(value) is int else number
+        if isinstance(value, str):
+            return kind(value)
+    elif kind is bool and isinstance(value, np.bool_):
+        return bool(value)
+    elif kind is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    elif kind is list and isinstance(value, str | list | tuple):
+        return [_as_kind(item, str) for item in ([value] if isinstance(value, str) else value)]
+    elif callable(value) if kind is Callable else isinstance(value, kind):
+        return value
+    raise TypeError
+
+
 def check_fields(config: "DataclassInstance", ranges: Mapping[str, Collection[str]]) -> None:
     r"""
-    Check that a configuration's numbers are finite and in range, and its choices known.
+    Check that a configuration's fields have the types of their annotations, in which they are put, that numbers are
+    finite and in range, and choices known.
 
     Args:
         config (`DataclassInstance`):
@@ -108,23 +194,20 @@ def check_fields(config: "DataclassInstance", ranges: Mapping[str, Collection[st
             Names of fields by the words of their error: a key of `_IN_RANGE`, and advice after a semicolon if any.
 
     Raises:
-        `ValueError`: a field is out of range or has an unknown choice; the message names it.
+        `ValueError`: a field has another type, is out of range or has an unknown choice; the message names it.
     """
-    unset = {
-        name
-        for name, hint in typing.get_type_hints(type(config)).items()
-        if type(None) in typing.get_args(hint) and getattr(config, name) is None
-    }
+    hints = typing.get_type_hints(type(config), include_extras=True)
     for f in dataclasses.fields(config):
         value, choices = getattr(config, f.name), f.metadata.get("choices")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{f.name}={value} is not a finite number.")
-        if choices and f.name not in unset and value not in choices:
-            raise ValueError(f"{f.name}={value!r} is not one of {', '.join(map(repr, choices))}.")
+        may_be_none = type(None) in typing.get_args(hints[f.name])
+        if choices and not (value is None and may_be_none) and not (isinstance(value, str) and value in choices):
+            raise ValueError(f"{f.name}={reprlib.repr(value)} is not one of {', '.join(map(repr, choices))}.")
+        setattr(config, f.name, as_annotated(f.name, value, hints[f.name], f.repr))
     for words, names in ranges.items():
         for name in names:
-            if name not in unset and not _IN_RANGE[words.partition(";")[0]](getattr(config, name)):
-                raise ValueError(f"{name}={getattr(config, name)} {words}.")
+            value = getattr(config, name)
+            if value is not None and not _IN_RANGE[words.partition(";")[0]](value):
+                raise ValueError(f"{name}={value} {words}.")
 
 
 def plain_fields(config: "DataclassInstance", without: Collection[str] = ()) -> dict[str, Any]:
@@ -250,7 +333,11 @@ class GraftConfig:
     samples_per_prompt: int | None = config_field(
         None, "Group size M. None: 8, or all images of the iteration where they are fewer."
     )
-    acceptance: str = config_field("top_k", f"Acceptance rule: {', '.join(ACCEPTANCE_RULES)}, or a callable.")
+    acceptance: Annotated[str, Callable] = config_field(
+        "top_k",
+        f'Acceptance rule: {", ".join(ACCEPTANCE_RULES)}, "package.module:function" or a callable. The last two get a '
+        "group's rewards (M,) and return M probabilities; they are tried once on made-up rewards from 0 to 1.",
+    )
     acceptance_kwargs: Kwargs = config_field(
         dict, "Arguments of the acceptance rule, e.g. k of top_k (default: M / 4)."
     )
@@ -326,7 +413,7 @@ class GraftConfig:
         1, "Iterations between evaluations on held-out prompts; the model is also evaluated before training."
     )
     output_dir: str = config_field("pgraft_output", "Folder for checkpoints, samples and metrics.")
-    resume_from_checkpoint: str | None = config_field(
+    resume_from_checkpoint: Annotated[str | None, bool] = config_field(
         None, "TRL's name for `resume_from`; True takes the newest checkpoint of `output_dir`, if there is one."
     )
     hub_model_id: str | None = config_field(
@@ -344,10 +431,18 @@ class GraftConfig:
         for name in (f.name for f in dataclasses.fields(self) if f.default_factory is dict):
             setattr(self, name, _as_dict(name, getattr(self, name)))
         if not isinstance(self.negative_prompts, str):
-            self.negative_prompts = ", ".join(self.negative_prompts or [])
+            self.negative_prompts = ", ".join(
+                as_annotated("negative_prompts", self.negative_prompts, list[str] | None) or []
+            )
+        check_fields(self, _RANGES)
         if self.train_cfg:
             self.guidance_loss = "combined"
-        check_fields(self, _RANGES)
+        images = self.sample_batch_size * self.sample_num_batches_per_epoch
+        if images > MOST_IMAGES:
+            raise ValueError(
+                f"sample_batch_size * sample_num_batches_per_epoch = {images} images of an iteration and process are "
+                f"more than {MOST_IMAGES}."
+            )
         self._check_acceptance()
         given = [name for name in PPO_ONLY_FIELDS if getattr(self, name) != getattr(type(self), name)]
         if given:
@@ -392,24 +487,45 @@ class GraftConfig:
 
     def _check_acceptance(self) -> None:
         """Check the acceptance rule, its arguments and the group size; a preference sets the group size to 2."""
-        rule = get_acceptance(self.acceptance)
-        size, k = self.samples_per_prompt, self.acceptance_kwargs.get("k")
+        rule, size, kwargs = get_acceptance(self.acceptance), self.samples_per_prompt, self.acceptance_kwargs
+        is_own = rule not in ACCEPTANCE_RULES.values()
+        hints = {"k": int | None} if is_own else typing.get_type_hints(rule)
+        for name in kwargs.keys() & hints.keys():
+            kwargs[name] = as_annotated(f"acceptance_kwargs: {name}", kwargs[name], hints[name])
+        if kwargs.get("k", 0) is None:
+            del kwargs["k"]
+        k = kwargs.get("k")
         if size is not None and size < 2:
             raise ValueError(f"samples_per_prompt={size}: selection needs a group of at least 2 samples.")
         if self.acceptance == "preference":
             if size not in (None, 2):
                 raise ValueError(f"samples_per_prompt={size}: acceptance='preference' compares 2 samples per prompt.")
-            self.samples_per_prompt = 2
+            size = self.samples_per_prompt = 2
         if k is not None and not 1 <= k < (size or 8):
             raise ValueError(
                 f"acceptance_kwargs: k={k} of samples_per_prompt={size or 8} must be at least 1 and less than that."
             )
-        if isinstance(self.acceptance, str):
-            # Rewards below any bound show now, and not after the first samples, whether the rule takes its arguments.
-            try:
-                rule(torch.full((self.samples_per_prompt or 8,), -1e30, dtype=torch.float64), **self.acceptance_kwargs)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"acceptance_kwargs do not fit acceptance={self.acceptance!r}: {error}") from error
+        count = min(size or 8, MADE_UP)
+        # Rewards below any bound of the package's rules; others get some that differ.
+        rewards = torch.linspace(0, 1, count) if is_own else torch.full((count,), -1e30)
+        try:
+            with _random_state_kept():
+                probabilities_of(rule, rewards.double(), {**kwargs, **({} if k is None else {"k": min(k, count - 1)})})
+        except Exception as error:
+            name = reprlib.repr(self.acceptance)
+            raise ValueError(f"acceptance_kwargs do not fit acceptance={name}: {error}") from error
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Leave the random states of Python, numpy and torch as they were before the block."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 def _as_dict(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
@@ -418,6 +534,8 @@ def _as_dict(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
         parsed = json.loads(value) if isinstance(value, str) else value
     except json.JSONDecodeError as error:
         raise ValueError(f"{name}={value!r} is not JSON: {error}.") from error
-    if parsed is not None and not isinstance(parsed, dict):
-        raise ValueError(f"{name}={parsed!r} must be a dict, or a JSON object on the command line.")
-    return parsed or {}
+    if parsed is not None and not (isinstance(parsed, dict) and all(isinstance(key, str) for key in parsed)):
+        raise ValueError(
+            f"{name}={reprlib.repr(parsed)} must be a dict of names, or a JSON object on the command line."
+        )
+    return dict(parsed or {})

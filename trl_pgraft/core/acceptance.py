@@ -16,9 +16,13 @@ accepting the lower indices would be training without selection. Rules that look
 fixed threshold, all) keep their meaning in such a group.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+import reprlib
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
+
+from .importing import import_function
 
 
 AcceptanceRule = Callable[..., torch.Tensor]
@@ -217,16 +221,53 @@ def get_acceptance(rule: str | AcceptanceRule) -> AcceptanceRule:
 
     Args:
         rule (`str` or `Callable`):
-            A name in `ACCEPTANCE_RULES`, or a rule, which is returned as it is.
+            A name in `ACCEPTANCE_RULES`, `"package.module:function"` to import one, or a rule, which is returned as it
+            is.
 
     Raises:
-        `ValueError`: the name is unknown; the message lists the known ones.
+        `ValueError`: the name is unknown, with a message that lists the known ones, or cannot be imported.
     """
     if callable(rule):
         return rule
+    if ":" in rule:
+        return import_function(rule, "acceptance")
     if rule not in ACCEPTANCE_RULES:
-        raise ValueError(f"acceptance={rule!r} is not one of {', '.join(ACCEPTANCE_RULES)}; a callable is taken too.")
+        raise ValueError(
+            f'acceptance={rule!r} is not one of {", ".join(ACCEPTANCE_RULES)}; "package.module:function" and a '
+            "callable are taken too."
+        )
     return ACCEPTANCE_RULES[rule]
+
+
+def probabilities_of(rule: AcceptanceRule, rewards: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor:
+    r"""
+    The acceptance probabilities of one group, checked.
+
+    Args:
+        rule (`Callable`):
+            Called with a copy of the rewards; may return a list or an array, of numbers or booleans.
+        rewards (`torch.Tensor`):
+            (M,), float: the rewards of one group.
+        kwargs (`Mapping[str, Any]`):
+            The rule's arguments.
+
+    Returns:
+        `torch.Tensor`: (M,), in [0, 1], of the type of the rewards.
+
+    Raises:
+        `ValueError`: the rule returned anything else than M such probabilities.
+    """
+    returned = rule(rewards.clone(), **kwargs)
+    try:
+        probabilities = torch.as_tensor(returned, dtype=rewards.dtype, device=rewards.device).detach()
+    except (TypeError, ValueError, RuntimeError):
+        probabilities = torch.empty(0)
+    if probabilities.shape != rewards.shape or not ((probabilities >= 0) & (probabilities <= 1 + 1e-6)).all():
+        raise ValueError(
+            f"the rule returned {reprlib.repr(returned)}, a {type(returned).__name__}, for {len(rewards)} rewards; a "
+            "tensor of as many probabilities from 0 to 1 is expected."
+        )
+    return probabilities.clamp(max=1)
 
 
 def deduplicate(probabilities: torch.Tensor, keys: Sequence[Hashable]) -> torch.Tensor:

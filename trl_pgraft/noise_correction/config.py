@@ -20,10 +20,9 @@ _RANGES = {
     "is outside [0, 1)": ("lowest_sigma", "max_unconverged", "held_out_fraction"),
     "is outside (0, 1)": ("ema_decay",),
     "must be at least 0": ("corrector_steps", "weight_decay", "warmup_steps"),
-    "must be at least 1": (
-        *("lora_rank", "network_channels", "num_inference_steps", "max_iterations", "inversion_batch_size"),
-        *("max_steps", "train_batch_size", "logging_steps", "save_steps"),
-    ),
+    "must be at least 1": ("max_iterations", "max_steps", "logging_steps", "save_steps"),
+    "must be at least 1 and at most 10,000": ("lora_rank", "network_channels", "num_inference_steps"),
+    "must be at least 1 and at most 1,000,000": ("inversion_batch_size", "train_batch_size"),
     "must be positive": ("tolerance", "learning_rate", "max_grad_norm"),
 }
 

@@ -2,12 +2,13 @@
 
 """The rewards of a run: functions by name, each with its weight and the convention in which it is called."""
 
-import importlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+
+from ..core.importing import import_function
 
 
 # TRL's convention: f(*, prompts, images, **columns), sync or async; None leaves a sample out.
@@ -86,16 +87,12 @@ def get_reward(name: str) -> RewardFunction:
     """
     if name in _REGISTRY:
         return _REGISTRY[name]
-    module, _, attribute = name.partition(":")
-    if not attribute:
+    if ":" not in name:
         raise ValueError(
             f"reward_funcs: no reward is registered as {name!r}. Registered are {', '.join(list_rewards())}; "
             'any other function can be given as "package.module:function".'
         )
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward_funcs: {name!r} cannot be imported ({error}).") from error
+    return import_function(name, "reward_funcs")
 
 
 def make_reward(

@@ -17,6 +17,7 @@ from ..rewards.conventions import check_columns
 from ..rewards.registry import Reward
 
 
+LARGEST_GROUP = 10_000  # the KL that top-k of M implies takes memory in proportion to M
 # A prompt and its further columns.
 Prompt = tuple[str, dict[str, Any]]
 # What holds prompts: a data set, a list of them, or the Hub's name of a data set with a split `train`.
@@ -246,7 +247,7 @@ class Sample:
 
 def check_group_size(config: GraftConfig, processes: int, is_sampling: bool = True) -> None:
     r"""
-    Check that an iteration has more images of a prompt than are selected of them.
+    Check that an iteration has more images of a prompt than are selected of them, and not too many.
 
     Args:
         config ([`GraftConfig`]):
@@ -257,7 +258,7 @@ def check_group_size(config: GraftConfig, processes: int, is_sampling: bool = Tr
             Whether the run samples; `False` passes, because groups of stored samples are as large as they are.
 
     Raises:
-        `ValueError`: its groups are too small; the message names the fields.
+        `ValueError`: its groups are too small or too large; the message names the fields.
     """
     images = config.sample_batch_size * config.sample_num_batches_per_epoch * processes
     size, k = config.group_size(images), config.acceptance_kwargs.get("k", 1)
@@ -266,6 +267,8 @@ def check_group_size(config: GraftConfig, processes: int, is_sampling: bool = Tr
             f"sample_batch_size * sample_num_batches_per_epoch * processes = {images}: groups have {size} images, "
             f"of which k={k} cannot be selected. Sample more images per iteration."
         )
+    if size > LARGEST_GROUP:
+        raise ValueError(f"samples_per_prompt: groups of {size} images are too large; at most {LARGEST_GROUP} are.")
 
 
 def form_groups(prompts: Iterator[Prompt], images: int, group_size: int) -> list[PromptGroup]:

@@ -13,6 +13,7 @@ from ..core.acceptance import (
     accept_preference,
     accept_top_k,
     deduplicate,
+    probabilities_of,
 )
 from ..core.divergence import estimated_kl, implied_kl
 from ..core.seeding import generator_of
@@ -88,7 +89,7 @@ def accept(
         if len(rows) < 2:
             continue
         values = total_reward[rows]
-        probabilities = rule(values, **_scaled(rule_kwargs, groups[0].size, len(rows)))
+        probabilities = probabilities_of(rule, values, _scaled(rule_kwargs, groups[0].size, len(rows)))
         if keys is not None:
             probabilities = deduplicate(probabilities, [keys[row] for row in rows])
         accepted[rows] = uniform < probabilities

@@ -22,7 +22,7 @@ from .hub.publisher import Publisher
 from .pipelines.denoiser_format import DenoiserFormat
 from .rewards.registry import DDPORewardFunction, RewardFunction, choose_rewards
 from .rollouts.collect import RolloutCollector
-from .rollouts.dataset import check_samples, example_columns, rollout_from_dataset
+from .rollouts.dataset import check_samples, example_columns, stored_rollout
 from .rollouts.prompts import PromptData, check_group_size, choose_prompts, with_columns
 from .rollouts.rollout import Evaluation
 from .training.callbacks import Callbacks
@@ -57,7 +57,7 @@ class PGraftTrainer:
         eval_dataset (`datasets.Dataset`, list of `str`, or the Hub's name of a split `train`, *optional*):
             Held-out prompts with the columns of `train_dataset`, in place of `config.eval_prompts`.
         samples_dataset (`datasets.Dataset`, *optional*):
-            Samples that a run kept, of one or several iterations, to train on without sampling.
+            Samples that a run kept, to train on without sampling; which are accepted is decided anew by `config`.
         peft_config (`PeftConfig`, `str` or `Path`, *optional*):
             Adapter (by default a LoRA on the attention), or folder or Hub repository of one to continue: one of this
             library at its own switch level, any other with `tuned_fraction=1.0`.
@@ -92,7 +92,7 @@ class PGraftTrainer:
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
         denoiser_format: type[DenoiserFormat] | None = None,
     ):
-        self.config, self.sd_pipeline, self.image_samples_hook = config, sd_pipeline, image_samples_hook
+        self.sd_pipeline, self.image_samples_hook = sd_pipeline, image_samples_hook
         self.output_dir = Path(config.project_kwargs.get("project_dir") or config.output_dir)
         self.callbacks = Callbacks(callbacks or [], config)
         self.rewards = choose_rewards(reward_function, reward_funcs, reward_weights, required=samples_dataset is None)
@@ -102,15 +102,16 @@ class PGraftTrainer:
         self.accelerator = accelerator = make_accelerator(config, self.output_dir)
         check_group_size(config, accelerator.num_processes, is_sampling=source is not None)
         self.policy = Policy(sd_pipeline, config, accelerator, peft_config, pipeline_kwargs, denoiser_format, example)
-        self.pipeline, self.denoiser = self.policy.pipeline, self.policy.denoiser
+        config, self.pipeline, self.denoiser = self.policy.config, self.policy.pipeline, self.policy.denoiser
         self.finetuner = Finetuner(self.policy, config, accelerator)
         self.collector = RolloutCollector(self.policy, self.rewards, source, config, accelerator, self.output_dir)
         self.collector.check_prompts(self.held_out, example, prompts)
         self.samples_dataset = check_samples(samples_dataset, self.policy.fingerprint, self.collector.reward_names)
+        self.stored = stored_rollout(self.samples_dataset, self.rewards, config, accelerator)
         self.publisher = Publisher(config, self.output_dir, accelerator, samples_dataset is None)
         self.run_folder = RunFolder(self.output_dir, self.finetuner, self.collector)
         self.run_log = RunLog(self.output_dir, accelerator, self.callbacks)
-        self.epochs = config.num_epochs
+        self.config, self.epochs = config, config.num_epochs
         self.state = self.run_folder.resume(config.resume_from or config.resume_from_checkpoint)
         self.run_log.start_trackers(config, starting_adapter=self.policy.start and self.policy.start.source)
         self.callbacks.begin(accelerator, model=self.denoiser, optimizer=self.finetuner.optimizer)
@@ -163,13 +164,13 @@ class PGraftTrainer:
         """Run iteration number `epoch`, after `global_step` optimizer steps; returns the optimizer steps after it."""
         self.run_folder.begin(self.run_log, self.state)
         started = time.perf_counter()
-        if self.samples_dataset is None:
+        if self.stored is None:
             rollout, batches = self.collector.sample_rollout(epoch)
             show_samples(self.image_samples_hook, rollout, batches, self.collector, self.state.global_step)
             self.state.images += len(rollout.samples)
             self.state.denoiser_calls += rollout.denoiser_calls
         else:
-            rollout = rollout_from_dataset(self.samples_dataset, self.collector.reward_names)
+            rollout = self.stored
         sampled = time.perf_counter()
         metrics = fine_tune(self.finetuner, rollout, epoch, self.epochs, global_step, self.state, self.callbacks)
         times = {"time/sampling": sampled - started, "time/training": time.perf_counter() - sampled}

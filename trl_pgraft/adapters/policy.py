@@ -22,7 +22,7 @@ from ..pipelines.checks import check_call, check_peft_config, check_steps, warn_
 from ..pipelines.denoiser_call import denoiser_of
 from ..pipelines.denoiser_format import DenoiserFormat, uncompiled
 from ..pipelines.fingerprint import fingerprint_of, sampling_fingerprint
-from ..pipelines.inputs import as_batch, inputs_of, sampling_arguments
+from ..pipelines.inputs import as_batch, config_in_force, inputs_of, sampling_arguments
 from ..pipelines.introspection import introspect
 from ..pipelines.placement import check_adaptable, evaluation_mode, place_pipeline, weights_dtype
 from ..pipelines.schedulers import check_sampler, prediction_type_of
@@ -89,13 +89,14 @@ class Policy:
         denoiser_format: type[DenoiserFormat] | None = None,
         example: dict[str, Any] | None = None,
     ):
-        self.config, self.accelerator = config, accelerator
+        self.accelerator = accelerator
         if sd_pipeline is None:
             raise ValueError("sd_pipeline is required: the diffusers pipeline to fine-tune.")
         self.pipeline: DiffusionPipeline = getattr(sd_pipeline, "sd_pipeline", sd_pipeline)
         check_adaptable(denoiser_of(self.pipeline))
         _check_no_gate(denoiser_of(self.pipeline))
         self.denoiser = uncompiled(denoiser_of(self.pipeline))
+        self.config = config = config_in_force(config, self.pipeline, pipeline_kwargs)
         self.is_full = getattr(sd_pipeline, "use_lora", True) is False
         self.start: StartingAdapter | None = None
         self.peft_config = self._choose_adapter(peft_config)

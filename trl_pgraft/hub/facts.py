@@ -29,6 +29,7 @@ SETTINGS = (
     "samples_per_prompt",
     "acceptance",
     "acceptance_kwargs",
+    "deduplicate_by",
     "tuned_fraction",
     "sample_from",
     "sample_num_steps",

@@ -2,6 +2,7 @@
 
 """What one pipeline call is handed for each of its prompts: the prompt, and inputs such as images or class labels."""
 
+import copy
 import inspect
 import re
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import torch
 from diffusers import DiffusionPipeline
 
-from ..config import GraftConfig
+from ..config import GraftConfig, as_annotated
 from .pixels import as_image
 from .placement import device_of
 
@@ -217,17 +218,53 @@ def sampling_arguments(
     for name in sorted(given.keys() & SET_ELSEWHERE.keys()):
         raise ValueError(f"pipeline_kwargs: `{name}` cannot be given here. {SET_ELSEWHERE[name]}")
     given |= _with_images(pipeline, {name: given[name] for name in given.keys() & input_names(pipeline)})
-    wanted = {
-        "num_inference_steps": config.sample_num_steps,
-        _guidance_argument(taken): config.sample_guidance_scale,
-        "eta": config.sample_eta,
-        "negative_prompt": config.negative_prompts or None,
-    }
-    arguments = {name: value for name, value in wanted.items() if name in taken and value is not None} | given
+    wanted = {name: value for name, (_, value) in _sampling_fields(config, taken).items() if value != ""}
+    arguments = wanted | given
     if arguments.get("true_cfg_scale", 1.0) > 1.0 and not {"negative_prompt", "negative_prompt_embeds"} & {*arguments}:
         # With this scale pipelines guide only where they are handed a negative prompt.
         arguments["negative_prompt"] = ""
     return arguments
+
+
+def config_in_force(
+    config: GraftConfig, pipeline: DiffusionPipeline, pipeline_kwargs: dict[str, Any] | None
+) -> GraftConfig:
+    """
+    The configuration with the values that arguments of the pipeline call put in the place of its fields.
+
+    Args:
+        config ([`GraftConfig`]):
+            The configuration; it is returned as it is where no field is overridden, and left alone otherwise.
+        pipeline (`DiffusionPipeline`):
+            The pipeline that is called, which determines the argument of guidance.
+        pipeline_kwargs (`dict` or `None`):
+            Further arguments of the call, such as `num_inference_steps`, which wins over `sample_num_steps`.
+
+    Raises:
+        `ValueError`: a value has another type than the field; the message names the argument.
+    """
+    fields, hints = _sampling_fields(config, parameters_of(pipeline)), get_type_hints(GraftConfig)
+    given = {name: value for name, value in (pipeline_kwargs or {}).items() if name in fields}
+    if not given:
+        return config
+    config = copy.copy(config)
+    for name, value in given.items():
+        field, _ = fields[name]
+        if name == "negative_prompt" and not isinstance(value, str):
+            value = ", ".join(as_annotated(f"pipeline_kwargs: {name}", value, list[str] | None) or [])
+        setattr(config, field, as_annotated(f"pipeline_kwargs: {name}", value, hints[field]))
+    return config
+
+
+def _sampling_fields(config: GraftConfig, taken: dict[str, inspect.Parameter]) -> dict[str, tuple[str, Any]]:
+    """Arguments of the pipeline call that the configuration sets: the field's name, and the value."""
+    names = {
+        "num_inference_steps": "sample_num_steps",
+        _guidance_argument(taken): "sample_guidance_scale",
+        "eta": "sample_eta",
+        "negative_prompt": "negative_prompts",
+    }
+    return {name: (field, getattr(config, field)) for name, field in names.items() if name in taken}
 
 
 def _guidance_argument(parameters: dict[str, inspect.Parameter]) -> str:

@@ -3,14 +3,20 @@
 """Rollouts as data sets of samples, written and read, with the fingerprint of what they were sampled with."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import datasets
 import torch
+from accelerate import Accelerator
 
-from ..pipelines.pixels import to_pil
+from ..config import GraftConfig
+from ..core.acceptance import get_acceptance
+from ..pipelines.pixels import as_image, to_pil
+from ..rewards.registry import Reward
 from .prompts import Prompt, PromptGroup, Sample
 from .rollout import Rollout, RolloutBatch
+from .selection import accept_rounds, total_rewards
 
 
 # Prefix of the columns with a prompt's own inputs; without it, an input `image` would be taken for a sample.
@@ -22,7 +28,8 @@ def check_samples(
     dataset: datasets.Dataset | datasets.DatasetDict | None, fingerprint: str, names: Sequence[str]
 ) -> datasets.Dataset | None:
     r"""
-    The samples to train on, checked against the model that is to be trained; `None` for a run that samples.
+    The samples to train on in the order of their groups, checked against the model that is to be trained; `None` for a
+    run that samples.
 
     Args:
         dataset (`datasets.Dataset`, `datasets.DatasetDict` of one split, or `None`):
@@ -59,7 +66,8 @@ def check_samples(
             f"{', '.join(sorted(map(str, found)))}; this configuration has {fingerprint}). Train with the "
             "configuration that it was sampled with."
         )
-    return dataset
+    keys = list(zip(dataset["round"], dataset["group"], dataset["prompt"], strict=True))
+    return dataset if keys == sorted(keys) else dataset.select(sorted(range(len(keys)), key=keys.__getitem__))
 
 
 def example_columns(dataset: datasets.Dataset | None) -> dict[str, Any]:
@@ -85,7 +93,8 @@ def prompts_of_samples(samples: datasets.Dataset) -> Iterator[Prompt]:
 
 def rollout_from_dataset(dataset: datasets.Dataset, names: Sequence[str]) -> Rollout:
     r"""
-    The rollout that is stored in a data set of samples, whose iterations are taken together as one.
+    The rollout that is stored in a data set of samples as it was decided then; its iterations are taken together as
+    one.
 
     Args:
         dataset (`datasets.Dataset`):
@@ -120,6 +129,56 @@ def rollout_from_dataset(dataset: datasets.Dataset, names: Sequence[str]) -> Rol
         column("reward"),
         column("accepted"),
     )
+
+
+def stored_rollout(
+    dataset: datasets.Dataset | None, rewards: Sequence[Reward], config: GraftConfig, accelerator: Accelerator
+) -> Rollout | None:
+    r"""
+    The rollout of stored samples, decided anew by the configuration's acceptance, weights and de-duplication.
+
+    Args:
+        dataset (`datasets.Dataset` or `None`):
+            Samples of one or several iterations, from [`check_samples`]; `None` for a run that samples.
+        rewards (`Sequence[Reward]`):
+            The F reward functions, whose stored rewards are read by their names and weighted; with none of them, the
+            stored sum decides.
+        config ([`GraftConfig`]):
+            Acceptance rule, de-duplication, and the seed: an iteration that was sampled with it is decided alike.
+        accelerator (`Accelerator`):
+            Prints in one process what was decided, and by what.
+
+    Returns:
+        `Rollout` or `None`: of all iterations together; `None` without samples.
+
+    Raises:
+        `ValueError`: the acceptance rule does not fit the stored groups.
+    """
+    if dataset is None:
+        return None
+    stored, key, rule = (
+        rollout_from_dataset(dataset, [r.name for r in rewards]),
+        config.deduplicate_by,
+        config.acceptance,
+    )
+    total = (
+        total_rewards(stored.rewards, [r.weight for r in rewards], stored.groups) if rewards else stored.total_reward
+    )
+    keys = key and [key(as_image(row["image"], "image"), row["prompt"]) for row in dataset]
+    named, kwargs = config.to_dict()["acceptance"], config.acceptance_kwargs
+    try:
+        accepted, kl, skipped = accept_rounds(
+            total, stored.groups, dataset["round"], get_acceptance(rule), kwargs, config.seed, keys
+        )
+    except ValueError as error:
+        raise ValueError(f"samples_dataset: acceptance={named!r} does not fit it: {error}") from error
+    counted = " + ".join(f"{reward.weight:g} * {reward.name}" for reward in rewards) or "the stored reward"
+    accelerator.print(
+        f"Stored samples are decided anew: acceptance {named} {kwargs} of {counted}"
+        f"{', without duplicates' * bool(key)}. {accepted.sum()} of {len(total)} are accepted; "
+        f"{stored.accepted.sum()} were when they were stored."
+    )
+    return replace(stored, total_reward=total, accepted=accepted, implied_kl=kl, groups_skipped=skipped)
 
 
 def to_dataset(

@@ -2,6 +2,7 @@
 
 """From rewards to accepted samples: the weighted sum of the rewards, and the acceptance rule group by group."""
 
+import itertools
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
@@ -95,6 +96,51 @@ def accept(
         accepted[rows] = uniform < probabilities
         kls.append(_group_kl(values, rule, probabilities))
     return accepted, sum(kls) / max(1, len(kls)), len(groups) - len(kls)
+
+
+def accept_rounds(
+    total_reward: torch.Tensor,
+    groups: Sequence[PromptGroup],
+    rounds: Sequence[int],
+    rule: AcceptanceRule,
+    rule_kwargs: dict[str, Any],
+    seed: int,
+    keys: Sequence[Hashable] | None = None,
+) -> tuple[torch.Tensor, float, int]:
+    r"""
+    Accept samples of several iterations, those of each as [`accept`] does alone.
+
+    Args:
+        total_reward (`torch.Tensor`):
+            (N,), the groups' samples in their order; NaN leaves a sample out.
+        groups (`Sequence[PromptGroup]`):
+            The groups, of N samples together, in the order of their iterations.
+        rounds (`Sequence[int]`):
+            N numbers of iterations, which do not decrease.
+        rule (`Callable`):
+            Acceptance rule, see `trl_pgraft.core.acceptance`.
+        rule_kwargs (`dict[str, Any]`):
+            The rule's arguments.
+        seed (`int`):
+            The run's seed, with which an iteration that was sampled with it is decided alike.
+        keys (`Sequence[Hashable]`, *optional*):
+            N keys; see [`accept`].
+
+    Returns:
+        `tuple[torch.Tensor, float, int]`: as of [`accept`], over all iterations.
+    """
+    first = list(itertools.accumulate((group.size for group in groups), initial=0))
+    parts, sizes, start = [], [], 0
+    for number, found in itertools.groupby(range(len(groups)), lambda index: rounds[first[index]]):
+        own = [groups[index] for index in found]
+        rows = slice(start, start := start + sum(group.size for group in own))
+        own_keys = None if keys is None else keys[rows]
+        parts.append(accept(total_reward[rows], own, rule, rule_kwargs, (seed, number, "accept"), own_keys))
+        sizes.append(len(own))
+    accepted, kls, skipped = zip(*parts, strict=True)
+    counts = [size - left for size, left in zip(sizes, skipped, strict=True)]
+    kl = sum(kl * count for kl, count in zip(kls, counts, strict=True)) / max(1, sum(counts))
+    return torch.cat(accepted), kl, sum(skipped)
 
 
 def _scaled(kwargs: dict[str, Any], full: int, size: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 
 from .adapters.files import load_pgraft_adapter as load_pgraft_adapter, save_pgraft_adapter as save_pgraft_adapter
 from .adapters.gate import TimestepGate as TimestepGate
+from .adapters.guidance import TunedGuidance as TunedGuidance
 from .analysis.intermediate_step import choose_intermediate_step as choose_intermediate_step
 from .compat.ddpo import DefaultDDPOStableDiffusionPipeline as DefaultDDPOStableDiffusionPipeline
 from .config import GraftConfig as GraftConfig
@@ -30,6 +31,7 @@ from .noise_correction.inversion import (
 from .noise_correction.pipeline import NoiseCorrectedPipeline as NoiseCorrectedPipeline
 from .noise_correction.trainer import NoiseCorrectionTrainer as NoiseCorrectionTrainer
 from .pipelines.denoiser_format import DenoiserFormat as DenoiserFormat
+from .pipelines.introspection import introspect as introspect
 from .rewards.registry import (
     get_reward as get_reward,
     list_rewards as list_rewards,

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -118,8 +119,15 @@ def test_the_switch_level_is_stored(sd, tmp_path, switch):
 def test_an_adapter_for_another_guidance_is_loaded_with_a_warning(sd, tmp_path):
     add_random_adapter(sd.unet)
     save_pgraft_adapter(sd, tmp_path, SwitchLevel(500.0, -0.5, 450.0, tuned_guidance_scale=1.0))
-    with pytest.warns(UserWarning, match="trained for guidance 1.0.*TunedGuidance"):
-        load_pgraft_adapter(tiny_sd(), tmp_path)
+    pipeline, arguments = tiny_sd(), {"num_inference_steps": 4, "guidance_scale": 3.0}
+    with pytest.warns(UserWarning, match="trained for guidance 1.0.*TunedGuidance") as warned:
+        load_pgraft_adapter(pipeline, tmp_path)
+    # What the warning says is code that runs.
+    code = re.search(r"`(TunedGuidance\(.*?\))` of trl_pgraft", str(warned[0].message))[1]
+    names = {name: getattr(trl_pgraft, name) for name in trl_pgraft.__all__}
+    with eval(code, {**names, "pipeline": pipeline, "arguments": arguments, "w": 3.0}) as guidance:
+        pipeline("a cat", **arguments)
+    assert guidance.ratio == 1 / 3
 
 
 def test_a_folder_without_a_switch_is_refused(saved):

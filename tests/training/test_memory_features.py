@@ -242,7 +242,10 @@ def compiled(how, backend=eager):
 def sample_and_watch(pipeline):
     """Images, and for each denoiser call whether the adapter was on; its layers' own hooks a compiled graph skips."""
     layer, on = tuner_layers(pipeline.transformer, "pgraft")[0], []
-    handle = pipeline.transformer.register_forward_hook(lambda *_: on.append("pgraft" in layer.active_adapters))
+    # Before the gate's own hook, which puts the adapter back after the call.
+    handle = pipeline.transformer.register_forward_hook(
+        lambda *_: on.append("pgraft" in layer.active_adapters), prepend=True
+    )
     images = sample(pipeline)
     handle.remove()
     return images, on

@@ -2,9 +2,7 @@
 
 """Adapters on disk: in PEFT's and in diffusers' format, with the noise level at which they switch off."""
 
-import json
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,9 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from ..core.switch_level import SwitchLevel
 from ..pipelines.denoiser_call import denoiser_name_of, denoiser_of
-from ..pipelines.denoiser_format import uncompiled
+from ..pipelines.denoiser_format import DenoiserFormat, uncompiled
 from ..pipelines.placement import check_adaptable
-from .gate import TimestepGate
+from .gate import TimestepGate, gate_on
+from .layers import check_layers
 from .lora import ADAPTER_NAME, adapter_parameters, add_adapter, remove_adapter
 
 
@@ -55,7 +54,7 @@ def save_pgraft_adapter(
             Name of the adapter in the denoiser.
     """
     folder, denoiser = Path(folder), uncompiled(denoiser_of(pipeline))
-    metadata = {"format": "pt", SWITCH_METADATA: json.dumps(asdict(switch))}
+    metadata = {"format": "pt", SWITCH_METADATA: switch.to_json()}
     state = save_adapter_weights(denoiser, folder, name, metadata)
     config = denoiser.peft_config[name]
     if isinstance(config, LoraConfig) and hasattr(pipeline, "save_lora_weights"):
@@ -67,7 +66,7 @@ def save_pgraft_adapter(
         with safe_open(path, "pt") as file:
             written = file.metadata() or {}
         save_file(load_file(path), path, metadata={**written, **metadata})
-    (folder / SWITCH_FILE).write_text(json.dumps(asdict(switch), indent=2) + "\n")
+    (folder / SWITCH_FILE).write_text(switch.to_json(indent=2) + "\n")
 
 
 def save_adapter_weights(
@@ -132,9 +131,13 @@ def load_pgraft_adapter(
     *,
     revision: str | None = None,
     token: str | None = None,
+    denoiser_format: type[DenoiserFormat] | None = None,
 ) -> TimestepGate:
     r"""
     Load an adapter of [`save_pgraft_adapter`] and put the gate on the denoiser that switches it at its noise level.
+
+    The adapter needs its gate: `fuse_lora`, `pipeline.load_lora_weights` and user interfaces that load LoRAs run it at
+    all noise levels. After this, `fuse_lora` and caches end in an error at the next sampling.
 
     Args:
         pipeline (`DiffusionPipeline`):
@@ -147,25 +150,49 @@ def load_pgraft_adapter(
             Branch, tag or commit of the repository; its default branch where not given.
         token (`str`, *optional*):
             Token for a private repository; the one of `HF_TOKEN` or `hf auth login` where not given.
+        denoiser_format (`type`, *optional*):
+            Subclass of [`DenoiserFormat`] that the adapter was trained with. It is needed where that reads the
+            timestep in a way of its own; the name of its argument is kept with the adapter.
 
     Returns:
-        [`TimestepGate`]: the gate, which acts until its `remove()`.
+        [`TimestepGate`]: the gate, which acts until its `remove()`; `disable()` and `enable()` are for comparisons.
 
     Raises:
-        `ValueError`: the folder has no switch level, its weights do not fit, or the denoiser takes no adapter as it is
-            offloaded or compiled.
+        `ValueError`: the folder has no switch level, its weights do not fit, the name is taken, or the denoiser takes
+            no adapter as it is offloaded, compiled, cached or has something fused.
     """
     folder = fetched(source, (SWITCH_FILE, *PEFT_FILES), revision, token)
     check_adaptable(denoiser_of(pipeline))
     switch, denoiser = read_switch(folder), uncompiled(denoiser_of(pipeline))
+    check_layers(denoiser, can_cache=switch.switch_timestep is None)
+    format = _format_of(denoiser, switch, denoiser_format, source)
     if switch.tuned_guidance_scale is not None:
         warnings.warn(
             f"{source} was trained for guidance {switch.tuned_guidance_scale} above its switch level, which the gate "
-            "does not set: sample inside `TunedGuidance` as well.",
+            "does not set. Sample inside `TunedGuidance(pipeline, introspect(pipeline, arguments).call, w, "
+            f"{switch.tuned_guidance_scale}, {switch.switch_timestep})` of trl_pgraft as well, with the arguments of "
+            "your call and its guidance scale w.",
             stacklevel=2,
         )
     load_frozen_adapter(denoiser, folder, name)
-    return TimestepGate(denoiser_of(pipeline), name, switch.switch_timestep, switch.clock, pipeline)
+    former = gate_on(denoiser_of(pipeline), name)  # of an adapter that was deleted
+    if former is not None:
+        former.remove()
+    return TimestepGate(denoiser_of(pipeline), name, switch.switch_timestep, switch.clock, pipeline, format)
+
+
+def _format_of(
+    denoiser: ModelMixin, switch: SwitchLevel, denoiser_format: type[DenoiserFormat] | None, source: str | Path
+) -> DenoiserFormat:
+    """How a gate reads the timestep: by the class that is given, or by what was kept with the adapter."""
+    if denoiser_format is None and switch.denoiser_format is not None:
+        raise ValueError(
+            f"{source} was trained with denoiser_format={switch.denoiser_format}, which reads the timestep in a "
+            "way of its own. Pass that class to load_pgraft_adapter as denoiser_format."
+        )
+    if denoiser_format is None and switch.timestep_name is not None:
+        return DenoiserFormat("", switch.timestep_name)
+    return (denoiser_format or DenoiserFormat).of(denoiser)
 
 
 def fetched(source: str | Path, files: tuple[str, ...], revision: str | None, token: str | None) -> Path:

@@ -11,6 +11,8 @@ from diffusers import ModelMixin
 from peft import LNTuningConfig, LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from .layers import active_adapters, check_enabled, check_layers, tuner_layers
+
 
 ADAPTER_NAME = "pgraft"
 ATTENTION_PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
@@ -18,7 +20,7 @@ ATTENTION_PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_
 
 def add_adapter(denoiser: ModelMixin, peft_config: PeftConfig, name: str, seed: int | None = None) -> None:
     r"""
-    Add a trainable adapter to the denoiser in float32 or better, next to those it has, and make it active.
+    Add a trainable adapter to the denoiser in float32 or better, next to those it has, and switch it on.
 
     Args:
         denoiser (`diffusers.ModelMixin`):
@@ -32,8 +34,16 @@ def add_adapter(denoiser: ModelMixin, peft_config: PeftConfig, name: str, seed: 
             then moves on, where it is not given.
 
     Raises:
-        `ValueError`: PEFT cannot make such an adapter in this denoiser.
+        `ValueError`: PEFT cannot make such an adapter in this denoiser, it has one of that name, or the adapter would
+            be left out of account there, see [`check_layers`].
     """
+    check_layers(denoiser)
+    if tuner_layers(denoiser, name):
+        raise ValueError(
+            f"The name {name!r} is taken: {type(denoiser).__name__} has an adapter of that name. Give another name, "
+            f"or delete that adapter first with `pipeline.delete_adapters({name!r})`, after its gate's `remove()`."
+        )
+    _switch_off_by_name(denoiser, name)
     active = active_adapters(denoiser)
     with torch.random.fork_rng(enabled=seed is not None), warnings.catch_warnings():
         if seed is not None:
@@ -53,21 +63,59 @@ def add_adapter(denoiser: ModelMixin, peft_config: PeftConfig, name: str, seed: 
                 f"peft_config: PEFT cannot put a {type(peft_config).__name__} into this {type(denoiser).__name__} "
                 f"({type(error).__name__}: {error}). LoRA, DoRA, LoHa, LoKr, OFT, BOFT, IA3 and HRA were tried."
             ) from error
-    for layer in tuner_layers(denoiser):
-        layer.set_adapter([*active, name])
+    _set_all_active(denoiser, [*active, name])
     make_trainable(denoiser, name)
+
+
+def switch_on(denoiser: torch.nn.Module, name: str) -> None:
+    """Let adapter `name` take part in the forward pass, beside those that do."""
+    _switch_off_by_name(denoiser, name)
+    _set_all_active(denoiser, [*(other for other in active_adapters(denoiser) if other != name), name])
+
+
+def _switch_off_by_name(denoiser: torch.nn.Module, name: str) -> None:
+    """What `disable_lora()` switched off becomes inactive instead, so that `name` can take part without it."""
+    layers = [layer for layer in tuner_layers(denoiser) if layer.disable_adapters]
+    off = {other for layer in layers for other in layer.active_adapters} - {name}
+    for layer in layers:
+        _set_active(layer, [])
+    if off:
+        warnings.warn(
+            f"disable_lora() switched off {', '.join(sorted(off))}, which stay off beside {name!r}. To switch them on "
+            "call `pipeline.set_adapters` with the names of all adapters that are to take part; enable_lora() will "
+            "not do it.",
+            stacklevel=3,
+        )
+
+
+def _set_all_active(denoiser: torch.nn.Module, names: list[str]) -> None:
+    for layer in tuner_layers(denoiser):
+        _set_active(layer, names)
+
+
+def _set_active(layer: BaseTunerLayer, names: list[str]) -> None:
+    # PEFT's own switch also changes what is trainable, in all adapters of the layer.
+    flags = [(parameter, parameter.requires_grad) for parameter in layer.parameters()]
+    layer.set_adapter(names)
+    if layer.disable_adapters:
+        layer.enable_adapters(True)
+    for parameter, requires_grad in flags:
+        parameter.requires_grad_(requires_grad)
 
 
 def make_trainable(denoiser: torch.nn.Module, name: str) -> None:
     """Let adapter `name` be trained, in float32 or better, and nothing else of the denoiser."""
     denoiser.requires_grad_(False)
     for parameter in adapter_parameters(denoiser, name):
-        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+        # Layerwise casting keeps weights in 8 bits, which torch does not promote.
+        parameter.data = parameter.data.to(parameter.dtype if parameter.dtype.itemsize >= 4 else torch.float32)
         parameter.requires_grad_(True)
 
 
 def remove_adapter(denoiser: ModelMixin, name: str) -> None:
     """Delete adapter `name` from the denoiser."""
+    # Deleting an adapter that is on would turn another one on in its place.
+    AdapterSwitch(denoiser, name).turn(False)
     if hasattr(denoiser, "delete_adapters"):
         denoiser.delete_adapters(name)
         return
@@ -111,19 +159,6 @@ def full_copy_config(denoiser: torch.nn.Module) -> LNTuningConfig:
     return LNTuningConfig(target_modules=layers)
 
 
-def tuner_layers(denoiser: torch.nn.Module, name: str | None = None) -> list[BaseTunerLayer]:
-    """PEFT layers of the denoiser: all of them, or those that hold adapter `name` where it is given."""
-    layers = [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
-    if name is None:
-        return layers
-    return [layer for layer in layers if any(name in getattr(layer, part) for part in layer.adapter_layer_names)]
-
-
-def active_adapters(denoiser: torch.nn.Module) -> list[str]:
-    """Names of the adapters that take part in the forward pass."""
-    return list(dict.fromkeys(name for layer in tuner_layers(denoiser) for name in layer.active_adapters))
-
-
 def adapter_parameters(denoiser: torch.nn.Module, name: str) -> list[torch.nn.Parameter]:
     """Parameters of adapter `name`, in an order that is the same after it was loaded."""
     # PEFT lists DoRA's parts in another order in a layer that is loaded, and optimizers go by the order.
@@ -160,19 +195,26 @@ class AdapterSwitch:
     @property
     def is_on(self) -> bool:
         """Whether the adapter takes part in the forward pass, as its layers have it: others may switch it too."""
-        return self.name in self._layers[0].active_adapters
+        return self.name in self._layers[0].active_adapters and not self._layers[0].disable_adapters
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether it was fused into the weights of its layers."""
+        return any(self.name in layer.merged_adapters for layer in self._layers)
 
     def turn(self, on: bool) -> None:
-        """Switch the adapter, where that is a change; no `requires_grad` flag changes."""
+        """
+        Switch the adapter, where that is a change; no `requires_grad` flag changes.
+
+        Raises:
+            `ValueError`: it is to be on, and `disable_lora()` has switched off all.
+        """
         if on == self.is_on:
             return
+        check_enabled(self._layers)
         for layer in self._layers:
             others = [name for name in layer.active_adapters if name != self.name]
-            # PEFT's own switch also changes what is trainable, in adapters that were added after this one as well.
-            flags = [(parameter, parameter.requires_grad) for parameter in layer.parameters()]
-            layer.set_adapter([*others, self.name] if on else others)
-            for parameter, requires_grad in flags:
-                parameter.requires_grad_(requires_grad)
+            _set_active(layer, [*others, self.name] if on else others)
 
     def restore(self) -> None:
         """Turn the adapter on or off, as it was when the switch was made."""

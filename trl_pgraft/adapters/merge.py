@@ -9,7 +9,7 @@ from diffusers import ModelMixin
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
-from .lora import AdapterSwitch, add_adapter, remove_adapter
+from .lora import add_adapter, remove_adapter
 
 
 def merge_difference(
@@ -45,7 +45,6 @@ def merge_difference(
     rank, targets = max(len(a) for a, _ in merged.values()), denoiser.peft_config[accepted].target_modules
     for name, _ in terms:
         if name in denoiser.peft_config:
-            AdapterSwitch(denoiser, name).turn(False)
             remove_adapter(denoiser, name)
     add_adapter(denoiser, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), policy)
     for path, (a, b) in merged.items():

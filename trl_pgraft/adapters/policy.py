@@ -20,7 +20,7 @@ from ..core.seeding import seed_of
 from ..core.switch_level import SwitchLevel
 from ..pipelines.checks import check_call, check_peft_config, check_steps, warn_if_distilled
 from ..pipelines.denoiser_call import denoiser_of
-from ..pipelines.denoiser_format import DenoiserFormat, uncompiled
+from ..pipelines.denoiser_format import DenoiserFormat, uncompiled, usual_timestep_names
 from ..pipelines.fingerprint import fingerprint_of, sampling_fingerprint
 from ..pipelines.inputs import as_batch, config_in_force, inputs_of, sampling_arguments
 from ..pipelines.introspection import introspect
@@ -30,8 +30,10 @@ from ..pipelines.timesteps import tuned_levels
 from .files import load_adapter_weights, put_adapter
 from .gate import TimestepGate, gate_on
 from .guidance import TunedGuidance
+from .layers import active_scales, check_trainable
 from .lora import (
     ADAPTER_NAME,
+    AdapterSwitch,
     add_adapter,
     default_lora_config,
     full_copy_config,
@@ -39,6 +41,7 @@ from .lora import (
     lora_extras,
     make_trainable,
     remove_adapter,
+    switch_on,
     without_adapters,
 )
 from .warm_start import StartingAdapter, read_starting_adapter
@@ -94,6 +97,7 @@ class Policy:
             raise ValueError("sd_pipeline is required: the diffusers pipeline to fine-tune.")
         self.pipeline: DiffusionPipeline = getattr(sd_pipeline, "sd_pipeline", sd_pipeline)
         check_adaptable(denoiser_of(self.pipeline))
+        check_trainable(denoiser_of(self.pipeline))
         _check_no_gate(denoiser_of(self.pipeline))
         self.denoiser = uncompiled(denoiser_of(self.pipeline))
         self.config = config = config_in_force(config, self.pipeline, pipeline_kwargs)
@@ -112,6 +116,7 @@ class Policy:
         warn_if_distilled(self.pipeline, self.call, self.arguments)
         self.prediction_type = prediction_type_of(self.pipeline.scheduler)
         self.levels, self.switch = tuned_levels(config, self.introspection.sampler, self.call.clock)
+        self.switch = _with_format(self.switch, self.call.format, self.denoiser)
         check_sampler(self.introspection.sampler, self.levels.step_index, config.sample_eta)
         check_steps(self.introspection, self.levels.step_index, self.pipeline)
         self._holder: Any = sd_pipeline  # of the adapter's switch level
@@ -120,6 +125,7 @@ class Policy:
             self.start.check_level(self.switch, config, self.introspection.sampler)
         self.fingerprint = sampling_fingerprint(self.pipeline, self.arguments, self.levels.step_index)
         self._parts = self._current_parts()
+        self._had_adapter = False
 
     def _current_parts(self) -> dict[str, Any]:
         """What sampling depends on and a user may replace: components, and the scheduler's settings."""
@@ -133,6 +139,7 @@ class Policy:
                 getattr(scheduler, "shift", None),
             ),
             "switch level (by another trainer)": self._holder.switch,
+            "active adapters": [a for a in active_scales(self.denoiser) if not a[0].startswith(ADAPTER_NAME)],
         }
 
     def check_unchanged(self) -> None:
@@ -140,8 +147,17 @@ class Policy:
         Check that the pipeline is made of what it was made of when it was introspected.
 
         Raises:
-            `ValueError`: components were replaced or the scheduler's settings changed; the message names them.
+            `ValueError`: components were replaced, the scheduler's settings changed or adapters were switched, fused
+                or removed; the message names them.
         """
+        check_trainable(denoiser_of(self.pipeline))
+        self._had_adapter = self._had_adapter or self.has_adapter
+        if self._had_adapter and not (self.has_adapter and AdapterSwitch(self.denoiser, ADAPTER_NAME).is_on):
+            raise ValueError(
+                f"sd_pipeline: the adapter {ADAPTER_NAME!r}, which is trained, was switched off or removed by "
+                "disable_lora, set_adapters, unload_lora_weights or delete_adapters. Call `pipeline.enable_lora()` "
+                f"and `pipeline.set_adapters` with {ADAPTER_NAME!r} among the names, or make a new trainer."
+            )
         now = self._current_parts()
         changed = [name for name in now if now[name] is not self._parts[name] and now[name] != self._parts[name]]
         if changed:
@@ -193,7 +209,10 @@ class Policy:
             self.start = replace(self.start, state={})  # the denoiser has it now
         elif not self.has_adapter:
             add_adapter(self.denoiser, peft_config, ADAPTER_NAME, seed_of(self.config.seed, "adapter"))
+        if not AdapterSwitch(self.denoiser, ADAPTER_NAME).is_on:
+            switch_on(self.denoiser, ADAPTER_NAME)
         make_trainable(self.denoiser, ADAPTER_NAME)
+        self._had_adapter = True
 
     def load_adapter(self, folder: str | Path) -> None:
         """Put the adapter of a folder in the place of the one that is there, for further training."""
@@ -230,7 +249,9 @@ class Policy:
                 stack.enter_context(
                     without_adapters(self.denoiser, [ADAPTER_NAME])
                     if reference
-                    else TimestepGate(called, ADAPTER_NAME, switch_timestep, self.call.clock, self.pipeline)
+                    else TimestepGate(
+                        called, ADAPTER_NAME, switch_timestep, self.call.clock, self.pipeline, self.call.format
+                    )
                 )
             if self.config.tuned_guidance_scale is not None and not reference:
                 own = self.call.guidance_scale or math.nan
@@ -238,6 +259,14 @@ class Policy:
                     TunedGuidance(self.pipeline, self.call, own, self.tuned_guidance_scale, switch_timestep)
                 )
             yield self.pipeline
+
+
+def _with_format(switch: SwitchLevel, format: DenoiserFormat, denoiser: torch.nn.Module) -> SwitchLevel:
+    """The switch level with what a loaded adapter's gate needs to read the timestep of an unusual denoiser."""
+    if type(format).timestep is not DenoiserFormat.timestep:
+        return replace(switch, denoiser_format=type(format).__name__)
+    is_usual = format.timestep_name in usual_timestep_names(denoiser)[:1]
+    return switch if is_usual else replace(switch, timestep_name=format.timestep_name)
 
 
 def _check_no_gate(denoiser: torch.nn.Module) -> None:

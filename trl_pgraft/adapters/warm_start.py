@@ -30,7 +30,8 @@ from .files import (
     read_switch_of_weights,
     redacted,
 )
-from .lora import ADAPTER_NAME, AdapterSwitch, active_adapters, remove_adapter, tuner_layers
+from .layers import tuner_layers
+from .lora import ADAPTER_NAME, remove_adapter
 
 
 TEXT_ENCODER_KEYS = ("text_encoder", "lora_te")
@@ -172,7 +173,7 @@ def _read_with_diffusers(
     denoiser = uncompiled(denoiser_of(pipeline))
     if not hasattr(pipeline, "load_lora_weights"):
         raise ValueError(f"peft_config: {type(pipeline).__name__} reads no {LORA_FILE}; give the adapter as PEFT's.")
-    active = active_adapters(denoiser)
+    before = [(layer, list(layer.active_adapters)) for layer in tuner_layers(denoiser)]
     try:
         pipeline.load_lora_weights(folder, weight_name=LORA_FILE, adapter_name=ADAPTER_NAME)
         if ADAPTER_NAME not in getattr(denoiser, "peft_config", {}):
@@ -184,9 +185,8 @@ def _read_with_diffusers(
         return copy.deepcopy(denoiser.peft_config[ADAPTER_NAME]), {k: v.detach().clone() for k, v in state.items()}
     finally:
         if tuner_layers(denoiser, ADAPTER_NAME):
-            AdapterSwitch(denoiser, ADAPTER_NAME).turn(False)
             remove_adapter(denoiser, ADAPTER_NAME)
-        for layer in tuner_layers(denoiser):
+        for layer, active in before:
             layer.set_adapter(active)
 
 

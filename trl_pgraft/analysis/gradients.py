@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..adapters.lora import AdapterSwitch, adapter_parameters, add_adapter, remove_adapter
+from ..adapters.lora import adapter_parameters, add_adapter, remove_adapter
 from ..adapters.policy import Policy
 from ..core.seeding import generator_of, noise_of, seed_of
 from ..pipelines.conditioning import record_conditioning
@@ -39,8 +39,6 @@ def pilot_adapter(policy: Policy) -> Iterator[list[torch.nn.Parameter]]:
         denoiser.eval()
         yield [p for p in adapter_parameters(denoiser, PILOT_ADAPTER) if p.requires_grad]
     finally:
-        # Deleting an adapter that is on would turn another one on in its place.
-        AdapterSwitch(denoiser, PILOT_ADAPTER).turn(False)
         remove_adapter(denoiser, PILOT_ADAPTER)
         for parameter in trainable:
             parameter.requires_grad_(True)

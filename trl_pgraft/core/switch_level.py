@@ -4,7 +4,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,10 @@ class SwitchLevel:
             `(scale, offset)` of the denoiser's own clock, see [`DenoiserCall`]; the default is the training clock.
         tuned_guidance_scale (`float`, *optional*):
             Guidance scale of the tuned steps; the sampler's where not given.
+        timestep_name (`str`, *optional*):
+            Argument of the denoiser that takes the timestep, where that has another name than usual.
+        denoiser_format (`str`, *optional*):
+            Name of the class that reads the timestep, where more than the argument's name is needed.
     """
 
     switch_timestep: float | None
@@ -30,6 +34,20 @@ class SwitchLevel:
     state_timestep: float | None
     clock: tuple[float, float] = (1.0, 0.0)
     tuned_guidance_scale: float | None = None
+    timestep_name: str | None = None
+    denoiser_format: str | None = None
+
+    def to_json(self, indent: int | None = None) -> str:
+        """
+        A JSON object with its fields; without those that only unusual denoisers need, where they are not set.
+
+        Args:
+            indent (`int`, *optional*):
+                Spaces by which entries are indented; all is in one line where not given.
+        """
+        unusual = ("timestep_name", "denoiser_format")
+        values = {name: value for name, value in asdict(self).items() if value is not None or name not in unusual}
+        return json.dumps(values, indent=indent)
 
     @classmethod
     def from_json(cls, text: str) -> "SwitchLevel":

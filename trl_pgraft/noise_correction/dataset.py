@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..adapters.gate import gate_on
-from ..adapters.lora import tuner_layers
+from ..adapters.layers import active_scales
 from ..core.seeding import noise_of
 from ..core.tensor_files import load_tensors, save_tensors
 from ..pipelines.denoiser_call import denoiser_of
@@ -248,14 +248,8 @@ def _active_adapters(denoiser: torch.nn.Module) -> list[Any]:
     """Which adapters take part and with what scale, which their weights do not show; a gate has its own rule."""
     gate = gate_on(denoiser)
     left_out = {CORRECTION_ADAPTER, gate.adapter_name if gate else None}
-    found = {
-        (name, getattr(layer, "scaling", {}).get(name))
-        for layer in tuner_layers(uncompiled(denoiser))
-        if not layer.disable_adapters
-        for name in layer.active_adapters
-        if name not in left_out
-    }
-    return [sorted(found, key=str), gate and [gate.adapter_name, gate.switch_timestep]]
+    active = [[name, scale] for name, scale in active_scales(denoiser) if name not in left_out]
+    return [active, gate and [gate.adapter_name, gate.switch_timestep]]
 
 
 @torch.no_grad()

@@ -89,11 +89,16 @@ def named_arguments(denoiser: torch.nn.Module) -> Callable[..., dict[str, Any]]:
 def argument_names(denoiser: torch.nn.Module) -> tuple[str, str]:
     """Names of the denoiser's arguments for the noisy latents and for the timestep."""
     denoiser = uncompiled(denoiser)
-    names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
-    timestep = next((name for name in names if name in ("timestep", "timesteps", "t")), None)
-    if timestep is None:
+    names, timesteps = list(inspect.signature(type(denoiser).forward).parameters)[1:], usual_timestep_names(denoiser)
+    if not timesteps:
         raise ValueError(
             f"{type(denoiser).__name__}.forward has no argument `timestep`; it takes {', '.join(names)}. Override "
-            "DenoiserFormat.of to name it (docs/models.md)."
+            "DenoiserFormat.of to name it, and pass the class as denoiser_format (docs/models.md)."
         )
-    return names[0], timestep
+    return names[0], timesteps[0]
+
+
+def usual_timestep_names(denoiser: torch.nn.Module) -> list[str]:
+    """The denoiser's arguments that take a timestep by their names."""
+    names = inspect.signature(type(uncompiled(denoiser)).forward).parameters
+    return [name for name in names if name in ("timestep", "timesteps", "t")]

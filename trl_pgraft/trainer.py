@@ -110,10 +110,11 @@ class PGraftTrainer:
         self.stored = stored_rollout(self.samples_dataset, self.rewards, config, accelerator)
         self.publisher = Publisher(config, self.output_dir, accelerator, samples_dataset is None)
         self.run_folder = RunFolder(self.output_dir, self.finetuner, self.collector)
-        self.run_log = RunLog(self.output_dir, accelerator, self.callbacks)
+        start = self.policy.start and self.policy.start.source
+        self.run_log = RunLog(self.output_dir, accelerator, self.callbacks, config, starting_adapter=start)
         self.config, self.epochs = config, config.num_epochs
         self.state = self.run_folder.resume(config.resume_from or config.resume_from_checkpoint)
-        self.run_log.start_trackers(config, starting_adapter=self.policy.start and self.policy.start.source)
+        self.run_log.start_trackers()
         self.callbacks.begin(accelerator, model=self.denoiser, optimizer=self.finetuner.optimizer)
 
     history = property(lambda self: self.state.history, doc="Metrics logged so far, those before a resume included.")
@@ -157,7 +158,7 @@ class PGraftTrainer:
         if self.policy.has_adapter:
             self.save_model()
         self.callbacks.notify("on_train_end")
-        self.accelerator.end_training()
+        self.run_log.finish_trackers()
         return self.history
 
     def step(self, epoch: int, global_step: int) -> int:

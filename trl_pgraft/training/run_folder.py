@@ -44,8 +44,8 @@ class RunFolder:
 
     def begin(self, run_log: RunLog, state: TrainerState) -> None:
         """
-        Before each iteration check the pipeline, and before the first move what an earlier run left to `previous_<n>`,
-        unless that run is resumed.
+        Before each iteration check the pipeline and start trackers that have ended. Before the first also move what an
+        earlier run left to `previous_<n>`, unless that run is resumed.
 
         Args:
             run_log ([`RunLog`]):
@@ -57,6 +57,7 @@ class RunFolder:
             `ValueError`: components of the pipeline were replaced after the trainer was made.
         """
         self.finetuner.policy.check_unchanged()
+        run_log.start_trackers()
         if self.has_begun:
             return
         self.has_begun, accelerator, policy = True, self.finetuner.accelerator, self.finetuner.policy

@@ -32,16 +32,34 @@ class RunLog:
             The processes of the run, with their trackers if there are any.
         callbacks ([`Callbacks`], *optional*):
             Called with `on_log`, in every process; without them, the log has the file and the trackers alone.
+        config ([`GraftConfig`], *optional*):
+            Configuration whose `log_with` names trackers, which get its fields as parameters.
+        values (`Any`):
+            Further parameters for them.
     """
 
-    def __init__(self, output_dir: Path, accelerator: Accelerator, callbacks: Callbacks | None = None):
+    def __init__(
+        self,
+        output_dir: Path,
+        accelerator: Accelerator,
+        callbacks: Callbacks | None = None,
+        config: GraftConfig | None = None,
+        **values: Any,
+    ):
         self.path, self.accelerator, self.callbacks = output_dir / METRICS_FILE, accelerator, callbacks
+        self.config, self._values = config, values
 
-    def start_trackers(self, config: GraftConfig, **values: Any) -> None:
-        """Start the trackers that `config.log_with` names, with its fields and further `values` as parameters."""
-        self.accelerator.init_trackers(
-            config.tracker_project_name, tracker_values({**config.to_dict(), **values}), tracker_arguments(config)
-        )
+    def start_trackers(self) -> None:
+        """Start the configuration's trackers, unless they run."""
+        if self.config is not None and not self.accelerator.trackers:
+            values = tracker_values({**self.config.to_dict(), **self._values})
+            self.accelerator.init_trackers(self.config.tracker_project_name, values, tracker_arguments(self.config))
+
+    def finish_trackers(self) -> None:
+        """Have the trackers write what they have; accelerate's `end_training` would end the process group as well."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.accelerator.trackers = []
 
     def rewrite(self, history: Sequence[Metrics]) -> None:
         """Replace the lines of `metrics.jsonl` by those of `history`, oldest first."""

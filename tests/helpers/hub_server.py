@@ -5,8 +5,10 @@
 import base64
 import hashlib
 import json
+import random
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -81,17 +83,31 @@ class Hub:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.blobs: dict[str, bytes] = {}
         self.requests: list[str] = []
+        self.stored: list[str] = []
         self._failures: list[tuple[str, int]] = []
+        self._lost: list[str] = []
+        self._busy: Callable[[], bool] = lambda: False
 
     def fail_next(self, count: int, path: str = "", status: int = 503) -> None:
         """Answer the next `count` requests whose path has `path` in it with `status`."""
         self._failures += [(path, status)] * count
 
+    def lose_next(self, path: str) -> None:
+        """Do what the next request whose path has `path` in it wants, and answer with 503."""
+        self._lost.append(path)
+
+    def be_busy(self, share: float, seed: int) -> None:
+        """Answer a random share of all writes with 503."""
+        generator = random.Random(seed)
+        self._busy = lambda: generator.random() < share
+
     def repo(self, repo_id: str, kind: str = "model") -> Repo:
         return self.repos[kind, repo_id]
 
-    def answer_failure(self, path: str) -> None:
+    def answer_failure(self, method: str, path: str) -> None:
         with self.lock:
+            if method in ("POST", "PUT") and self._busy():
+                raise Refusal(503, "Busy")
             for failure in self._failures:
                 if failure[0] in path:
                     self._failures.remove(failure)
@@ -134,13 +150,19 @@ class _Handler(BaseHTTPRequestHandler):
         self.query = {name: values[0] for name, values in parse_qs(url.query).items()}
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.hub: Hub = self.server.hub
+        self.is_lost = False
         self.hub.requests.append(f"{self.command} {url.path}")
         try:
-            self.hub.answer_failure(url.path)
+            self.hub.answer_failure(self.command, url.path)
             for pattern, method, answer in ROUTES:
                 match = re.fullmatch(pattern, url.path)
                 if match and self.command in method:
-                    return answer(self, **{k: v and unquote(v) for k, v in match.groupdict().items()})
+                    self.is_lost = any(path in url.path for path in self.hub._lost)
+                    answer(self, **{k: v and unquote(v) for k, v in match.groupdict().items()})
+                    if self.is_lost:
+                        self.is_lost, self.hub._lost = False, [p for p in self.hub._lost if p not in url.path]
+                        raise Refusal(503, "Done, but the answer was lost")
+                    return
             raise Refusal(404, f"No route {self.command} {url.path}")
         except Refusal as refusal:
             headers = {"X-Error-Message": str(refusal), **({"X-Error-Code": refusal.code} if refusal.code else {})}
@@ -157,6 +179,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send(json.dumps(value).encode(), status, {"Content-Type": "application/json", **(headers or {})})
 
     def send(self, body: bytes, status: int, headers: dict[str, str]) -> None:
+        if self.is_lost:
+            return
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
@@ -246,6 +270,7 @@ def lfs_put(request: _Handler, oid: str) -> None:
     if sha256(request.body) != oid:
         raise Refusal(400, "The content is not that of its hash")
     request.hub.blobs[oid] = request.body
+    request.hub.stored.append(oid)
     request.send_json({})
 
 

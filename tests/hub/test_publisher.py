@@ -19,7 +19,7 @@ from tiny_pipelines import tiny_sd
 
 from trl_pgraft import PGraftTrainer, load_pgraft_adapter
 from trl_pgraft.adapters.lora import adapter_parameters
-from trl_pgraft.hub import repositories
+from trl_pgraft.hub import retries
 from trl_pgraft.hub.push import PushError
 
 
@@ -28,7 +28,7 @@ TOKEN = "hf_write"
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(repositories, "WAITS", (0.0, 0.0))
+    monkeypatch.setattr(retries, "WAITS", (0.0, 0.0))
 
 
 def redness(*, prompts, images, **columns):

@@ -17,14 +17,14 @@ from trl_pgraft import load_pgraft_adapter, push_adapter_to_hub, push_samples_to
 from trl_pgraft.adapters.files import redacted
 from trl_pgraft.adapters.gate import TimestepGate
 from trl_pgraft.adapters.lora import adapter_parameters, add_adapter, full_copy_config
-from trl_pgraft.hub import push as pushing, repositories
+from trl_pgraft.hub import push as pushing, repositories, retries
 from trl_pgraft.hub.push import PushError
 from trl_pgraft.hub.repositories import check_samples_repository
 
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(repositories, "WAITS", (0.0, 0.0))
+    monkeypatch.setattr(retries, "WAITS", (0.0, 0.0))
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ from ..rollouts.prompts import Prompt
 from .cards import GRID_FILE, write_adapter_card
 from .facts import AdapterFacts, label_of
 from .push import push_adapter_to_hub, push_samples_to_hub
-from .repositories import check_samples_repository, prepare_repository, retried
+from .repositories import check_samples_repository, prepare_repository
+from .retries import retried
 
 
 class Publisher:
@@ -73,7 +74,8 @@ class Publisher:
             self.model_id = self._prepared("hub_model_id", self.model_id, "model")
         if self.pushes_samples and self.dataset_id:
             self.dataset_id = self._prepared("hub_dataset_id", self.dataset_id, "dataset")
-            check_samples_repository(self.samples_folder, self.dataset_id, first_iteration, self.config.hub_token)
+            where = self.samples_folder, self.dataset_id, first_iteration, self.config.hub_token
+            retried(lambda: check_samples_repository(*where))
 
     def _prepared(self, name: str, repo_id: str, kind: str) -> str:
         config = self.config

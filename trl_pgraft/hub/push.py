@@ -12,7 +12,8 @@ from peft import PeftConfig
 from ..adapters.files import ADAPTER_FILES, CORRECTOR_FILE, CORRECTOR_FILES, clean, read_switch, redacted
 from .cards import CARD_FILE, GRID_FILE, write_adapter_card, write_corrector_card, write_samples_card
 from .facts import ROUND_FILES, AdapterFacts, kind_of
-from .repositories import new_files, prepare_repository, retried
+from .repositories import new_files, prepare_repository
+from .retries import retried
 
 
 class PushError(RuntimeError):

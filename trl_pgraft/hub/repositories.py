@@ -1,27 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Repositories on the Hub: made and checked before a push, with requests that are repeated when they fail."""
+"""Repositories on the Hub: made and checked before a push."""
 
 import functools
 import hashlib
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
 
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoFile
 
 from ..adapters.files import clean
 from .cards import CARD_FILE
 from .facts import ROUND_FILES
-
-
-# Seconds before a push is tried again; the client itself repeats single requests as well.
-WAITS = (1.0, 4.0, 16.0)
-WORTH_ANOTHER_TRY = (408, 409, 412, 429)
-Result = TypeVar("Result")
 
 
 def prepare_repository(repo_id: str, kind: str, private: bool, token: str | None) -> str:
@@ -125,26 +116,6 @@ def files_on_hub(api: HfApi, repo_id: str) -> dict[str, RepoFile]:
         for entry in api.list_repo_tree(repo_id, recursive=True, repo_type="dataset")
         if isinstance(entry, RepoFile)
     }
-
-
-def retried(action: Callable[[], Result]) -> Result:
-    """The result of `action`; after an error that may pass, it is called again, up to three times."""
-    for wait in WAITS:
-        try:
-            return action()
-        except Exception as error:
-            if _is_final(error):
-                raise
-        time.sleep(wait)
-    return action()
-
-
-def _is_final(error: Exception) -> bool:
-    """Whether the error is one of wrong input, or of a request that the Hub refuses."""
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        return 400 <= status < 500 and status not in WORTH_ANOTHER_TRY
-    return isinstance(error, ValueError | TypeError | OfflineModeIsEnabled)
 
 
 def _is_same_file(path: Path, remote: RepoFile) -> bool:

@@ -110,8 +110,7 @@ class PGraftTrainer:
         self.stored = stored_rollout(self.samples_dataset, self.rewards, config, accelerator)
         self.publisher = Publisher(config, self.output_dir, accelerator, samples_dataset is None)
         self.run_folder = RunFolder(self.output_dir, self.finetuner, self.collector)
-        start = self.policy.start and self.policy.start.source
-        self.run_log = RunLog(self.output_dir, accelerator, self.callbacks, config, starting_adapter=start)
+        self.run_log = RunLog(self.output_dir, accelerator, self.callbacks, config, starting_adapter=self.policy.start)
         self.config, self.epochs = config, config.num_epochs
         self.state = self.run_folder.resume(config.resume_from or config.resume_from_checkpoint)
         self.run_log.start_trackers()

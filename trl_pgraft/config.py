@@ -23,6 +23,7 @@ import torch
 from typing_extensions import deprecated
 
 from .core.acceptance import ACCEPTANCE_RULES, get_acceptance, probabilities_of
+from .core.identity import code_of, name_of
 
 
 if TYPE_CHECKING:
@@ -221,7 +222,7 @@ def plain_fields(config: "DataclassInstance", without: Collection[str] = ()) -> 
             Names of fields to leave out.
     """
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in without}
-    return {name: getattr(v, "__name__", str(v)) if callable(v) else v for name, v in values.items()}
+    return {name: name_of(v) if callable(v) else v for name, v in values.items()}
 
 
 def default_values(config: "DataclassInstance") -> dict[str, Any]:
@@ -414,7 +415,9 @@ class GraftConfig:
     )
     output_dir: str = config_field("pgraft_output", "Folder for checkpoints, samples and metrics.")
     resume_from_checkpoint: Annotated[str | None, bool] = config_field(
-        None, "TRL's name for `resume_from`; True takes the newest checkpoint of `output_dir`, if there is one."
+        None,
+        "TRL's name for `resume_from`; True ('true' or 'latest' on a command line) takes the newest checkpoint of "
+        "`output_dir`, if there is one.",
     )
     hub_model_id: str | None = config_field(
         None, "Repository of the adapter on the Hub. None: the name of the output folder."
@@ -478,7 +481,8 @@ class GraftConfig:
         images = self.sample_batch_size * self.sample_num_batches_per_epoch * processes
         rows = self.train_batch_size * self.train_gradient_accumulation_steps * processes
         fields = plain_fields(self, without=MAY_CHANGE)
-        return {**fields, "images a round": images, "rows of an optimizer step": rows}
+        functions = {name: code_of(getattr(self, name)) for name in fields if callable(getattr(self, name))}
+        return {**fields, "images a round": images, "rows of an optimizer step": rows, "functions": functions}
 
     @deprecated("GraftConfig.shaping is now GraftConfig.resume_signature.")
     def shaping(self, processes: int) -> dict[str, Any]:

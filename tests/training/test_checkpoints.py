@@ -156,6 +156,20 @@ def test_a_run_of_other_values_is_refused(tmp_path):
         check_same_run(path, {**run, "seed": 1, "rewards": {}}, *CONFIGS)
 
 
+def test_functions_of_one_name_are_told_apart_but_in_older_checkpoints(tmp_path):
+    one, other = (GraftConfig(acceptance=lambda rewards, c=c: rewards > c).resume_signature(1) for c in (0.2, 0.4))
+    path = save_checkpoint(tmp_path, TrainerState(epoch=1), one)
+    check_same_run(
+        path, GraftConfig(acceptance=lambda rewards, c=0.2: rewards > c).resume_signature(1) | one, *CONFIGS
+    )
+    with pytest.raises(
+        ChangedRunError, match="functions was {'acceptance': '<lambda>, code .* and is .*'<lambda>, code"
+    ):
+        check_same_run(path, other, *CONFIGS)
+    older = {name: value for name, value in one.items() if name != "functions"}
+    check_same_run(save_checkpoint(tmp_path, TrainerState(epoch=2), older), other, *CONFIGS)
+
+
 @pytest.mark.parametrize("damage", ["truncated", "missing", "nonsense"])
 def test_a_checkpoint_that_cannot_be_read_is_named_and_left_alone(tmp_path, damage):
     save(tmp_path, 1)

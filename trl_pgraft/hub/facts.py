@@ -14,8 +14,8 @@ from diffusers import DiffusionPipeline
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import LNTuningConfig, LoraConfig, PeftConfig
 
+from ..core.identity import stable
 from ..core.switch_level import SwitchLevel
-from ..pipelines.fingerprint import stable
 from ..pipelines.inputs import takes_prompts
 from ..rewards.registry import Reward
 from ..rollouts.dataset import prompts_of_samples

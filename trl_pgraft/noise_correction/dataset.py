@@ -20,11 +20,12 @@ from tqdm.auto import tqdm
 
 from ..adapters.gate import gate_on
 from ..adapters.layers import active_scales
+from ..core.identity import stable
 from ..core.seeding import noise_of
 from ..core.tensor_files import load_tensors, save_tensors
 from ..pipelines.denoiser_call import denoiser_of
 from ..pipelines.denoiser_format import uncompiled
-from ..pipelines.fingerprint import fingerprint_of, stable
+from ..pipelines.fingerprint import fingerprint_of
 from ..pipelines.pixels import as_image
 from ..pipelines.placement import device_of, offload_device
 from .config import NoiseCorrectionConfig

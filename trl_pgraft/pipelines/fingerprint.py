@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
 
+from ..core.identity import stable
 from .denoiser_call import denoiser_of
 
 
@@ -52,14 +52,3 @@ def fingerprint_of(tensors: Mapping[str, torch.Tensor]) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def stable(value: Any) -> str:
-    """Text of an argument that is the same in another process: of images and tensors, their content."""
-    if isinstance(value, Image.Image):
-        value = value.tobytes()
-    elif isinstance(value, torch.Tensor):
-        value = value.detach().cpu().float().numpy().tobytes()
-    elif isinstance(value, list | tuple):
-        return str([stable(v) for v in value])
-    return hashlib.blake2b(value, digest_size=8).hexdigest() if isinstance(value, bytes) else str(value)

@@ -99,7 +99,8 @@ class RunFolder:
         Args:
             source (`str`, `bool` or `None`):
                 A checkpoint, or a folder of checkpoints of which the newest is taken; `True` is the run's own folder,
-                if it has any. Nothing is loaded where it is empty or `None`.
+                if it has any, and so are "true" and "latest" if there is no such folder. Nothing is loaded where it is
+                empty, `None`, `False` or one of these as a string.
             state ([`TrainerState`], *optional*):
                 State of the run so far; that of a new run where not given.
 
@@ -109,6 +110,8 @@ class RunFolder:
         Raises:
             `ValueError`: there is no checkpoint at `source`, it cannot be read, or it is of another run.
         """
+        if isinstance(source, str) and not Path(source).exists():  # from a command line
+            source = {"true": True, "latest": True, "false": False, "none": None}.get(source.lower(), source)
         self.is_resumed = bool(source)
         if source is True:
             source = str(self.checkpoints) if checkpoints_in(self.checkpoints) else None

@@ -28,6 +28,7 @@ from ..pipelines.denoiser_format import uncompiled
 from ..pipelines.fingerprint import fingerprint_of
 from ..pipelines.pixels import as_image
 from ..pipelines.placement import device_of, offload_device
+from .checks import check_values
 from .config import NoiseCorrectionConfig
 from .correctors.lora import CORRECTION_ADAPTER
 from .flow_sampler import FlowSampler
@@ -211,6 +212,7 @@ class DatasetInverter:
         batch = self.dataset[start : start + self.config.inversion_batch_size]
         digest = hashlib.blake2b(self._made_by.encode(), digest_size=16)
         for name in ("latents", "image", "prompt"):
+            check_values(name, batch.get(name, []), start)
             for value in batch.get(name, []):
                 digest.update(_bits(value))
         tags = {"made_from": digest.hexdigest()}

@@ -19,11 +19,11 @@ from ..hub.facts import repository_of
 from ..pipelines.conditioning import Conditioning
 from ..pipelines.denoiser_call import denoiser_of
 from ..pipelines.denoiser_format import DenoiserFormat, uncompiled
-from ..pipelines.inputs import takes_prompts
 from ..pipelines.placement import on_device, place_pipeline
 from ..training.checkpoints import archive_previous_run
 from ..training.optimizer import launched_accelerator
 from ..training.run_log import METRICS_FILE, RunLog
+from .checks import check_arguments
 from .config import NoiseCorrectionConfig
 from .correctors import Corrector, FlowCorrector, GaussianCorrector, LoraCorrector, NetworkCorrector
 from .correctors.network import make_network
@@ -98,7 +98,7 @@ class NoiseCorrectionTrainer:
         self.config = config = config or NoiseCorrectionConfig()
         if pipeline is None or train_dataset is None:
             raise ValueError("pipeline and train_dataset are required: a diffusers flow pipeline, and real data.")
-        _check_arguments(config, pipeline, train_dataset, peft_config, network)
+        check_arguments(config, pipeline, train_dataset, peft_config, network)
         self.accelerator = launched_accelerator(config.mixed_precision)
         if config.train_batch_size % self.accelerator.num_processes:
             raise ValueError(
@@ -278,34 +278,3 @@ class NoiseCorrectionTrainer:
             commit_message=commit_message,
             revision=revision,
         )
-
-
-def _check_arguments(
-    config: NoiseCorrectionConfig,
-    pipeline: DiffusionPipeline,
-    dataset: datasets.Dataset,
-    peft_config: PeftConfig | None,
-    network: ModelMixin | None,
-) -> None:
-    if not isinstance(dataset, datasets.Dataset):
-        raise ValueError(
-            f"train_dataset is a {type(dataset).__name__}; it needs to be a datasets.Dataset: one split, not streamed."
-        )
-    columns = dataset.column_names
-    if "image" not in columns and "latents" not in columns:
-        raise ValueError(f"train_dataset has the columns {columns}; it needs `image` (PIL images) or `latents`.")
-    if "prompt" not in columns and takes_prompts(pipeline):
-        raise ValueError(
-            f"train_dataset has the columns {columns}; {type(pipeline).__name__} takes prompts, so it needs `prompt` "
-            "as well, of empty strings where there is nothing to say."
-        )
-    if not len(dataset):
-        raise ValueError("train_dataset is empty.")
-    if network is not None and not isinstance(network, ModelMixin):
-        raise ValueError(
-            f"network: a {type(network).__name__} is no diffusers model, so it could not be saved. Derive it from "
-            "diffusers.ModelMixin and ConfigMixin."
-        )
-    for name, value, corrector in (("network", network, "network"), ("peft_config", peft_config, "lora")):
-        if value is not None and config.corrector != corrector:
-            raise ValueError(f"{name}: given with corrector={config.corrector!r}; set corrector={corrector!r}.")

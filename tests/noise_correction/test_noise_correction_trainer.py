@@ -459,7 +459,7 @@ def test_prompts_are_not_encoded_for_a_network(tmp_path):
 
     pipeline.encode_prompt = note
     trainer.train()
-    assert encoded == [["a", "b"], ["c", "d"], ["e", "f"]]
+    assert encoded == [["a", "b"], ["c", "d"], ["e", "f"], ["a", "b"]], "the last for the round trip"
 
 
 def test_held_out_samples_are_evaluated_as_many_at_a_time_as_a_process_trains_on(tmp_path, monkeypatch):

@@ -3,11 +3,13 @@
 """The corrected pipeline: a drop-in for its pipeline, saved, loaded and pushed."""
 
 import json
+import warnings
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from hub_cases import TOKEN
+from huggingface_hub import HfApi
 from tiny_flow import tiny_flow
 from tiny_pipelines import tiny_flux, tiny_sd
 from tiny_transformers import tiny_sd3
@@ -207,6 +209,56 @@ def test_pushed_it_comes_back_with_a_card(hub, case):
     loaded = NoiseCorrectedPipeline.from_pretrained("ann/fixer", make(), **TOKEN)
     wanted = corrected(**kwargs, generator=generator()).images
     assert torch.equal(loaded(**kwargs, generator=generator()).images, wanted)
+
+
+def test_an_output_folder_of_the_trainer_is_searched(tmp_path):
+    corrected, make, kwargs = gaussian_case()
+    corrected.save_pretrained(tmp_path / "corrector")
+    loaded = NoiseCorrectedPipeline.from_pretrained(tmp_path, make())
+    wanted = corrected(**kwargs, generator=generator()).images
+    assert torch.equal(loaded(**kwargs, generator=generator()).images, wanted)
+
+
+@pytest.mark.parametrize("case", [lora_case, network_case, gaussian_case])
+def test_an_output_folder_on_the_hub_is_searched(hub, case, tmp_path):
+    """Pushed as it is, with files that are no part of the corrector and are not downloaded."""
+    corrected, make, kwargs = case()
+    corrected.save_pretrained(tmp_path / "corrector")
+    (tmp_path / "inverted.safetensors").write_bytes(b"noise")
+    api = HfApi(**TOKEN)
+    api.create_repo("ann/output")
+    api.upload_folder(repo_id="ann/output", folder_path=tmp_path)
+    loaded = NoiseCorrectedPipeline.from_pretrained("ann/output", make(), **TOKEN)
+    wanted = corrected(**kwargs, generator=generator()).images
+    assert torch.equal(loaded(**kwargs, generator=generator()).images, wanted)
+
+
+def test_another_size_is_run_with_a_warning_or_refused():
+    """A LoRA and a network run at other sizes as the model does, and it is said once that this was not measured."""
+    corrected, _, kwargs = lora_case()
+    corrected.trained_for = {"shape": [4, 8, 8], "num_inference_steps": 3, "guided": False}
+    corrected(**kwargs)
+    larger = {**kwargs, "height": 32}
+    with pytest.warns(UserWarning, match=r"latents of shape \[4, 16, 8\], trained for \[4, 8, 8\]"):
+        assert corrected(**larger).images.shape == (2, 4, 16, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        corrected(**larger)
+    with pytest.warns(UserWarning, match=r"num_inference_steps 5, trained for 3; guidance True, trained for False"):
+        corrected(**{**kwargs, "num_inference_steps": 5, "guidance_scale": 4.0})
+    corrected, _, _ = network_case()
+    corrected.trained_for = {"shape": [1, 8, 8]}
+    with pytest.warns(UserWarning, match="not measured"):
+        assert corrected(latents=torch.zeros(1, 1, 16, 16), num_inference_steps=2).images[0].size == (16, 16)
+    with pytest.raises(ValueError, match=r"trained on latents of shape \[1, 8, 8\] and cannot run on \[1, 10, 10\]"):
+        corrected(latents=torch.zeros(1, 1, 10, 10), num_inference_steps=2)
+    with pytest.raises(ValueError, match=r"fitted to latents of 64 elements, and this call starts from"):
+        gaussian_case()[0](latents=torch.zeros(1, 1, 16, 16), num_inference_steps=2)
+
+
+def test_a_corrector_that_is_not_trained_yet_is_refused():
+    with pytest.raises(ValueError, match="no corrector yet"):
+        NoiseCorrectedPipeline(tiny_flow(), None)(num_inference_steps=2)
 
 
 def test_a_folder_without_a_corrector_is_not_pushed(tmp_path):

@@ -30,6 +30,7 @@ ADAPTER_FILES = (SWITCH_FILE, *PEFT_FILES, LORA_FILE)
 CORRECTOR_FILE = "noise_correction.json"
 NETWORK_FOLDER = "network"
 GAUSSIAN_FILE = "gaussian.safetensors"
+CORRECTOR_FOLDER = "corrector"  # where the trainer saves it, in its output folder
 CORRECTOR_FILES = (CORRECTOR_FILE, *PEFT_FILES, f"{NETWORK_FOLDER}/*", GAUSSIAN_FILE)
 PEFT_PREFIX = "base_model.model."
 

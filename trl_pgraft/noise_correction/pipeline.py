@@ -5,6 +5,7 @@
 import inspect
 import json
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,14 +13,14 @@ import torch
 from accelerate.utils import send_to_device
 from diffusers import DiffusionPipeline
 
-from ..adapters.files import CORRECTOR_FILE, CORRECTOR_FILES, fetched
+from ..adapters.files import CORRECTOR_FILE, CORRECTOR_FILES, CORRECTOR_FOLDER, fetched
 from ..hub.push import push_corrector_to_hub
 from ..pipelines.denoiser_call import DenoiserCall, branches_of
 from ..pipelines.denoiser_format import DenoiserFormat
 from ..pipelines.inputs import input_names, parameters_of
 from ..pipelines.introspection import introspect
 from ..pipelines.recording import first_calls
-from .correctors import CORRECTORS, Corrector
+from .correctors import CORRECTORS, Corrector, NetworkCorrector
 
 
 # Arguments that do not change how the pipeline calls its denoiser.
@@ -89,7 +90,7 @@ class NoiseCorrectedPipeline:
         # `None` until the trainer has fitted it.
         self.pipeline, self.corrector = pipeline, cast(Corrector, corrector)
         self.corrector_steps, self.trained_for = _checked(corrector_steps), trained_for or {}
-        self._format, self._calls = denoiser_format, dict[str, DenoiserCall]()
+        self._format, self._calls, self._said = denoiser_format, dict[str, DenoiserCall](), set[str]()
 
     def __getattr__(self, name: str) -> Any:
         if name == "pipeline":  # not set yet, while this object is copied or unpickled
@@ -124,12 +125,14 @@ class NoiseCorrectedPipeline:
 
         Raises:
             `TypeError`: the pipeline's call does not take the arguments.
-            `ValueError`: `corrector_steps` is not a whole number of 0 or more, or the pipeline calls its denoiser in
-                a way that cannot be recorded.
+            `ValueError`: `corrector_steps` is not a whole number of 0 or more, the pipeline calls its denoiser in
+                a way that cannot be recorded, or the corrector does not exist yet or cannot run at this size.
         """
         steps = self.corrector_steps if corrector_steps is None else _checked(corrector_steps)
         inspect.signature(self.pipeline.__call__).bind(*args, **kwargs)  # raises what the call would
         arguments = {**dict(zip(parameters_of(self.pipeline), args, strict=False)), **kwargs}
+        if self.corrector is None:
+            raise ValueError("There is no corrector yet: NoiseCorrectionTrainer.train() makes it.")
         if steps == 0:
             return self.pipeline(**arguments)
         return self.pipeline(**{**arguments, "latents": self._corrected_noise(arguments, steps)})
@@ -141,7 +144,35 @@ class NoiseCorrectedPipeline:
         latents = call.format.latents(calls[0])
         count = len(latents) * call.calls_per_step // call.branches
         branch = branches_of(calls, call.format, call.batch_axes, count)[call.conditional_branch]
-        return self.corrector.correct(latents[:count], call, send_to_device(branch, latents.device), steps)
+        self._warn_if_other(arguments, call, latents)
+        noise, fitted, shape = latents[:count], self.trained_for.get("shape"), list(latents.shape[1:])
+        try:
+            return self.corrector.correct(noise, call, send_to_device(branch, latents.device), steps)
+        except (RuntimeError, ValueError) as error:
+            if not isinstance(self.corrector, NetworkCorrector) or fitted in (None, shape):
+                raise
+            raise ValueError(
+                f"The network of this corrector was trained on latents of shape {fitted} and cannot run on {shape}: "
+                f"{error}\nSample with the height and width that were inverted, or with corrector_steps=0."
+            ) from error
+
+    def _warn_if_other(self, arguments: dict[str, Any], call: DenoiserCall, latents: torch.Tensor) -> None:
+        """Say how a call differs from the sampler whose noise was learned, once for each difference."""
+        given, facts = {n: p.default for n, p in parameters_of(self.pipeline).items()} | arguments, self.trained_for
+        pairs = {
+            "latents of shape": (facts.get("shape"), list(latents.shape[1:])),
+            "num_inference_steps": (facts.get("num_inference_steps"), given.get("num_inference_steps")),
+            "guidance": (facts.get("guided"), call.is_guided),
+        }
+        other = {name: pair for name, pair in pairs.items() if None not in pair and pair[0] != pair[1]}
+        said = "; ".join(f"{name} {now}, trained for {then}" for name, (then, now) in other.items())
+        if said and said not in self._said:
+            self._said.add(said)
+            warnings.warn(
+                f"The corrector learned the noise of another sampler than this call's: {said}. What it does to these "
+                "samples was not measured; corrector_steps=0 samples without it.",
+                stacklevel=4,
+            )
 
     def _call_with(self, arguments: dict[str, Any]) -> DenoiserCall:
         """How the pipeline calls its denoiser with these settings; introspected once for each."""
@@ -185,7 +216,8 @@ class NoiseCorrectedPipeline:
 
         Args:
             source (`str` or `Path`):
-                Folder of [`~NoiseCorrectedPipeline.save_pretrained`], or repository id on the Hub.
+                Folder of [`~NoiseCorrectedPipeline.save_pretrained`], or repository id on the Hub; or an output folder
+                of the trainer, there or here, in which the corrector is in `corrector`.
             pipeline (`DiffusionPipeline`):
                 The pipeline that the corrector was trained for. A LoRA is added to its denoiser, switched off.
             denoiser_format (`type`, *optional*):
@@ -201,7 +233,10 @@ class NoiseCorrectedPipeline:
         Raises:
             `ValueError`: there is no corrector, or it is of an unknown kind, or its weights do not fit the denoiser.
         """
-        folder = fetched(source, CORRECTOR_FILES, revision, token)
+        files = (*CORRECTOR_FILES, *(f"{CORRECTOR_FOLDER}/{name}" for name in CORRECTOR_FILES))
+        folder = fetched(source, files, revision, token)
+        if not (folder / CORRECTOR_FILE).is_file() and (folder / CORRECTOR_FOLDER / CORRECTOR_FILE).is_file():
+            folder = folder / CORRECTOR_FOLDER
         if not (folder / CORRECTOR_FILE).is_file():
             raise ValueError(f"{source} has no {CORRECTOR_FILE}: it is no corrector of NoiseCorrectionTrainer.")
         facts = json.loads((folder / CORRECTOR_FILE).read_text())

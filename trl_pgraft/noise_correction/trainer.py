@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from peft import PeftConfig
 
+from ..adapters.files import CORRECTOR_FOLDER
 from ..adapters.lora import default_lora_config
 from ..core.seeding import seed_of
 from ..hub.facts import repository_of
@@ -35,7 +36,6 @@ from .pipeline import NoiseCorrectedPipeline
 from .round_trip import round_trip, said_of
 
 
-CORRECTOR_FOLDER = "corrector"
 ROUND_TRIPS = 8  # samples
 
 
@@ -125,6 +125,7 @@ class NoiseCorrectionTrainer:
             "num_inference_steps": config.num_inference_steps,
             "guided": config.guided,
             "samples": len(train_dataset),
+            "shape": list(self.sampler.like.shape[1:]),
         }
         self.corrected = NoiseCorrectedPipeline(
             pipeline, self.corrector, config.corrector_steps, trained_for, denoiser_format

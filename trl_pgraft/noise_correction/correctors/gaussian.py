@@ -95,6 +95,13 @@ class GaussianCorrector:
         """
         if steps == 0:
             return noise
+        if noise[0].numel() != len(self.mean):
+            raise ValueError(
+                f"The Gaussian of this corrector was fitted to latents of {len(self.mean)} elements, and this call "
+                f"starts from {tuple(noise.shape[1:])}. It knows no other size. Sample with the height and width that "
+                "were inverted, or with corrector_steps=0, or train corrector='network' or 'lora', which run at other "
+                "sizes."
+            )
         mean, root = self.mean.to(noise.device), self.root.to(noise.device)
         return (mean + noise.float().flatten(1) @ root).reshape(noise.shape).to(noise.dtype)
 

@@ -106,7 +106,7 @@ class PGraftTrainer:
         self.finetuner = Finetuner(self.policy, config, accelerator)
         self.collector = RolloutCollector(self.policy, self.rewards, source, config, accelerator, self.output_dir)
         self.collector.check_prompts(self.held_out, example, prompts)
-        self.samples_dataset = check_samples(samples_dataset, self.policy.fingerprint, self.collector.reward_names)
+        self.samples_dataset = check_samples(samples_dataset, self.policy.has_fingerprint, self.collector.reward_names)
         self.stored = stored_rollout(self.samples_dataset, self.rewards, config, accelerator)
         self.publisher = Publisher(config, self.output_dir, accelerator, samples_dataset is None)
         self.run_folder = RunFolder(self.output_dir, self.finetuner, self.collector)

@@ -99,8 +99,8 @@ def test_the_fingerprint_does_not_depend_on_the_adapter_or_the_order_of_argument
 
 def test_samples_to_train_on_are_taken_with_or_without_their_split():
     dataset = as_dataset(random_round())
-    assert check_samples(dataset, "f00d", ["red"]) is dataset
-    assert check_samples(datasets.DatasetDict(train=dataset), "f00d", []) is dataset
+    assert check_samples(dataset, "f00d".__eq__, ["red"]) is dataset
+    assert check_samples(datasets.DatasetDict(train=dataset), "f00d".__eq__, []) is dataset
 
 
 @pytest.mark.parametrize(
@@ -111,10 +111,10 @@ def test_samples_to_train_on_are_taken_with_or_without_their_split():
         (lambda d: d.select([]), "samples_dataset is empty"),
         (lambda d: d.to_iterable_dataset(), "is a IterableDataset; load it without streaming"),
         (lambda d: datasets.DatasetDict(train=d, test=d), "has the splits train, test; give one"),
-        (lambda d: d.map(lambda row: {"fingerprint": "beef"}), "fingerprint beef; this configuration has f00d"),
-        (lambda d: d.map(lambda row: {"fingerprint": None}), "fingerprint None; this configuration has f00d"),
+        (lambda d: d.map(lambda row: {"fingerprint": "beef"}), "another model.*fingerprint beef, which is not"),
+        (lambda d: d.map(lambda row: {"fingerprint": None}), "fingerprint None, which is not"),
     ],
 )
 def test_samples_that_cannot_be_trained_on_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        check_samples(change(as_dataset(random_round())), "f00d", ["red"])
+        check_samples(change(as_dataset(random_round())), "f00d".__eq__, ["red"])

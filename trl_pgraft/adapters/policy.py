@@ -21,7 +21,14 @@ from ..core.switch_level import SwitchLevel
 from ..pipelines.checks import check_call, check_peft_config, check_steps, warn_if_distilled
 from ..pipelines.denoiser_call import denoiser_of
 from ..pipelines.denoiser_format import DenoiserFormat, uncompiled, usual_timestep_names
-from ..pipelines.fingerprint import fingerprint_of, sampling_fingerprint
+from ..pipelines.fingerprint import (
+    NO_SAMPLES,
+    fingerprint_of,
+    former_fingerprint,
+    is_same_fingerprint,
+    sampling_fingerprint,
+    weights_of,
+)
 from ..pipelines.inputs import as_batch, config_in_force, inputs_of, sampling_arguments
 from ..pipelines.introspection import introspect
 from ..pipelines.placement import check_adaptable, evaluation_mode, place_pipeline, weights_dtype
@@ -45,10 +52,6 @@ from .lora import (
     without_adapters,
 )
 from .warm_start import StartingAdapter, read_starting_adapter
-
-
-# Components that images are checked with: without them it is the same sampler.
-NO_PARTS = ("safety_checker", "feature_extractor")
 
 
 class PipelineWrapper(Protocol):
@@ -123,15 +126,18 @@ class Policy:
         _hand_over(self.switch, self._holder, self.has_adapter)
         if self.start is not None:
             self.start.check_level(self.switch, config, self.introspection.sampler)
-        self.fingerprint = sampling_fingerprint(self.pipeline, self.arguments, self.levels.step_index)
-        self._parts = self._current_parts()
-        self._had_adapter = False
+        self.weights, self._parts, self._had_adapter = weights_of(self.pipeline), self._current_parts(), False
+        self.fingerprint = sampling_fingerprint(
+            self.pipeline, self.arguments, self.levels.step_index, self.weights, self._parts["active adapters"]
+        )
 
     def _current_parts(self) -> dict[str, Any]:
         """What sampling depends on and a user may replace: components, and the scheduler's settings."""
         scheduler, components = self.pipeline.scheduler, self.pipeline.components.items()
         return {
-            **{n: uncompiled(c) if isinstance(c, torch.nn.Module) else c for n, c in components if n not in NO_PARTS},
+            **{
+                n: uncompiled(c) if isinstance(c, torch.nn.Module) else c for n, c in components if n not in NO_SAMPLES
+            },
             # By what it is, because some pipelines make theirs anew in each call.
             "scheduler": (
                 type(scheduler),
@@ -219,6 +225,14 @@ class Policy:
         if self.has_adapter:
             remove_adapter(self.denoiser, ADAPTER_NAME)
         load_adapter_weights(self.denoiser, folder, ADAPTER_NAME)
+
+    def has_fingerprint(self, stored: str) -> bool:
+        """Whether a stored fingerprint is this policy's; one of an earlier version is taken, with a warning."""
+        return is_same_fingerprint(
+            stored,
+            self.fingerprint,
+            lambda: former_fingerprint(self.pipeline, self.arguments, self.levels.step_index),
+        )
 
     def sampled_by(self) -> str:
         """Identifies what samples: model, scheduler and arguments, and the adapter bit for bit."""

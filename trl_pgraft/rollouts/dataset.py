@@ -2,7 +2,7 @@
 
 """Rollouts as data sets of samples, written and read, with the fingerprint of what they were sampled with."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +25,9 @@ SAMPLE_COLUMNS = ("prompt", "image", "reward", "accepted", "round", "group", "se
 
 
 def check_samples(
-    dataset: datasets.Dataset | datasets.DatasetDict | None, fingerprint: str, names: Sequence[str]
+    dataset: datasets.Dataset | datasets.DatasetDict | None,
+    has_fingerprint: Callable[[str], bool],
+    names: Sequence[str],
 ) -> datasets.Dataset | None:
     r"""
     The samples to train on in the order of their groups, checked against the model that is to be trained; `None` for a
@@ -34,8 +36,8 @@ def check_samples(
     Args:
         dataset (`datasets.Dataset`, `datasets.DatasetDict` of one split, or `None`):
             Samples of one or several iterations, as a run has written them; `None` for a run that samples.
-        fingerprint (`str`):
-            Fingerprint of model, scheduler and sampling arguments, from [`sampling_fingerprint`].
+        has_fingerprint (`Callable[[str], bool]`):
+            Whether a stored fingerprint is that of the present model, scheduler and sampling arguments.
         names (`Sequence[str]`):
             Names of the rewards whose columns are read.
 
@@ -60,11 +62,12 @@ def check_samples(
     found = set(dataset["fingerprint"])
     if not found:
         raise ValueError("samples_dataset is empty: there is nothing to train on.")
-    if found != {fingerprint}:
+    if not all(map(has_fingerprint, map(str, found))):
         raise ValueError(
-            "samples_dataset was sampled from another model, scheduler, guidance or tuned_fraction (fingerprint "
-            f"{', '.join(sorted(map(str, found)))}; this configuration has {fingerprint}). Train with the "
-            "configuration that it was sampled with."
+            "samples_dataset was sampled from another model (denoiser, text encoders, VAE or other weights, also the "
+            "same ones in another precision), scheduler, guidance or tuned_fraction (fingerprint "
+            f"{', '.join(sorted(map(str, found)))}, which is not this configuration's). Train with the pipeline and "
+            "the configuration that it was sampled with."
         )
     keys = list(zip(dataset["round"], dataset["group"], dataset["prompt"], strict=True))
     return dataset if keys == sorted(keys) else dataset.select(sorted(range(len(keys)), key=keys.__getitem__))

@@ -2,6 +2,7 @@
 
 """The output folder of a run: begun or resumed, with its checkpoints and its adapter."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ from .checkpoints import (
 from .finetuner import Finetuner
 from .run_log import METRICS_FILE, RunLog
 from .state import TrainerState
+
+
+# Names in a checkpoint's signature. The second is followed by a component's name.
+MODEL, WEIGHTS = "model, scheduler and sampling arguments", "weights of the pipeline's "
 
 
 class RunFolder:
@@ -119,7 +124,7 @@ class RunFolder:
             return state or TrainerState()
         checkpoint, finetuner = find_checkpoint(source), self.finetuner
         with reading(checkpoint):
-            check_same_run(checkpoint, self.resume_signature(), finetuner.config, finetuner.policy.peft_config)
+            check_same_run(checkpoint, self._signature_for(checkpoint), finetuner.config, finetuner.policy.peft_config)
             state = load_trainer_state(checkpoint)
             if (checkpoint / "adapter_config.json").is_file():
                 finetuner.load_adapter(checkpoint)
@@ -135,5 +140,14 @@ class RunFolder:
             "adapter": adapter_values(policy.peft_config.to_dict()),
             "rewards": {reward.name: reward.weight for reward in self.collector.rewards},
             "weights of the starting adapter": policy.start.fingerprint if policy.start else None,
-            "model, scheduler and sampling arguments": policy.fingerprint,
+            MODEL: policy.fingerprint,
+            **{WEIGHTS + name: value for name, value in policy.weights.items()},
         }
+
+    def _signature_for(self, checkpoint: Path) -> dict[str, Any]:
+        """The signature to compare with a checkpoint's; one of an earlier version knows less of the model."""
+        stored = json.loads((checkpoint / "run.json").read_text())
+        signature = self.resume_signature()
+        known = {n: value for n, value in signature.items() if not n.startswith(WEIGHTS) or n in stored}
+        model = stored.get(MODEL, "")
+        return {**known, MODEL: model} if self.finetuner.policy.has_fingerprint(model) else known

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from peft import LoraConfig
+from safety_checkers import tiny_checked_sd
 from tiny_pipelines import ATTENTION, tiny_flux, tiny_sd
 
 from examples import quickstart
@@ -44,7 +45,7 @@ def brightness(images, prompts, metadata):
 def make(tmp_path):
     """Makes trainers with groups of four on a tiny pipeline of four steps."""
 
-    def make(pipeline=None, reward=brightness, reward_funcs=None, peft_config=None, **options):
+    def make(pipeline=None, reward=brightness, reward_funcs=None, peft_config=None, pipeline_kwargs=None, **options):
         defaults = {
             "sample_num_steps": 4,
             "sample_guidance_scale": 3.0,
@@ -60,9 +61,29 @@ def make(tmp_path):
         config = GraftConfig(**{**defaults, **options})
         prompts = iter(PROMPTS * 100)
         source, pipeline = lambda: (next(prompts), {}), pipeline or tiny_sd()
-        return PGraftTrainer(config, reward, source, pipeline, reward_funcs=reward_funcs, peft_config=peft_config)
+        given = {"reward_funcs": reward_funcs, "peft_config": peft_config, "pipeline_kwargs": pipeline_kwargs}
+        return PGraftTrainer(config, reward, source, pipeline, **given)
 
     return make
+
+
+def test_flagged_images_are_left_out_and_counted(make):
+    """One of each call: of two calls for the pilot, two for each fraction's predictions, two for completions."""
+
+    def whiteness(*, images, **_):
+        assert all(image.getextrema() != ((0, 0),) * 3 for image in images)
+        return [sum(image.resize((1, 1)).getpixel((0, 0))) for image in images]
+
+    for eta, flagged in ((0.0, 4), (1.0, 6)):
+        trainer = make(tiny_checked_sd(), None, [whiteness], sample_eta=eta)
+        result = choose_intermediate_step(trainer, fractions=[0.25, 0.5], completions=2)
+        assert column(result, "flagged") == [flagged, flagged]
+
+
+def test_a_callback_of_the_users_own_is_refused(make):
+    trainer = make(pipeline_kwargs={"callback_on_step_end": lambda pipeline, step, timestep, tensors: tensors})
+    with pytest.raises(ValueError, match="pipeline_kwargs has a `callback_on_step_end`"):
+        choose_intermediate_step(trainer)
 
 
 def column(result, name):
@@ -104,7 +125,7 @@ def test_completions_share_x_i_and_differ_after_it(make):
         for number in (1, 2):
             pipeline, call = trainer.pipeline, trainer.policy.call
             with record_trajectory(pipeline, call, 2, 12) as middle, record_trajectory(pipeline, call, 4, 12) as end:
-                score_completions(trainer.collector, pilot, 2, number)
+                score_completions(trainer.collector, pilot, 2, number)[0]
             states.append(middle.x_i)
             finals.append(end.x_i)
     assert torch.equal(states[0], pilot.states[2]) and torch.equal(states[1], pilot.states[2])

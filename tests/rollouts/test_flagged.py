@@ -5,39 +5,21 @@
 import datasets
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
-from tiny_pipelines import tiny_sd
-from transformers import CLIPImageProcessor
+from safety_checkers import tiny_checked_sd
 
 from trl_pgraft import GraftConfig, PGraftTrainer
 from trl_pgraft.rewards import RewardError
 from trl_pgraft.rollouts.cache import RolloutCache
 
 
-class Checker(torch.nn.Module):
-    """Flags the first image of each call, in one of the forms that checkers have: black, in place."""
-
-    device, dtype = torch.device("cpu"), torch.float32
-
-    def __init__(self, form):
-        super().__init__()
-        self.form = form
-
-    def forward(self, images, clip_input):
-        images[0] = images[0] * 0
-        return images, self.form([i == 0 for i in range(len(images))])
-
-
 def make_trainer(folder, reward, form=list, **options):
-    parts = {**tiny_sd().components, "safety_checker": form and Checker(form)}
-    parts["feature_extractor"] = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
     size = {"sample_num_steps": 4, "sample_batch_size": 4, "sample_num_batches_per_epoch": 2, "samples_per_prompt": 4}
     config = {"num_epochs": 1, "acceptance_kwargs": {"k": 3}, "control_adapter": False, "reward_retries": 0}
     return PGraftTrainer(
         GraftConfig(**{**size, **config, "eval_prompts": ["a", "b"], "output_dir": str(folder), **options}),
         reward_funcs=reward,
-        sd_pipeline=StableDiffusionPipeline(**parts, requires_safety_checker=False),
+        sd_pipeline=tiny_checked_sd(form),
         train_dataset=datasets.Dataset.from_dict({"prompt": ["a cat", "a dog"]}),
     )
 

@@ -96,6 +96,7 @@ def choose_intermediate_step(
       construction if the sampler adds no noise after x_I.
     - `information`: what is left of the selection if a model learns only what x_I shows: `1 - reward_variance` of a
       stochastic sampler, the square of `readable` of a deterministic one, within [0, 1].
+    - `flagged`: images, of the pilot and of those made for this fraction, that a safety checker flagged: left out.
     - `difficulty`, `difficulty_all`, `difficulty_levels`: the trainer's weighted loss of the reference on accepted
       states, on all states, and on the accepted in equal parts of the tuned range from the cleanest. Most of it is
       noise that no model predicts, and the accepted may be the easier images: neither has to be learned.
@@ -194,6 +195,11 @@ def _check(policy: Policy, collector: RolloutCollector, completions: int) -> Non
         raise ValueError(
             f"{type(policy.pipeline).__name__} takes no `callback_on_step_end`, by which completions are branched."
         )
+    if policy.arguments.get("callback_on_step_end") is not None:
+        raise ValueError(
+            "choose_intermediate_step: pipeline_kwargs has a `callback_on_step_end`, and completions are branched by "
+            "another one in its place. Leave it out for this measurement."
+        )
 
 
 def _candidates(policy: Policy, fractions: Sequence[float] | None) -> list[Candidate]:
@@ -251,14 +257,19 @@ def _check_rewards(pilot: Pilot) -> None:
 def _information(collector: RolloutCollector, pilot: Pilot, step_index: int, completions: int) -> dict[str, float]:
     """How far x_I determines the reward; with `completions` = 1, wholly."""
     sizes = [group.size for group in pilot.groups]
-    readable = rank_correlation(
-        pilot.total_reward.split(sizes), score_predictions(collector, pilot, step_index).split(sizes)
+    predicted, flagged = score_predictions(collector, pilot, step_index)
+    readable, flagged = (
+        rank_correlation(pilot.total_reward.split(sizes), predicted.split(sizes)),
+        flagged + pilot.flagged,
     )
     if completions == 1:
-        return {"readable": readable, "reward_variance": 0.0, "information": max(0.0, readable) ** 2}
-    others = [score_completions(collector, pilot, step_index, number) for number in range(1, completions)]
-    share = conditional_variance(torch.stack([pilot.total_reward, *others]), sizes)
-    return {"readable": readable, "reward_variance": share, "information": min(1.0, max(0.0, 1 - share))}
+        information = {"reward_variance": 0.0, "information": max(0.0, readable) ** 2}
+    else:
+        others = [score_completions(collector, pilot, step_index, number) for number in range(1, completions)]
+        share = conditional_variance(torch.stack([pilot.total_reward, *(rewards for rewards, _ in others)]), sizes)
+        information = {"reward_variance": share, "information": min(1.0, max(0.0, 1 - share))}
+        flagged += sum(count for _, count in others)
+    return {"readable": readable, **information, "flagged": flagged}
 
 
 def rank_correlation(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> float:

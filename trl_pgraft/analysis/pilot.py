@@ -18,8 +18,9 @@ from ..pipelines.inputs import prompt_arguments
 from ..pipelines.observe import observe_steps, record_trajectory
 from ..pipelines.pixels import to_uint8
 from ..rollouts.collect import RolloutCollector
-from ..rollouts.prompts import PromptGroup, Sample, columns_of, samples_of
+from ..rollouts.prompts import PromptGroup, Sample, samples_of
 from ..rollouts.rollout import RolloutBatch
+from ..rollouts.sampling import flags_of
 from ..rollouts.selection import accept, total_rewards
 
 
@@ -47,6 +48,8 @@ class Pilot:
             x_I (N, ...) by step index, as the denoiser receives it.
         originals (`dict[int, torch.Tensor]`):
             The x_0 (N, ...) that the sampler predicts from these states, guidance included.
+        flagged (`int`, *optional*, defaults to `0`):
+            Images that the pipeline's safety checker flagged: they are left out.
     """
 
     groups: list[PromptGroup]
@@ -56,6 +59,7 @@ class Pilot:
     accepted: torch.Tensor
     states: dict[int, torch.Tensor]
     originals: dict[int, torch.Tensor]
+    flagged: int = 0
 
 
 def sample_pilot(collector: RolloutCollector, groups: list[PromptGroup], step_indices: Sequence[int]) -> Pilot:
@@ -84,7 +88,7 @@ def sample_pilot(collector: RolloutCollector, groups: list[PromptGroup], step_in
         total_reward, groups, collector.acceptance, config.acceptance_kwargs, (config.seed, 0, "accept")
     )
     states, originals = ({s: torch.cat([seen[s][i] for seen in recorded]) for s in step_indices} for i in (0, 1))
-    return Pilot(groups, samples, batch.images, total_reward, accepted, states, originals)
+    return Pilot(groups, samples, batch.images, total_reward, accepted, states, originals, _count(batch.flagged))
 
 
 @contextmanager
@@ -115,7 +119,7 @@ def _states_and_originals(
         recorded[step_index] = x_i.cpu(), original.cpu()
 
 
-def score_predictions(collector: RolloutCollector, pilot: Pilot, step_index: int) -> torch.Tensor:
+def score_predictions(collector: RolloutCollector, pilot: Pilot, step_index: int) -> tuple[torch.Tensor, int]:
     r"""
     Total rewards of the x_0 predicted from each x_I, decoded by a pipeline call of one step.
 
@@ -128,7 +132,7 @@ def score_predictions(collector: RolloutCollector, pilot: Pilot, step_index: int
             Step of the sampler whose input is x_I.
 
     Returns:
-        `torch.Tensor`: (N,), NaN where a sample is left out.
+        `torch.Tensor`: (N,), NaN where a sample is left out; and the number of images that were flagged.
     """
 
     def replace(rows: slice, step: int, generators: Sequence[torch.Generator], latents: torch.Tensor) -> torch.Tensor:
@@ -137,7 +141,9 @@ def score_predictions(collector: RolloutCollector, pilot: Pilot, step_index: int
     return _score(collector, pilot, _images(collector, pilot, replace, num_inference_steps=1))
 
 
-def score_completions(collector: RolloutCollector, pilot: Pilot, step_index: int, number: int) -> torch.Tensor:
+def score_completions(
+    collector: RolloutCollector, pilot: Pilot, step_index: int, number: int
+) -> tuple[torch.Tensor, int]:
     r"""
     Total rewards of other images that follow from each x_I with new noise after it.
 
@@ -152,7 +158,7 @@ def score_completions(collector: RolloutCollector, pilot: Pilot, step_index: int
             Number of the completion, which seeds its noise.
 
     Returns:
-        `torch.Tensor`: (N,), NaN where a sample is left out.
+        `torch.Tensor`: (N,), NaN where a sample is left out; and the number of images that were flagged.
     """
     return _score(collector, pilot, _images(collector, pilot, _reseed(collector, pilot, step_index, number)))
 
@@ -169,7 +175,7 @@ def is_stochastic(collector: RolloutCollector, pilot: Pilot, step_index: int) ->
         step_index (`int`):
             Step of the sampler whose input is x_I.
     """
-    _, images = next(_images(collector, pilot, _reseed(collector, pilot, step_index, 0)))
+    images = next(_images(collector, pilot, _reseed(collector, pilot, step_index, 0))).images
     # Kernels that sum in another order every time change some pixels by a level or two.
     return bool((images.float() - pilot.images[: len(images)].float()).abs().mean() > 0.5)
 
@@ -187,18 +193,18 @@ def _reseed(collector: RolloutCollector, pilot: Pilot, step_index: int, number: 
     return reseed
 
 
-def _images(
-    collector: RolloutCollector, pilot: Pilot, on_step_end: StepEnd, **changed: Any
-) -> Iterator[tuple[Sequence[Sample], torch.Tensor]]:
-    """Call the pipeline as for the pilot, with `on_step_end` on its latents after every step; samples and images."""
+def _images(collector: RolloutCollector, pilot: Pilot, on_step_end: StepEnd, **changed: Any) -> Iterator[RolloutBatch]:
+    """Call the pipeline as for the pilot, with `on_step_end` on its latents after every step; no states are kept."""
     for rows in _batches(collector, pilot.samples):
         samples = pilot.samples[rows]
-        yield samples, _images_of_batch(collector.policy, samples, partial(on_step_end, rows), changed)
+        output = _call(collector.policy, samples, partial(on_step_end, rows), changed)
+        images = to_uint8(output.images).cpu()
+        yield RolloutBatch(samples, images, torch.empty(len(samples), 0), 0, flagged=flags_of(output))
 
 
-def _images_of_batch(
+def _call(
     policy: Policy, samples: Sequence[Sample], on_step_end: Callable[..., torch.Tensor], changed: dict[str, Any]
-) -> torch.Tensor:
+) -> Any:
     generators = [torch.Generator().manual_seed(sample.seed) for sample in samples]
 
     def callback(
@@ -210,17 +216,17 @@ def _images_of_batch(
     inputs = [policy.inputs_of(sample.group.columns) for sample in samples]
     prompts = [sample.group.prompt for sample in samples]
     arguments = prompt_arguments(policy.pipeline, prompts, {**policy.arguments, **own}, inputs)
-    return to_uint8(policy.pipeline(**arguments).images).cpu()
+    return policy.pipeline(**arguments)
 
 
-def _score(
-    collector: RolloutCollector, pilot: Pilot, batches: Iterator[tuple[Sequence[Sample], torch.Tensor]]
-) -> torch.Tensor:
-    rewards = [
-        collector.score(images, [sample.group.prompt for sample in samples], columns_of(samples))[0]
-        for samples, images in batches
-    ]
-    return total_rewards(torch.cat(rewards), collector.weights, pilot.groups)
+def _score(collector: RolloutCollector, pilot: Pilot, batches: Iterator[RolloutBatch]) -> tuple[torch.Tensor, int]:
+    scored = [collector.score_batch(batch) for batch in batches]
+    rewards = torch.cat([batch.rewards for batch in scored])
+    return total_rewards(rewards, collector.weights, pilot.groups), sum(_count(batch.flagged) for batch in scored)
+
+
+def _count(flagged: torch.Tensor) -> int:
+    return int(flagged.nansum())
 
 
 def _batches(collector: RolloutCollector, samples: Sequence[Sample]) -> Iterator[slice]:

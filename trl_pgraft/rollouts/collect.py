@@ -220,14 +220,10 @@ class RolloutCollector:
                 yield batch
 
         def score(batch: RolloutBatch) -> RolloutBatch:
-            kept = (batch.flagged != 1).expand(len(batch.samples))
-            rewards, infos = torch.full((len(kept), len(self.rewards)), torch.nan, dtype=torch.float64), list[Any]()
-            if kept.any():
-                own = replace(batch, samples=[batch.samples[row] for row in kept.nonzero()])
-                rewards[kept], infos = self.score(batch.images[kept], own.prompts, own.columns)
+            scored = self.score_batch(batch)
             if cache:
-                cache.save_rewards(batch.samples, rewards)
-            return replace(batch, rewards=rewards, infos=infos)
+                cache.save_rewards(batch.samples, scored.rewards)
+            return scored
 
         workers = self.config.max_workers if self.config.async_reward_computation else 0
         return [batch for batch in cached if batch.is_scored] + map_in_threads(score, not_scored(), workers)
@@ -237,6 +233,15 @@ class RolloutCollector:
         policy, size = self.policy, self.config.sample_batch_size
         index, progress = policy.levels.step_index, self.accelerator.is_local_main_process
         return sample_batches(policy.pipeline, policy.call, samples, index, size, policy.arguments, progress)
+
+    def score_batch(self, batch: RolloutBatch) -> RolloutBatch:
+        """A sampled batch with its rewards; those of flagged images are NaN."""
+        kept = (batch.flagged != 1).expand(len(batch.samples))
+        rewards, infos = torch.full((len(kept), len(self.rewards)), torch.nan, dtype=torch.float64), list[Any]()
+        if kept.any():
+            own = replace(batch, samples=[batch.samples[row] for row in kept.nonzero()])
+            rewards[kept], infos = self.score(batch.images[kept], own.prompts, own.columns)
+        return replace(batch, rewards=rewards, infos=infos)
 
     def score(
         self, images: torch.Tensor, prompts: list[str], columns: dict[str, list]

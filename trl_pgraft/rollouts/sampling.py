@@ -67,11 +67,15 @@ def sample_batches(
             output = call_pipeline(pipeline, prompts, seeds, {**arguments, "output_type": "pt"}, inputs)
         x_i = _checked_state(trajectory, pipeline)
         images = to_uint8(output.images if hasattr(output, "images") else output.frames).cpu()
-        flags = getattr(output, "nsfw_content_detected", getattr(output, "nsfw_detected", None))
-        # A flag may be one for each frame of a video.
-        found = [float(torch.as_tensor(f is not None and f).any()) for f in (() if flags is None else flags)]
-        flagged = torch.tensor(found) if found else NO_FLAGS
-        yield RolloutBatch(batch, images, x_i.float().cpu(), trajectory.denoiser_calls, flagged=flagged)
+        yield RolloutBatch(batch, images, x_i.float().cpu(), trajectory.denoiser_calls, flagged=flags_of(output))
+
+
+def flags_of(output: Any) -> torch.Tensor:
+    """1 for each image of a pipeline's output that its safety checker flagged, 0 for others; NaN without a checker."""
+    flags = getattr(output, "nsfw_content_detected", getattr(output, "nsfw_detected", None))
+    # A flag may be one for each frame of a video.
+    found = [float(torch.as_tensor(f is not None and f).any()) for f in (() if flags is None else flags)]
+    return torch.tensor(found) if found else NO_FLAGS
 
 
 def _checked_state(trajectory: Trajectory, pipeline: DiffusionPipeline) -> torch.Tensor:

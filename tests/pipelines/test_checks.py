@@ -5,11 +5,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import BLACK, CASES, SMALL, brightness, make_trainer
-from diffusers import ControlNetModel, DDIMScheduler, LCMScheduler, StableDiffusionControlNetPipeline
+from cases import CASES, SMALL, brightness, make_trainer
+from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPAGPipeline
 from peft import LoraConfig, inject_adapter_in_model
-from tiny_pipelines import ToyPipeline, tiny_ddpm, tiny_flux, tiny_inpainting, tiny_sd, tiny_unet
-from tiny_transformers import tiny_lumina2, tiny_qwen_image, tiny_z_image
+from tiny_pipelines import (
+    ToyDenoiser,
+    ToyPipeline,
+    add_random_adapter,
+    tiny_ddpm,
+    tiny_flux,
+    tiny_inpainting,
+    tiny_sd,
+    tiny_unet,
+)
+from tiny_transformers import tiny_lumina2, tiny_qwen_image, tiny_sd3, tiny_z_image
 from worked_overrides import overrides
 
 from trl_pgraft import DenoiserFormat, GraftConfig, PGraftTrainer
@@ -121,40 +130,11 @@ def test_another_guidance_scale_needs_the_denoisers_own_output(tmp_path):
 # What changes from step to step.
 
 
-def tiny_controlnet():
-    torch.manual_seed(5)
-    net = ControlNetModel(
-        in_channels=4,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        cross_attention_dim=16,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        attention_head_dim=4,
-        norm_num_groups=4,
-        conditioning_embedding_out_channels=(4, 8),
-    ).eval()
-    for parameter in net.parameters():  # in a trained one the zero convolutions are not zero
-        if not parameter.any():
-            parameter.data.normal_(0, 0.3)
-    return net
-
-
 def steps_of(pipeline, fraction=0.5, **kwargs):
     """Introspect a pipeline of ten steps, and check those that this fraction tunes."""
     config = GraftConfig(sample_num_steps=10, sample_guidance_scale=3.0, tuned_fraction=fraction)
     found = introspect(pipeline, sampling_arguments(config, pipeline, kwargs))
     check_steps(found, tuned_levels(config, found.sampler)[0].step_index, pipeline)
-
-
-def test_residuals_that_depend_on_the_state_are_refused_by_name(sd):
-    parts = {**sd.components, "controlnet": tiny_controlnet()}
-    pipeline = StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
-    named = "down_block_additional_residuals, mid_block_additional_residual, which depends on a sample's seed"
-    calls = []
-    pipeline.controlnet.register_forward_hook(lambda *_: calls.append(1))
-    with pytest.raises(ValueError, match=f"StableDiffusionControlNetPipeline gives its denoiser {named}"):
-        steps_of(pipeline, image=BLACK)
-    assert len(calls) == 3, "one at a small size and two at the real one, not one in each step"
 
 
 def test_an_argument_that_changes_in_a_tuned_step_is_refused_by_name(sd):
@@ -179,6 +159,69 @@ def test_guidance_that_ends_in_a_tuned_step_is_refused(tmp_path):
     rollout, _ = trainer.collector.sample_rollout(0)
     assert [step.branches for step in trainer.policy.introspection.steps] == [2, 2, 1, 1]
     assert len(rollout.states) == len(rollout.samples) and rollout.states.flatten(1).std(0).min() > 0
+
+
+def test_skip_layer_guidance_in_a_tuned_step_is_refused():
+    """SD3's further branch is there in some steps alone."""
+    further = {**CASES["SD 3"].kwargs, "skip_guidance_layers": [0], "skip_layer_guidance_stop": 0.9}
+    with pytest.raises(ValueError, match="guidance in step 8 of 10: 3 branches .*tuned_fraction to at most 0.7"):
+        steps_of(tiny_sd3(), fraction=1.0, **further, skip_layer_guidance_start=0.6)
+    steps_of(tiny_sd3(), fraction=0.7, **further, skip_layer_guidance_start=0.6)
+
+
+@pytest.mark.parametrize("scale, named", [(3.0, "on 3 branches a step"), (1.0, "1.0 leaves both")])
+def test_perturbed_attention_guidance_is_refused(scale, named):
+    parts = {**tiny_sd().components, "requires_safety_checker": False}
+    steps_of(StableDiffusionPAGPipeline(**parts, pag_applied_layers=["mid"]), pag_scale=0.0)
+    with pytest.raises(ValueError, match=named):
+        steps_of(StableDiffusionPAGPipeline(**parts, pag_applied_layers=["mid"]), guidance_scale=scale, pag_scale=3.0)
+
+
+def test_a_guidance_scale_that_rises_in_a_tuned_step_is_refused(sd):
+    """As CogVideoX's `use_dynamic_cfg`."""
+
+    def raise_scale(pipeline, step, timestep, tensors):
+        pipeline._guidance_scale = 3.0 + 0.1 * step
+        return tensors
+
+    with pytest.raises(ValueError, match="guidance in step 3 of 10: 2 branches with scale 3.0999.* after 2 with 3.0"):
+        steps_of(sd, callback_on_step_end=raise_scale)
+    steps_of(sd, fraction=0.2, callback_on_step_end=raise_scale)
+
+
+def test_a_schedule_of_adapters_scales_is_refused(sd):
+    """No argument of the denoiser shows it; IP-Adapters are scheduled by such callbacks too."""
+    add_random_adapter(sd.unet, "style")
+
+    def fade(pipeline, step, timestep, tensors):
+        if step == 7:
+            pipeline.set_adapters(["style"], [0.5])
+        return tensors
+
+    with pytest.raises(ValueError, match="to_k.scaling of its denoiser is no longer what it was by timestep 101"):
+        steps_of(sd, fraction=0.2, callback_on_step_end=fade)
+
+
+@pytest.mark.parametrize("own", [0.0, 1.0])
+def test_timesteps_of_single_rows_or_tokens_are_refused_by_name(own):
+    """As of a video's first frame, which is kept free of noise; equal ones are one timestep."""
+
+    class ByToken(ToyDenoiser):
+        def forward(self, x, t, condition):
+            return super().forward(x, t.reshape(len(x), -1).mean(1), condition)
+
+    pipeline = ToyPipeline(sign=1, clock=float)
+    pipeline.transformer = ByToken()
+
+    def by_token(x, t, condition, scale):
+        return pipeline.transformer(x, t * torch.tensor([[1.0, own]]).expand(len(x), 2), condition=condition)[0]
+
+    pipeline._guided = by_token
+    if own == 1.0:
+        steps_of(pipeline)
+        return
+    with pytest.raises(ValueError, match="ToyPipeline gives its denoiser several values as `t` in one step"):
+        steps_of(pipeline)
 
 
 def test_an_argument_that_depends_on_the_seed_is_refused_by_name():

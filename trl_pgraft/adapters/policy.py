@@ -178,6 +178,11 @@ class Policy:
         return inputs_of(self.pipeline, columns, self.arguments)
 
     @property
+    def modules(self) -> list[torch.nn.Module]:
+        """What fine-tuning calls: the denoiser, and modules whose outputs it is given, such as a ControlNet."""
+        return [self.denoiser, *self.call.control_modules]
+
+    @property
     def has_adapter(self) -> bool:
         """Whether there is a policy apart from the reference: with a control adapter, after the first iteration."""
         return ADAPTER_NAME in getattr(self.denoiser, "peft_config", {})

@@ -150,7 +150,7 @@ def choose_intermediate_step(
             information = [_information(collector, pilot, c.levels.step_index, count) for c in candidates]
         with pilot_adapter(policy) as parameters:
             loss = pilot_loss(policy, pilot)
-            with on_device(policy.pipeline, policy.denoiser, policy.accelerator):
+            with on_device(policy.pipeline, policy.modules, policy.accelerator):
                 losses = [
                     losses_and_gradients(policy, replace(loss, levels=c.levels), pilot, parameters) for c in candidates
                 ]

@@ -140,7 +140,7 @@ class NoiseCorrectedPipeline:
     def _corrected_noise(self, arguments: dict[str, Any], steps: int) -> torch.Tensor:
         """The noise that the pipeline would start from, in the layout of the denoiser's latents, corrected."""
         call = self._call_with(arguments)
-        calls = first_calls(self.pipeline, call.calls_per_step, lambda: self.pipeline(**arguments))
+        calls = first_calls(self.pipeline, call, lambda: self.pipeline(**arguments))
         latents = call.format.latents(calls[0])
         count = len(latents) * call.calls_per_step // call.branches
         branch = branches_of(calls, call.format, call.batch_axes, count)[call.conditional_branch]

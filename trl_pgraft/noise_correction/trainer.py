@@ -217,7 +217,8 @@ class NoiseCorrectionTrainer:
             self.corrector = self.corrected.corrector = self._fit_gaussian(data.noise)
         else:
             training_data = self._training_data(data)
-            with on_device(self.pipeline, denoiser_of(self.pipeline), self.accelerator):
+            called = [denoiser_of(self.pipeline), *self.sampler.call.control_modules]
+            with on_device(self.pipeline, called, self.accelerator):
                 self.finetuner = CorrectorFinetuner(
                     self.accelerator, self.corrector, training_data, self.config, self.output_dir, self.log
                 )

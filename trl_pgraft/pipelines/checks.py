@@ -81,8 +81,8 @@ def check_steps(introspection: Introspection, step_index: int, pipeline: Diffusi
         if step.changed:
             raise ValueError(
                 f"{name} gives its denoiser another {', '.join(step.changed)} in step {index + 1} of {len(steps)}: it "
-                "depends on the step or on the state, as a ControlNet's residuals do, and training records it once "
-                f"for each prompt. {share}tune with a pipeline without it, such as the one without the ControlNet."
+                "depends on the step or on the state, and training records it once for each prompt. "
+                f"{share}tune with a pipeline without it."
             )
         if step.denoiser_timestep is not None and not _guided_alike(step, first, latents.dtype):
             raise ValueError(

@@ -63,7 +63,7 @@ def record_conditioning(
         inputs (`Sequence[dict]`, *optional*):
             `P` dicts of each prompt's own inputs of the pipeline.
     """
-    calls = calls_of_first_step(pipeline, call.calls_per_step, prompts, pipeline_kwargs or {}, inputs)
+    calls = calls_of_first_step(pipeline, call, prompts, pipeline_kwargs or {}, inputs)
     parts = [send_to_device(part, "cpu") for part in branches_of(calls, call.format, call.batch_axes, len(prompts))]
     unconditional = parts[1 - call.conditional_branch] if call.is_guided else None
     return Conditioning(parts[call.conditional_branch], unconditional, call.batch_axes)

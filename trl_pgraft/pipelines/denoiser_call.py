@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from .controls import Control
 from .denoiser_format import DenoiserFormat
 from .tree import take_rows
 
@@ -44,6 +45,8 @@ class DenoiserCall:
         guidance_scale (`float` or `None`, *optional*, defaults to `1.0`):
             w of the pipeline's guidance `u + w (c - u)` as measured, which need not be its argument; `None` where it
             combines the branches otherwise.
+        controls (`tuple[Control, ...]`, *optional*):
+            Modules, such as a ControlNet, whose outputs for latents and timestep are arguments of the denoiser.
     """
 
     format: DenoiserFormat
@@ -55,11 +58,17 @@ class DenoiserCall:
     conditional_branch: int
     batch_axes: dict[str, Any]
     guidance_scale: float | None = 1.0
+    controls: tuple[Control, ...] = ()
 
     @property
     def is_guided(self) -> bool:
         """Whether the pipeline combines a conditional and an unconditional prediction."""
         return self.branches == 2
+
+    @property
+    def control_modules(self) -> list[torch.nn.Module]:
+        """Modules that a replay calls before the denoiser."""
+        return [control.module for control in self.controls]
 
     def training_timestep(self, denoiser_timestep: float) -> float:
         """Scheduler's training timestep of a timestep that the denoiser was given."""
@@ -110,7 +119,10 @@ def replay(
     clock = scale * timesteps.double() + offset
     # A clock that the pipeline keeps in integers is still real-valued between its own steps.
     dtype = call.timestep_dtype if call.timestep_dtype.is_floating_point else torch.float32
-    arguments = call.format.arguments(x_t, clock.to(x_t.device, dtype), conditioning)
+    clock = clock.to(x_t.device, dtype)
+    for control in call.controls:
+        conditioning = control.fill(x_t, clock, timesteps, conditioning)
+    arguments = call.format.arguments(x_t, clock, conditioning)
     return call.sign * prediction_of(call.format, denoiser(**arguments), x_t)
 
 

@@ -8,27 +8,26 @@ every step at the real size, batch axes from two and three prompts, the conditio
 """
 
 import functools
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
 from diffusers import DiffusionPipeline
 
-from .denoiser_call import DenoiserCall, branches_of, denoiser_of, prediction_of
+from .branches import Record, conditional_branch, count_branches, guidance_off, measured_scale, rows_of
+from .controls import Control, settings_of
+from .denoiser_call import DenoiserCall, denoiser_of, prediction_of
 from .denoiser_format import DenoiserFormat
-from .inputs import parameters_of
-from .recording import PROBE_PROMPTS, Recording, Step, record_call
+from .observe import settings_of_layers
+from .recording import PROBE_PROMPTS, Step, record_call
 from .schedulers import Sampler, run_on_known_data, sampler_of
-from .stand_in import answered_by, smallest_answer
-from .tree import find_batch_axes, merge_axes
+from .smallest_call import answered_by, smallest_answer
+from .tree import find_batch_axes, merge_axes, nearly_equal
+from .wiring import find_controls
 
 
-# `record_call` of one pipeline, with a stand-in for its denoiser.
-Record = Callable[..., Recording]
-GUIDANCE_ARGUMENTS = ("true_cfg_scale", "guidance_scale")
 SEED_TOLERANCE = 0.02  # of an argument's norm: a VAE samples its encoding of an image, in a narrow range
 
 
@@ -48,6 +47,8 @@ class StepFacts:
             w of `u + w (c - u)`, 1.0 without guidance; `None` where the branches are combined otherwise.
         changed (`list[str]`):
             The denoiser's arguments, beside latents and timestep, that are not those of the first step.
+        settings (`dict[str, Any]`):
+            Arguments of controls that have no tensors, such as a ControlNet's scale.
     """
 
     timestep: float
@@ -55,6 +56,7 @@ class StepFacts:
     branches: int
     guidance_scale: float | None
     changed: list[str]
+    settings: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -103,44 +105,89 @@ def introspect(
     """
     kwargs = pipeline_kwargs or {}
     format = (denoiser_format or DenoiserFormat).of(denoiser_of(pipeline))
-    answer = smallest_answer(pipeline, kwargs, format)
-    stand_in = functools.partial(answered_by, pipeline, answer, format.latents_name)
+    stand_in = functools.partial(answered_by, pipeline, smallest_answer(pipeline, kwargs, format), format.latents_name)
     record: Record = functools.partial(record_call, pipeline, stand_in=stand_in)
-    recording = record(PROBE_PROMPTS[:1], kwargs, steps=1)
-    sampler, first = sampler_of(recording), recording.first
+    recording, controls = find_controls(pipeline, record, kwargs, format)
+    sampler = sampler_of(recording)
     run_on_known_data(sampler)  # refuses schedulers that the rest would stumble on
-    branches = _count_branches(first, format, pipeline)
+    record = functools.partial(record, controls=controls)
+    first = record(PROBE_PROMPTS[:1], kwargs, steps=1).first if controls else recording.first
+    branches = count_branches(first, format, pipeline)
     _check_seed(first, record(PROBE_PROMPTS[:1], kwargs, steps=1, seed=1).first, format, pipeline)
-    off, unguided = ({}, first) if branches == 1 else _guidance_off(record, pipeline, kwargs, format)
+    off, unguided = ({}, first) if branches == 1 else guidance_off(record, pipeline, kwargs, format)
     axes = _batch_axes(record, pipeline, kwargs, format)
-    conditional = _conditional_branch(record, pipeline, kwargs, off, (first, unguided), axes, format) if off else 0
+    conditional = conditional_branch(record, pipeline, kwargs, off, (first, unguided), axes, format) if off else 0
     sign, nominal = _sign(unguided, format, pipeline), kwargs.get(*off) if off else None
+    state = settings_of_layers(denoiser_of(pipeline))
 
-    def facts(step: Step) -> StepFacts:
-        shown = float(format.timestep(step.calls[0]).flatten()[0]) if step.calls else None
-        rows = _rows(step, format)
-        scale = _guidance_scale(step, format, conditional, sign, nominal) if rows == 2 else 1.0 if rows == 1 else None
+    def facts(first: Step, step: Step) -> StepFacts:
+        _check_layers(state, step, pipeline)
+        rows = rows_of(step, format)
+        scale = measured_scale(step, format, conditional, sign, nominal) if rows == 2 else 1.0 if rows == 1 else None
         changed = _changed(first.calls, step.calls, format) if rows == branches else []
-        return StepFacts(step.timestep, shown, rows, scale, changed)
+        settings = settings_of(*step.calls[:1])
+        return StepFacts(step.timestep, _timestep(step, format, pipeline), rows, scale, changed, settings)
 
-    count, two_steps = len(sampler.timesteps), list[StepFacts]()
-    if count == 1 and "num_inference_steps" in kwargs:  # one pair of timesteps does not determine a clock
-        twice = 2 * kwargs["num_inference_steps"]
-        two_steps = record(PROBE_PROMPTS[:1], {**kwargs, "num_inference_steps": twice}, 2, facts).measured
     # Left after the last step, so that no image is decoded.
-    steps = record(PROBE_PROMPTS[:1], kwargs, count, facts).measured
+    steps = record(PROBE_PROMPTS[:1], kwargs, len(sampler.timesteps), facts).measured
     call = DenoiserCall(
         format=format,
         timestep_dtype=format.timestep(first.calls[0]).dtype,
-        clock=_fit_clock(two_steps or steps, pipeline),
+        clock=_fit_clock(_two_steps(steps, record, kwargs, facts), pipeline),
         sign=sign,
         calls_per_step=len(first.calls),
         branches=branches,
         conditional_branch=conditional,
         batch_axes=axes,
         guidance_scale=steps[0].guidance_scale,
+        controls=tuple(_with_settings(control, steps) for control in controls),
     )
-    return Introspection(call, sampler, send_to_device(first.calls, "meta"), steps)
+    return Introspection(call, sampler, send_to_device(recording.first.calls, "meta"), steps)
+
+
+def _with_settings(control: Control, steps: list[StepFacts]) -> Control:
+    """The control with those of its settings that are not the same in all steps, by timestep."""
+    own = [control.own(step.settings) for step in steps]
+    varying = {name for settings in own for name in settings if settings[name] != own[0].get(name)}
+    kept = ({name: value for name, value in settings.items() if name in varying} for settings in own)
+    return replace(control, settings=list(zip([step.timestep for step in steps], kept, strict=True)))
+
+
+def _check_layers(state: dict[str, str], step: Step, pipeline: DiffusionPipeline) -> None:
+    """Refuse what changes the denoiser itself while it samples: training knows it as it was before."""
+    now = settings_of_layers(denoiser_of(pipeline))
+    changed = sorted(name for name in state | now if state.get(name) != now.get(name))
+    if changed:
+        raise ValueError(
+            f"{type(pipeline).__name__}: {changed[0]} of its denoiser is no longer what it was by timestep "
+            f"{step.timestep:g}, as after a callback of pipeline_kwargs that schedules the scale of IP-Adapters or "
+            "LoRAs. Training knows one denoiser, and so does the next call of the pipeline, which finds it changed. "
+            "Leave the schedule out, and load the pipeline anew."
+        )
+
+
+def _two_steps(
+    steps: list[StepFacts], record: Record, kwargs: dict[str, Any], facts: Callable[[Step, Step], StepFacts]
+) -> list[StepFacts]:
+    """Steps of a call that has two at least, because one pair of timesteps does not determine a clock."""
+    if len(steps) > 1 or "num_inference_steps" not in kwargs:
+        return steps
+    twice = {"num_inference_steps": 2 * kwargs["num_inference_steps"]}
+    return record(PROBE_PROMPTS[:1], {**kwargs, **twice}, 2, facts).measured
+
+
+def _timestep(step: Step, format: DenoiserFormat, pipeline: DiffusionPipeline) -> float | None:
+    """The one timestep that all rows and tokens of a step have; `None` where the denoiser was not called."""
+    if not step.calls:
+        return None
+    values = torch.cat([format.timestep(call).flatten().float() for call in step.calls])
+    if not torch.equal(values, values[:1].expand_as(values)):
+        raise ValueError(
+            f"{type(pipeline).__name__} gives its denoiser several values as `{format.timestep_name}` in one step, as "
+            "pipelines do that keep parts of a video or image free of noise, and training noises all of a state "
+            "alike. Switch that off in pipeline_kwargs, or tune with a pipeline without it."
+        )
+    return float(values[0])
 
 
 def _check_seed(step: Step, other: Step, format: DenoiserFormat, pipeline: DiffusionPipeline) -> None:
@@ -148,42 +195,10 @@ def _check_seed(step: Step, other: Step, format: DenoiserFormat, pipeline: Diffu
     seeded = _changed(step.calls, other.calls, format, tolerance=SEED_TOLERANCE)
     if seeded:
         raise ValueError(
-            f"{type(pipeline).__name__} gives its denoiser {', '.join(seeded)}, which depends on a sample's seed, as "
-            "the residuals of a ControlNet do, and a recording of each prompt serves all its samples. Tune with a "
-            "pipeline without it, such as the one without the ControlNet, and use the adapter in this one."
+            f"{type(pipeline).__name__} gives its denoiser {', '.join(seeded)}, which depends on a sample's seed, and "
+            "one recording of each prompt serves all its samples. Tune with a pipeline without it, and use the "
+            "adapter in this one."
         )
-
-
-def _rows(step: Step, format: DenoiserFormat) -> int:
-    """Rows of latents that the denoiser was given in a step: of one image, its branches."""
-    return sum(format.latents(call).shape[0] for call in step.calls)
-
-
-def _count_branches(step: Step, format: DenoiserFormat, pipeline: DiffusionPipeline) -> int:
-    branches = _rows(step, format)
-    if branches > 2:
-        raise ValueError(
-            f"{type(pipeline).__name__} calls its denoiser on {branches} branches a step; classifier-free guidance "
-            "with two (conditional, unconditional) is what can be trained. Switch further guidance off in "
-            "pipeline_kwargs."
-        )
-    return branches
-
-
-def _guidance_off(
-    record: Record, pipeline: DiffusionPipeline, kwargs: dict[str, Any], format: DenoiserFormat
-) -> tuple[dict[str, float], Step]:
-    """The argument and value, 1.0 or else 0.0, that switch guidance off, so that one branch is left; and that step."""
-    names = [name for name in GUIDANCE_ARGUMENTS if name in parameters_of(pipeline)]
-    for off in ({name: value} for value in (1.0, 0.0) for name in names):
-        step = record(PROBE_PROMPTS[:1], {**kwargs, **off}, steps=1).first
-        if _rows(step, format) == 1:
-            return off, step
-    raise ValueError(
-        f"{type(pipeline).__name__} calls its denoiser on two branches, and setting {' or '.join(names) or 'nothing'} "
-        "to 1.0 leaves both, so the conditional branch cannot be determined. Sample without guidance: switch it off "
-        "in pipeline_kwargs."
-    )
 
 
 def _batch_axes(
@@ -203,61 +218,6 @@ def _batch_axes(
                     f"determined, because {error}. Override DenoiserFormat.conditioning (docs/models.md)."
                 ) from error
     return axes or {}
-
-
-def _conditional_branch(
-    record: Record,
-    pipeline: DiffusionPipeline,
-    kwargs: dict[str, Any],
-    off: dict[str, float],
-    first: tuple[Step, Step],
-    axes: dict[str, Any],
-    format: DenoiserFormat,
-) -> int:
-    """Index of the branch that equals the recording with guidance off; `first` has both for the first prompt."""
-    for prompt in PROBE_PROMPTS:
-        guided, plain = first
-        if prompt != PROBE_PROMPTS[0]:
-            guided, plain = (record([prompt], {**kwargs, **own}, steps=1).first for own in ({}, off))
-        wanted = format.conditioning(plain.calls[0])
-        matches = [
-            index
-            for index, part in enumerate(branches_of(guided.calls, format, axes, 1))
-            if all(_equal(part[name], wanted[name]) for name in part)
-        ]
-        if len(matches) == 1:
-            return matches[0]
-        if not matches:
-            raise ValueError(
-                f"{type(pipeline).__name__}: no branch of its guided call equals its call with guidance off, so the "
-                "conditional branch cannot be determined. Sample without guidance (sample_guidance_scale=1.0)."
-            )
-        # The negative prompt may be the very prompt of this recording.
-    raise ValueError(
-        f"{type(pipeline).__name__}: both branches of its guided call are the same, so there is no guidance to train "
-        "with. Give negative inputs that differ from the prompt's, or sample with sample_guidance_scale=1.0."
-    )
-
-
-def _guidance_scale(
-    step: Step, format: DenoiserFormat, conditional: int, sign: int, given: float | None
-) -> float | None:
-    """w of `u + w (c - u)`, fitted to what the scheduler was given; `None` where it is something else."""
-    latents = [format.latents(call) for call in step.calls]
-    outputs = [prediction_of(format, output, x_t) for output, x_t in zip(step.outputs, latents, strict=True)]
-    parts = sign * torch.cat(outputs).cpu().double()
-    combined = step.model_output.cpu().double()[:1, : parts.shape[1]].reshape(parts[:1].shape)
-    c, u = parts[conditional : conditional + 1], parts[1 - conditional : 2 - conditional]
-    scale = ((combined - u) * (c - u)).sum() / (c - u).square().sum()
-    residual = (u + scale * (c - u) - combined).norm()
-    tolerance = 1e-4 * (combined - u).norm()
-    if given is not None:
-        # Some pipelines add w (c - u) to c. In half precision only these values identify guidance.
-        rounding = torch.finfo(outputs[0].dtype).eps / 2 * scale.abs() * parts.norm()
-        for nominal in (given, given + 1):
-            if math.isclose(scale, nominal, rel_tol=1e-2) and residual <= tolerance + rounding:
-                return float(nominal)
-    return float(scale) if residual <= tolerance else None
 
 
 def _fit_clock(steps: list[StepFacts], pipeline: DiffusionPipeline) -> tuple[float, float]:
@@ -293,18 +253,5 @@ def _changed(
 ) -> list[str]:
     """Names of the conditioning arguments in which the calls of two steps with as many rows differ."""
     pairs = list(zip(map(format.conditioning, calls), map(format.conditioning, others), strict=False))
-    names = dict.fromkeys(name for pair in pairs for own in pair for name in own)
-    return [name for name in names if not all(_equal(a.get(name), b.get(name), tolerance) for a, b in pairs)]
-
-
-def _equal(one: Any, other: Any, tolerance: float = 1e-3) -> bool:
-    """Whether arguments are equal, tensors to a share of their norm."""
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and one.shape == other.shape:
-        return bool((one.float() - other.float()).norm() <= tolerance * one.float().norm())
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_equal(one[name], other[name], tolerance) for name in one)
-    if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
-        return all(_equal(*pair, tolerance) for pair in zip(one, other, strict=True))
-    if isinstance(one, torch.Tensor | dict | list | tuple) or type(one) is not type(other):
-        return False
-    return one == other or not isinstance(one, float | int | str)
+    names = dict.fromkeys(name for pair in pairs for own in pair for name in own.keys() - settings_of(own).keys())
+    return [name for name in names if not all(nearly_equal(a.get(name), b.get(name), tolerance) for a, b in pairs)]

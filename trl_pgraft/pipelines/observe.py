@@ -107,3 +107,19 @@ def observe_steps(scheduler: Any, observer: Callable[..., None]) -> Iterator[Non
         del scheduler.step
         if shadowed is not None:
             scheduler.step = shadowed
+
+
+def settings_of_layers(module: torch.nn.Module) -> dict[str, str]:
+    """Attributes without tensors, such as the scale of an IP-Adapter or a LoRA, of all layers of a module, as text."""
+    return {
+        f"{path}.{name}": repr(value)
+        for path, layer in module.named_modules()
+        for name, value in vars(layer).items()
+        if "_hooks" not in name and _is_plain(value)
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict | list | tuple):
+        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, int | float | str) or value is None

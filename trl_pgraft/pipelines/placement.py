@@ -2,7 +2,7 @@
 
 """Where a pipeline's modules are: offloaded between its calls, on the device for training, or refused on meta."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -43,31 +43,32 @@ def evaluation_mode(module: torch.nn.Module) -> Iterator[None]:
 @contextmanager
 def on_device(
     pipeline: DiffusionPipeline,
-    denoiser: torch.nn.Module,
+    modules: Sequence[torch.nn.Module],
     accelerator: Accelerator,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Iterator[None]:
     """
-    Keep an offloaded denoiser on the device inside the block, for training; do nothing where it is not offloaded.
+    Keep offloaded modules on the device inside the block, for training; do nothing where nothing is offloaded.
 
-    Its offload hook is off meanwhile: it would move the parameters at the first call, after the optimizer's state was
-    placed, and stand in the way of accelerate's own wrapping. Afterwards the state goes where the parameters are.
+    Their offload hooks are off meanwhile: they would move parameters at the first call, after the optimizer's state
+    was placed, and stand in the way of accelerate's own wrapping. Afterwards the state goes where the parameters are.
 
     Args:
         pipeline (`DiffusionPipeline`):
             Pipeline, perhaps with `enable_model_cpu_offload`.
-        denoiser (`torch.nn.Module`):
-            Its denoiser.
+        modules (`Sequence[torch.nn.Module]`):
+            What training calls: its denoiser, and controls.
         accelerator (`Accelerator`):
             Whose device.
         optimizer (`torch.optim.Optimizer`, *optional*):
-            Over parameters of the denoiser.
+            Over parameters of the modules.
     """
     if offload_device(pipeline) is None:
         yield
         return
     pipeline.remove_all_hooks()
-    denoiser.to(accelerator.device)
+    for module in modules:
+        module.to(accelerator.device)
     try:
         yield
     finally:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from .denoiser_call import denoiser_name_of, denoiser_of
+from .controls import Control, answered, observe_controls
+from .denoiser_call import DenoiserCall, denoiser_name_of, denoiser_of
 from .inputs import prompt_arguments
 from .observe import observe_calls, observe_steps
 
@@ -31,7 +32,7 @@ class Step:
 
     Args:
         calls (`list[dict]`, *optional*):
-            Named arguments of the denoiser's calls.
+            Named arguments of the denoiser's calls, with those of controls in place of their outputs.
         outputs (`list`, *optional*):
             What the denoiser, or its stand-in, returned.
         timestep (`float`, *optional*):
@@ -74,9 +75,10 @@ def record_call(
     prompts: Sequence[str],
     pipeline_kwargs: dict[str, Any],
     steps: int | None = None,
-    measure: Callable[[Step], Any] = lambda step: None,
+    measure: Callable[[Step, Step], Any] = lambda first, step: None,
     seed: int = 0,
     stand_in: Callable[[], AbstractContextManager[None]] = nullcontext,
+    controls: Sequence[Control] = (),
 ) -> Recording:
     r"""
     Call a pipeline and record its steps; its own random state, and the caller's, stay as they are.
@@ -92,51 +94,63 @@ def record_call(
             Number of steps after which the pipeline is left; all where not given. With 0 it is left after the first
             call of its denoiser, which is then all that `first` has.
         measure (`Callable`, *optional*):
-            `measure(step)`, called after each step; its results are the recording's `measured`.
+            `measure(first, step)`, called after each step; its results are the recording's `measured`.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the initial noise.
         stand_in (`Callable`, *optional*):
             Makes the context in which the pipeline runs, see [`answered_by`]; the denoiser computes itself without.
+        controls (`Sequence[Control]`, *optional*):
+            Modules like a ControlNet, for which stand-ins answer.
 
     Raises:
         `ValueError`: the scheduler made a step before the denoiser was called, or neither was called.
     """
-    recording, step = Recording(), Step()
-
-    def on_call(arguments: dict[str, Any]) -> None:
-        if recording.scheduler is None:
-            recording.scheduler = copy.deepcopy(pipeline.scheduler)
-            vars(recording.scheduler).pop("step", None)  # the observer's
-        step.calls.append(arguments)
-
-    def on_step(timestep: Any, model_output: torch.Tensor, options: dict[str, Any], **_: Any) -> None:
-        nonlocal step
-        if recording.scheduler is None:
-            raise _nothing_to_record(pipeline)
-        step.timestep, step.model_output, step.options = float(timestep), model_output, options
-        if not recording.measured:
-            recording.first = step
-        recording.measured.append(measure(step))
-        step = Step()
-        if len(recording.measured) == steps:
-            raise CallRecorded
-
-    def on_output(module: torch.nn.Module, args: tuple, output: Any) -> None:
-        step.outputs.append(output)
-        if steps == 0:
-            recording.first = step
-            raise CallRecorded
-
-    denoiser = denoiser_of(pipeline)
-    handle = denoiser.register_forward_hook(on_output)
-    try:
-        with observe_calls(denoiser, on_call), observe_steps(pipeline.scheduler, on_step):
-            run_until_recorded(pipeline, prompts, pipeline_kwargs, seed=seed, stand_in=stand_in)
-    finally:
-        handle.remove()
-    if not recording.first.calls:
+    recorder, denoiser = _Recorder(pipeline, steps, measure), denoiser_of(pipeline)
+    with (
+        denoiser.register_forward_hook(recorder.on_output),
+        observe_controls(controls) as recorded,
+        observe_calls(denoiser, lambda arguments: recorder.on_call(recorded(arguments))),
+        observe_steps(pipeline.scheduler, recorder.on_step),
+        # Stand-ins go before what is offloaded is freed, which puts modules' own `forward` back.
+        until_recorded(pipeline),
+        stand_in(),
+        answered(controls),
+    ):
+        _call(pipeline, prompts, pipeline_kwargs, seed=seed)
+    if not recorder.recording.first.calls:
         raise _nothing_to_record(pipeline)
-    return recording
+    return recorder.recording
+
+
+class _Recorder:
+    """Makes a [`Recording`] of one pipeline call, and leaves it after a number of steps."""
+
+    def __init__(self, pipeline: DiffusionPipeline, steps: int | None, measure: Callable[[Step, Step], Any]):
+        self.pipeline, self.steps, self.measure = pipeline, steps, measure
+        self.recording, self.step = Recording(), Step()
+
+    def on_call(self, arguments: dict[str, Any]) -> None:
+        if self.recording.scheduler is None:
+            self.recording.scheduler = copy.deepcopy(self.pipeline.scheduler)
+            vars(self.recording.scheduler).pop("step", None)  # the observer's
+        self.step.calls.append(arguments)
+
+    def on_step(self, timestep: Any, model_output: torch.Tensor, options: dict[str, Any], **_: Any) -> None:
+        if self.recording.scheduler is None:
+            raise _nothing_to_record(self.pipeline)
+        step, self.step = self.step, Step()
+        step.timestep, step.model_output, step.options = float(timestep), model_output, options
+        if not self.recording.measured:
+            self.recording.first = step
+        self.recording.measured.append(self.measure(self.recording.first, step))
+        if len(self.recording.measured) == self.steps:
+            raise CallRecorded
+
+    def on_output(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
+        self.step.outputs.append(output)
+        if self.steps == 0:
+            self.recording.first = self.step
+            raise CallRecorded
 
 
 def _nothing_to_record(pipeline: DiffusionPipeline) -> ValueError:
@@ -148,49 +162,46 @@ def _nothing_to_record(pipeline: DiffusionPipeline) -> ValueError:
 
 def calls_of_first_step(
     pipeline: DiffusionPipeline,
-    count: int,
+    call: DenoiserCall,
     prompts: Sequence[str],
     pipeline_kwargs: dict[str, Any],
     inputs: Sequence[dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Named arguments of the first `count` denoiser calls; the last of them is not computed."""
-    return first_calls(pipeline, count, lambda: run_until_recorded(pipeline, prompts, pipeline_kwargs, inputs))
+    """Named arguments of the denoiser's calls in the first step; the last of them is not computed."""
+    return first_calls(pipeline, call, lambda: _call(pipeline, prompts, pipeline_kwargs, inputs))
 
 
-def first_calls(pipeline: DiffusionPipeline, count: int, run: Callable[[], None]) -> list[dict[str, Any]]:
-    """Named arguments of the first `count` denoiser calls that `run` makes; the last of them is not computed."""
+def first_calls(pipeline: DiffusionPipeline, call: DenoiserCall, run: Callable[[], Any]) -> list[dict[str, Any]]:
+    """Named arguments of the denoiser's calls in the first step of `run`; the last of them is not computed."""
     calls: list[dict[str, Any]] = []
 
     def stop_at_last(arguments: dict[str, Any]) -> None:
-        calls.append(arguments)
-        if len(calls) == count:
+        calls.append(recorded(arguments))
+        if len(calls) == call.calls_per_step:
             raise CallRecorded
 
-    with observe_calls(denoiser_of(pipeline), stop_at_last), until_recorded(pipeline):
-        run()
+    with observe_controls(call.controls) as recorded, observe_calls(denoiser_of(pipeline), stop_at_last):
+        with until_recorded(pipeline), answered(call.controls):
+            run()
     return calls
 
 
-def run_until_recorded(
+def _call(
     pipeline: DiffusionPipeline,
     prompts: Sequence[str],
     pipeline_kwargs: dict[str, Any],
     inputs: Sequence[dict[str, Any]] | None = None,
     seed: int = 0,
-    stand_in: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> None:
-    """Call the pipeline until an observer raises [`CallRecorded`], and put its components back where they were."""
     # A generator of its own leaves the caller's random state alone.
     generator = torch.Generator().manual_seed(seed)
     arguments = prompt_arguments(pipeline, prompts, {**pipeline_kwargs, "output_type": "latent"}, inputs)
-    # The stand-in goes before what is offloaded is freed, which puts modules' own `forward` back.
-    with until_recorded(pipeline), stand_in():
-        pipeline(generator=generator, **arguments)
+    pipeline(generator=generator, **arguments)
 
 
 @contextmanager
 def until_recorded(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """Stop at [`CallRecorded`]; what is offloaded is offloaded again, also after an error."""
+    """Stop where an observer raises [`CallRecorded`]; what is offloaded is offloaded again, also after an error."""
     try:
         # Not compiled: a few calls of sizes that nothing else uses, with hooks on layers that a compiled graph skips.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):

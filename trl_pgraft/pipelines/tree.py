@@ -109,3 +109,33 @@ def same_shapes(one: Any, other: Any) -> bool:
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         return len(one) == len(other) and all(map(same_shapes, one, other))
     return type(one) is type(other)
+
+
+def tensors_in(tree: Any, kind: Any = torch.Tensor) -> list[Any]:
+    """All tensors, or other leaves of one `kind`, in a tree of dicts, lists and tuples, in its order."""
+    if isinstance(tree, kind):
+        return [tree]
+    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ()
+    return [leaf for part in parts for leaf in tensors_in(part, kind)]
+
+
+def fill_tree(numbers: Any, values: Sequence[Any]) -> Any:
+    """A tree of numbers with the value of each number in its place."""
+    if isinstance(numbers, dict):
+        return {name: fill_tree(part, values) for name, part in numbers.items()}
+    if isinstance(numbers, list | tuple):
+        return type(numbers)(fill_tree(part, values) for part in numbers)
+    return values[numbers]
+
+
+def nearly_equal(one: Any, other: Any, tolerance: float = 1e-3) -> bool:
+    """Whether arguments are equal, tensors to a share of their norm."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and one.shape == other.shape:
+        return bool((one.float() - other.float()).norm() <= tolerance * one.float().norm())
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(nearly_equal(one[name], other[name], tolerance) for name in one)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
+        return all(nearly_equal(*pair, tolerance) for pair in zip(one, other, strict=True))
+    if isinstance(one, torch.Tensor | dict | list | tuple) or type(one) is not type(other):
+        return False
+    return one == other or not isinstance(one, float | int | str)

@@ -182,7 +182,7 @@ class Finetuner:
     ) -> FineTuningReport:
         """Fine-tune adapter `name` on the rows of `passes`."""
         policy, config, accelerator = self.policy, self.config, self.accelerator
-        with on_device(policy.pipeline, policy.denoiser, accelerator, optimizer):
+        with on_device(policy.pipeline, policy.modules, accelerator, optimizer):
             return fine_tune_adapter(
                 accelerator,
                 graft_loss(policy, name, data.conditioning),

@@ -28,7 +28,7 @@ class MemoryEstimate:
     Args:
         pipeline (`int`):
             Weights of all components, in the precision they are in; with `enable_model_cpu_offload` of the denoiser
-            alone, which is what fine-tuning has on the device.
+            and a ControlNet alone, which are what fine-tuning has on the device.
         adapter (`int`):
             Weights of the adapter, which are in float32.
         gradients (`int`):
@@ -108,7 +108,8 @@ def estimate_memory(
         kept, call = _input_sizes(plain, adapted, introspection.first_step), introspection.call
         images = config.train_batch_size * (2 if call.is_guided and config.guidance_loss == "combined" else 1)
         activations = kept and kept * denoiser.dtype.itemsize // call.branches * images
-    resident = pipeline.components.values() if offload_device(pipeline) is None else [denoiser]
+    called = [denoiser, *introspection.call.control_modules]
+    resident = called if offload_device(pipeline) else pipeline.components.values()
     weights = {
         id(p): p.numel() * p.element_size()
         for component in resident

@@ -167,11 +167,8 @@ _EXPECTED: dict[Any, str] = {
 def _as_kind(value: Any, kind: Any) -> Any:
     """The value as an instance of `kind`; a `TypeError` or `ValueError` where it is none."""
     if kind in (int, float):
-        if isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool):
-            number = kind(value)  # an int that a float field is given stays one
-            return value if type(value) is int else number
-        if isinstance(value, str):
-            return kind(value)
+        if isinstance(value, Integral | str if kind is int else Real | str) and not isinstance(value, bool):
+            return value if type(value) is int and math.isfinite(value) else kind(value)
     elif kind is bool and isinstance(value, np.bool_):
         return bool(value)
     elif kind is str and isinstance(value, os.PathLike):
@@ -206,8 +203,7 @@ def check_fields(config: "DataclassInstance", ranges: Mapping[str, Collection[st
         setattr(config, f.name, as_annotated(f.name, value, hints[f.name], f.repr))
     for words, names in ranges.items():
         for name in names:
-            value = getattr(config, name)
-            if value is not None and not _IN_RANGE[words.partition(";")[0]](value):
+            if (value := getattr(config, name)) is not None and not _IN_RANGE[words.partition(";")[0]](value):
                 raise ValueError(f"{name}={value} {words}.")
 
 
@@ -491,13 +487,12 @@ class GraftConfig:
 
     def _check_acceptance(self) -> None:
         """Check the acceptance rule, its arguments and the group size; a preference sets the group size to 2."""
-        rule, size, kwargs = get_acceptance(self.acceptance), self.samples_per_prompt, self.acceptance_kwargs
+        rule, size = get_acceptance(self.acceptance), self.samples_per_prompt
+        self.acceptance_kwargs = kwargs = {name: v for name, v in self.acceptance_kwargs.items() if v is not None}
         is_own = rule not in ACCEPTANCE_RULES.values()
         hints = {"k": int | None} if is_own else typing.get_type_hints(rule)
         for name in kwargs.keys() & hints.keys():
             kwargs[name] = as_annotated(f"acceptance_kwargs: {name}", kwargs[name], hints[name])
-        if kwargs.get("k", 0) is None:
-            del kwargs["k"]
         k = kwargs.get("k")
         if size is not None and size < 2:
             raise ValueError(f"samples_per_prompt={size}: selection needs a group of at least 2 samples.")
@@ -516,8 +511,7 @@ class GraftConfig:
             with _random_state_kept():
                 probabilities_of(rule, rewards.double(), {**kwargs, **({} if k is None else {"k": min(k, count - 1)})})
         except Exception as error:
-            name = reprlib.repr(self.acceptance)
-            raise ValueError(f"acceptance_kwargs do not fit acceptance={name}: {error}") from error
+            raise ValueError(f"acceptance_kwargs do not fit acceptance={self.acceptance!r}: {error}") from error
 
 
 @contextmanager

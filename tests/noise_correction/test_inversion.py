@@ -61,6 +61,20 @@ def test_guidance_that_is_not_there_is_refused():
         invert_flow(tiny_flux(), torch.randn(1, 16, 16), pipeline_kwargs=SIZE, guided=True)
 
 
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"latents": torch.zeros(1, 16, 16)}, "`latents` cannot be given here"),
+        ({"num_images_per_prompt": 2}, "`num_images_per_prompt` cannot be given here"),
+        ({"heigth": 16}, "FluxPipeline takes no argument 'heigth'; did you mean 'height'"),
+        ([16, 16], "pipeline_kwargs is a list; give a dict"),
+    ],
+)
+def test_arguments_of_the_call_are_those_that_can_be_given(given, message):
+    with pytest.raises(ValueError, match=message):
+        invert_flow(tiny_flux(), torch.randn(1, 16, 16), pipeline_kwargs=given)
+
+
 def test_linear_flow_has_a_closed_form():
     """With v = a (x - m) each step multiplies x - m by 1 + h a, here by as little as 0.1 and with a slope of 3.6."""
     sigmas, a, m = [1.0, 0.7, 0.4, 0.0], torch.tensor([2.25, -1.0, 0.5], dtype=torch.float64), 0.3

@@ -389,6 +389,13 @@ def test_images_are_encoded(tmp_path):
     torch.testing.assert_close(again, noise_of(10), rtol=0, atol=0.02)
 
 
+def test_arguments_of_the_call_are_checked_as_the_other_trainer_does(tmp_path):
+    data = Dataset.from_dict({"latents": torch.zeros(4, 4, 8, 8).numpy(), "prompt": ["a"] * 4})
+    for given in ({"generator": 1}, {"num_inference_steps": 99}, {"widht": 16}):
+        with pytest.raises(ValueError, match=f"pipeline_kwargs: .*{next(iter(given))}"):
+            NoiseCorrectionTrainer(make_config(tmp_path), tiny_sd3(), data, pipeline_kwargs=given)
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
 def test_images_of_any_mode_are_encoded_as_the_vae_takes_them(mode):
     image = Image.new("RGB", (16, 16), (255, 255, 255))

@@ -124,3 +124,20 @@ def test_held_out_images_and_those_of_a_transform_are_checked_before_they_are_sa
     with pytest.raises(ValueError, match="train_dataset: images in `image` must be of one size"):
         trainer.train()
     assert not list(tmp_path.rglob("*.parquet"))
+
+
+def test_columns_that_would_be_taken_for_something_else_are_refused_or_named(tmp_path):
+    data = images(squares(16, 16))
+    for name in ("generator", "num_images_per_prompt"):
+        with pytest.raises(ValueError, match=f"train_dataset: column `{name}` would not be used; rename it"):
+            make_trainer(tmp_path, data.add_column(name, [1, 2]))
+    with pytest.warns(UserWarning, match="takes one value of guidance_scale, strength for all prompts"):
+        make_trainer(tmp_path, data.add_column("strength", [0.5, 0.8]).add_column("guidance_scale", [1, 2]))
+    _, kept = sampled(tmp_path / "run", data.add_column("seed", [1, 2]).add_column("accepted", ["a", "b"]))
+    (path,) = (tmp_path / "run").rglob("*.parquet")
+    stored = datasets.Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache"))
+    assert set(stored["seed"]) != {1, 2} and set(stored["accepted"]) == {True, False}, (
+        "its own, not the columns of prompts"
+    )
+    with pytest.raises(ValueError, match="train_dataset has the columns of samples that a run kept.*samples_dataset"):
+        make_trainer(tmp_path, stored)

@@ -9,7 +9,7 @@ import datasets
 from diffusers import DiffusionPipeline, ModelMixin
 from peft import PeftConfig
 
-from ..pipelines.inputs import takes_prompts
+from ..pipelines.inputs import checked_arguments, takes_prompts
 from .config import NoiseCorrectionConfig
 
 
@@ -19,12 +19,13 @@ def check_arguments(
     dataset: datasets.Dataset,
     peft_config: PeftConfig | None,
     network: ModelMixin | None,
+    pipeline_kwargs: dict[str, Any] | None,
 ) -> None:
     """
     Check that the arguments of the trainer fit together.
 
     Args:
-        config, pipeline, dataset, peft_config, network:
+        config, pipeline, dataset, peft_config, network, pipeline_kwargs:
             See [`NoiseCorrectionTrainer`].
 
     Raises:
@@ -54,6 +55,12 @@ def check_arguments(
     for name, value, corrector in (("network", network, "network"), ("peft_config", peft_config, "lora")):
         if value is not None and config.corrector != corrector:
             raise ValueError(f"{name}: given with corrector={config.corrector!r}; set corrector={corrector!r}.")
+    steps = checked_arguments(pipeline, pipeline_kwargs).get("num_inference_steps", config.num_inference_steps)
+    if steps != config.num_inference_steps:
+        raise ValueError(
+            f"pipeline_kwargs: num_inference_steps={steps} is not the configuration's {config.num_inference_steps}; "
+            "set it there."
+        )
 
 
 def _check_column(dataset: datasets.Dataset, name: str) -> None:

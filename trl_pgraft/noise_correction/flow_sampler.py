@@ -16,6 +16,7 @@ from ..pipelines.checks import check_steps
 from ..pipelines.conditioning import Conditioning, record_conditioning
 from ..pipelines.denoiser_call import denoiser_of, replay
 from ..pipelines.denoiser_format import DenoiserFormat
+from ..pipelines.inputs import checked_arguments
 from ..pipelines.introspection import introspect
 from ..pipelines.placement import device_of
 from ..pipelines.schedulers import Sampler
@@ -53,7 +54,8 @@ class FlowSampler:
             w of the velocity's guidance `u + w (c - u)`; `None` where it is that of the conditional branch.
 
     Raises:
-        `ValueError`: the scheduler's step is not Euler's, or `guided` is set and the call has no guidance.
+        `ValueError`: an argument cannot be given, see [`checked_arguments`]; the scheduler's step is not Euler's; or
+            `guided` is set and the call has no guidance.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class FlowSampler:
         guided: bool,
         denoiser_format: type[DenoiserFormat] | None = None,
     ):
+        kwargs = checked_arguments(pipeline, kwargs)
         introspection = introspect(pipeline, kwargs, denoiser_format)
         self.pipeline, self.kwargs = pipeline, kwargs
         self.call, self.sampler = introspection.call, introspection.sampler

@@ -100,7 +100,7 @@ class NoiseCorrectionTrainer:
         self.config = config = config or NoiseCorrectionConfig()
         if pipeline is None or train_dataset is None:
             raise ValueError("pipeline and train_dataset are required: a diffusers flow pipeline, and real data.")
-        check_arguments(config, pipeline, train_dataset, peft_config, network)
+        check_arguments(config, pipeline, train_dataset, peft_config, network, pipeline_kwargs)
         self.accelerator = launched_accelerator(config.mixed_precision)
         if config.train_batch_size % self.accelerator.num_processes:
             raise ValueError(

@@ -3,6 +3,7 @@
 """What one pipeline call is handed for each of its prompts: the prompt, and inputs such as images or class labels."""
 
 import copy
+import difflib
 import inspect
 import re
 from collections.abc import Sequence
@@ -212,18 +213,43 @@ def sampling_arguments(
             Further arguments, which win over the configuration.
 
     Raises:
-        `ValueError`: one of them cannot be given, because it differs from sample to sample or is needed as it is.
+        `ValueError`: see [`checked_arguments`].
     """
-    given, taken = dict(pipeline_kwargs or {}), parameters_of(pipeline)
-    for name in sorted(given.keys() & SET_ELSEWHERE.keys()):
-        raise ValueError(f"pipeline_kwargs: `{name}` cannot be given here. {SET_ELSEWHERE[name]}")
-    given |= _with_images(pipeline, {name: given[name] for name in given.keys() & input_names(pipeline)})
+    given, taken = checked_arguments(pipeline, pipeline_kwargs), parameters_of(pipeline)
     wanted = {name: value for name, (_, value) in _sampling_fields(config, taken).items() if value != ""}
     arguments = wanted | given
     if arguments.get("true_cfg_scale", 1.0) > 1.0 and not {"negative_prompt", "negative_prompt_embeds"} & {*arguments}:
         # With this scale pipelines guide only where they are handed a negative prompt.
         arguments["negative_prompt"] = ""
     return arguments
+
+
+def checked_arguments(pipeline: DiffusionPipeline, pipeline_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    """
+    A copy of a user's arguments of the pipeline call, with images as [`as_image`] makes them.
+
+    Args:
+        pipeline (`DiffusionPipeline`):
+            The pipeline that is called.
+        pipeline_kwargs (`dict` or `None`):
+            The arguments.
+
+    Raises:
+        `ValueError`: one is no argument of the call, differs from sample to sample, or is needed as it is.
+    """
+    if not isinstance(pipeline_kwargs or {}, dict):
+        raise ValueError(f"pipeline_kwargs is a {type(pipeline_kwargs).__name__}; give a dict of arguments by name.")
+    given, taken = dict(pipeline_kwargs or {}), parameters_of(pipeline)
+    for name in given:
+        if name in SET_ELSEWHERE:
+            raise ValueError(f"pipeline_kwargs: `{name}` cannot be given here. {SET_ELSEWHERE[name]}")
+        if name not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+            close = difflib.get_close_matches(str(name), taken, 1)
+            raise ValueError(
+                f"pipeline_kwargs: {type(pipeline).__name__} takes no argument {name!r}"
+                f"{'; did you mean ' + repr(close[0]) if close else ''}."
+            )
+    return given | _with_images(pipeline, {name: given[name] for name in given.keys() & input_names(pipeline)})
 
 
 def config_in_force(

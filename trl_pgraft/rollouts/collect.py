@@ -22,7 +22,7 @@ from ..pipelines.pixels import to_pil
 from ..rewards.registry import Reward
 from ..rewards.scorer import Patience, score_all
 from .cache import RolloutCache
-from .columns import check_held_out_columns, check_inputs
+from .columns import check_held_out_columns, check_inputs, check_names
 from .dataset import to_dataset
 from .prompts import Prompt, PromptGroup, PromptSource, Sample, form_groups, samples_of
 from .rollout import Evaluation, Rollout, RolloutBatch
@@ -82,11 +82,14 @@ class RolloutCollector:
                 The data set that prompts come from, if they do; those that the configured iterations take are read.
 
         Raises:
-            `ValueError`: see [`check_inputs`] and [`check_held_out_columns`].
+            `ValueError`: see [`check_held_out_columns`], [`check_inputs`] and [`check_names`].
         """
         check_held_out_columns(self.policy, held_out, example)
         check_inputs(self.policy, held_out, "held-out prompts")
-        if dataset is not None and self.prompt_source is not None and self.policy.inputs_of(example):
+        if dataset is None or self.prompt_source is None:
+            return
+        check_names(self.policy.pipeline, dataset.column_names)
+        if self.policy.inputs_of(example):
             wanted = self.config.num_epochs * -(-self.images // self.group_size)
             check_inputs(self.policy, self.prompt_source(0, min(wanted, len(dataset))), "train_dataset")
 

@@ -2,13 +2,47 @@
 
 """Checks of what prompts have beside their text, such as images, before anything is sampled."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from ..adapters.policy import Policy
+from ..pipelines.inputs import SET_ELSEWHERE, input_names, parameters_of
+from .dataset import SAMPLE_COLUMNS
 from .prompts import Prompt
+
+
+def check_names(pipeline: DiffusionPipeline, columns: Sequence[str]) -> None:
+    r"""
+    Check that no column of `train_dataset` has a name by which something else would be expected of it.
+
+    Args:
+        pipeline (`DiffusionPipeline`):
+            Its call's parameters count.
+        columns (`Sequence[str]`):
+            Names of the columns.
+
+    Raises:
+        `ValueError`: a column would set what the library sets, or they are those of stored samples. There is a warning
+            where the pipeline's call takes one value for all prompts.
+    """
+    if set(SAMPLE_COLUMNS) <= set(columns):
+        raise ValueError(
+            "train_dataset has the columns of samples that a run kept. Give it as samples_dataset to train on them, "
+            "or take the prompts alone: `dataset.select_columns('prompt')`."
+        )
+    taken = parameters_of(pipeline).keys() & set(columns) - {"prompt"}
+    for name in sorted(taken & SET_ELSEWHERE.keys()):
+        raise ValueError(f"train_dataset: column `{name}` would not be used; rename it. {SET_ELSEWHERE[name]}")
+    if ignored := sorted(taken - input_names(pipeline)):
+        warnings.warn(
+            f"train_dataset: the call of {type(pipeline).__name__} takes one value of {', '.join(ignored)} for all "
+            "prompts, in pipeline_kwargs; columns of these names are for the rewards alone.",
+            stacklevel=2,
+        )
 
 
 def check_inputs(policy: Policy, prompts: Iterable[Prompt], owner: str) -> None:

@@ -103,13 +103,11 @@ def _as_dataset(name: str, given: PromptData, required: bool, token: str | None 
 
 def _with_plain_images(dataset: datasets.Dataset) -> datasets.Dataset:
     """The data set with images as PIL's, also where its format makes arrays of them, which have no palette."""
-    chosen = dataset.format["columns"]
+    kind, chosen, options = (dataset.format[name] for name in ("type", "columns", "format_kwargs"))
     others = [name for name in chosen if not isinstance(dataset.features[name], datasets.Image)]
-    kind = dataset.format["type"]
     if kind in (None, "custom") or others == chosen:
         return dataset
-    options = {"columns": others, "output_all_columns": True, **dataset.format["format_kwargs"]}
-    return dataset.select_columns(chosen).with_format(kind, **options)
+    return dataset.select_columns(chosen).with_format(kind, columns=others, output_all_columns=True, **options)
 
 
 def _checked_prompts(name: str, prompts: Sequence[Any]) -> Sequence[str]:

@@ -130,17 +130,16 @@ def accept_rounds(
         `tuple[torch.Tensor, float, int]`: as of [`accept`], over all iterations.
     """
     first = list(itertools.accumulate((group.size for group in groups), initial=0))
-    parts, sizes, start = [], [], 0
+    accepted, kl_sum, skipped = torch.zeros(len(total_reward), dtype=torch.bool), 0.0, 0
     for number, found in itertools.groupby(range(len(groups)), lambda index: rounds[first[index]]):
-        own = [groups[index] for index in found]
-        rows = slice(start, start := start + sum(group.size for group in own))
-        own_keys = None if keys is None else keys[rows]
-        parts.append(accept(total_reward[rows], own, rule, rule_kwargs, (seed, number, "accept"), own_keys))
-        sizes.append(len(own))
-    accepted, kls, skipped = zip(*parts, strict=True)
-    counts = [size - left for size, left in zip(sizes, skipped, strict=True)]
-    kl = sum(kl * count for kl, count in zip(kls, counts, strict=True)) / max(1, sum(counts))
-    return torch.cat(accepted), kl, sum(skipped)
+        of_round = list(found)
+        rows = slice(first[of_round[0]], first[of_round[-1] + 1])
+        own, own_keys = [groups[index] for index in of_round], None if keys is None else keys[rows]
+        accepted[rows], kl, left = accept(
+            total_reward[rows], own, rule, rule_kwargs, (seed, number, "accept"), own_keys
+        )
+        kl_sum, skipped = kl_sum + kl * (len(own) - left), skipped + left
+    return accepted, kl_sum / max(1, len(groups) - skipped), skipped
 
 
 def _scaled(kwargs: dict[str, Any], full: int, size: int) -> dict[str, Any]:

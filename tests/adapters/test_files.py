@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import HfApi
-from peft import LoHaConfig, LoraConfig, PeftModel
+from peft import LoHaConfig, PeftModel
 from runs import SWITCH, sample
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import add_random_adapter, tiny_flux, tiny_sd
 
 import trl_pgraft
 from trl_pgraft import SwitchLevel, TimestepGate, load_pgraft_adapter, save_pgraft_adapter
-from trl_pgraft.adapters.files import read_switch, save_adapter_weights
-from trl_pgraft.adapters.lora import adapter_parameters, add_adapter
+from trl_pgraft.adapters.files import read_switch
+from trl_pgraft.adapters.lora import adapter_parameters
 
 
 FLUX_SWITCH = SwitchLevel(500.0, 0.0, 450.0, (0.001, 0.0))
@@ -66,17 +66,6 @@ def test_no_file_of_an_earlier_adapter_of_another_kind_is_left(saved):
     kept = {"pgraft.json", "adapter_model.safetensors", "adapter_config.json", "README.md", "optimizer.safetensors"}
     assert {path.name for path in folder.iterdir()} == kept
     load_pgraft_adapter(tiny_sd(), folder)
-
-
-def test_a_corrector_leaves_no_switch_level_beside_its_lora(saved):
-    """With which it would be loaded as the adapter that was there."""
-    _, folder = saved
-    pipeline = tiny_sd()
-    add_adapter(pipeline.unet, LoraConfig(r=2, target_modules=["to_q"]), "corrector")
-    save_adapter_weights(pipeline.unet, folder, "corrector", {"format": "pt"})
-    assert {path.name for path in folder.iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
-    with pytest.raises(ValueError, match="has no pgraft.json"):
-        load_pgraft_adapter(pipeline, folder)
 
 
 def test_it_can_be_loaded_under_another_name_and_in_half_precision(saved):

@@ -127,6 +127,60 @@ def test_nothing_but_the_adapter_is_pushed_and_only_once(hub, adapter):
     assert not any(path.endswith(".safetensors") for commit in repo.commits[2:] for path in commit.paths)
 
 
+def test_an_adapter_of_another_kind_replaces_the_earlier_one_and_leaves_other_files(hub, adapter):
+    """Its files, its grid and the card that the push wrote; not what else the repository holds."""
+    folder = adapter[1]
+    (folder / "before_after.png").write_bytes(b"a grid")
+    push_adapter_to_hub(folder, "ann/lora", **TOKEN)
+    for name in ("notes.md", "network/mine.txt", "style/pytorch_lora_weights.safetensors"):
+        HfApi(**TOKEN).upload_file(path_or_fileobj=b"mine", path_in_repo=name, repo_id="ann/lora")
+    pipeline = tiny_sd()
+    add_adapter(pipeline.unet, LoHaConfig(r=2, target_modules=["to_q"]), "pgraft")
+    save_pgraft_adapter(pipeline, folder, SWITCH)
+    (folder / "before_after.png").unlink()
+    push_adapter_to_hub(folder, "ann/lora", **TOKEN)
+    files = hub.repo("ann/lora").files
+    assert set(files) == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "pgraft.json", "notes.md", "network/mine.txt",
+        "style/pytorch_lora_weights.safetensors",
+    }  # fmt: skip
+    assert b"LOHA" in files["README.md"]
+
+
+def test_files_of_a_repository_that_is_not_ours_stay(hub, tmp_path):
+    HfApi(**TOKEN).create_repo("ann/mixed")
+    name = "pytorch_lora_weights.safetensors"
+    HfApi(**TOKEN).upload_file(path_or_fileobj=b"mine", path_in_repo=name, repo_id="ann/mixed")
+    pipeline = tiny_sd()
+    add_adapter(pipeline.unet, LoHaConfig(r=2, target_modules=["to_q"]), "pgraft")
+    save_pgraft_adapter(pipeline, tmp_path, SWITCH)
+    push_adapter_to_hub(tmp_path, "ann/mixed", **TOKEN)
+    assert hub.repo("ann/mixed").files[name] == b"mine"
+
+
+def test_the_command_of_a_failed_push_deletes_as_the_push_does(hub, adapter):
+    folder = adapter[1]
+    push_adapter_to_hub(folder, "ann/lora", **TOKEN)
+    pipeline = tiny_sd()
+    add_adapter(pipeline.unet, LoHaConfig(r=2, target_modules=["to_q"]), "pgraft")
+    save_pgraft_adapter(pipeline, folder, SWITCH)
+    hub.fail_next(3, "commit", 500)
+    with pytest.raises(PushError) as failure:
+        push_adapter_to_hub(folder, "ann/lora", **TOKEN)
+    hub._failures.clear()
+    run_printed_command(failure.value)
+    assert "pytorch_lora_weights.safetensors" not in hub.repo("ann/lora").files
+
+
+def test_a_card_that_was_changed_by_hand_stays(hub, adapter):
+    folder = adapter[1]
+    push_adapter_to_hub(folder, "ann/lora", **TOKEN)
+    card = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(card.replace(pushing.SHORT_CARD, "Mine."))
+    push_adapter_to_hub(folder, "ann/lora", **TOKEN)
+    assert b"Mine." in hub.repo("ann/lora").files["README.md"]
+
+
 def test_a_folder_without_an_adapter_is_refused_before_any_request(hub, tmp_path):
     with pytest.raises(ValueError, match="pgraft.json"):
         push_adapter_to_hub(tmp_path, "ann/lora", **TOKEN)

@@ -10,11 +10,12 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from hub_cases import TOKEN
 from huggingface_hub import HfApi
+from runs import SWITCH
 from tiny_flow import tiny_flow
-from tiny_pipelines import tiny_flux, tiny_sd
+from tiny_pipelines import add_random_adapter, tiny_flux, tiny_sd
 from tiny_transformers import tiny_sd3
 
-from trl_pgraft import NoiseCorrectedPipeline
+from trl_pgraft import NoiseCorrectedPipeline, save_pgraft_adapter
 from trl_pgraft.adapters.lora import default_lora_config
 from trl_pgraft.hub.push import push_corrector_to_hub
 from trl_pgraft.noise_correction.correctors import GaussianCorrector, LoraCorrector, NetworkCorrector
@@ -182,6 +183,50 @@ def test_saved_and_loaded_it_samples_the_same(case, tmp_path):
     assert not any(p.requires_grad for p in getattr(loaded.corrector, "parameters", []))
     loaded.save_pretrained(tmp_path / "again")
     assert files_in(tmp_path / "again") == files_in(tmp_path / "corrector")
+
+
+KINDS = [lora_case, network_case, gaussian_case]
+
+
+@pytest.mark.parametrize("case, earlier", [(a, b) for a in KINDS for b in KINDS if a is not b])
+def test_a_corrector_of_another_kind_leaves_no_file_of_the_earlier_one(case, earlier, tmp_path):
+    """Nor is anything else in the folder touched."""
+    earlier()[0].save_pretrained(tmp_path / "corrector")
+    (tmp_path / "corrector" / "network").mkdir(exist_ok=True)
+    (tmp_path / "corrector" / "network" / "mine.txt").write_text("mine")
+    corrected, make, kwargs = case()
+    corrected.save_pretrained(tmp_path / "corrector")
+    corrected.save_pretrained(tmp_path / "alone")
+    assert files_in(tmp_path / "corrector") == {*files_in(tmp_path / "alone"), "network/mine.txt"}
+    loaded = NoiseCorrectedPipeline.from_pretrained(tmp_path / "corrector", make())
+    wanted = corrected(**kwargs, generator=generator()).images
+    assert torch.equal(loaded(**kwargs, generator=generator()).images, wanted)
+
+
+def test_correctors_and_adapters_are_not_saved_over_each_other(tmp_path):
+    pipeline = tiny_sd()
+    add_random_adapter(pipeline.unet)
+    save_pgraft_adapter(pipeline, tmp_path / "adapter", SWITCH)
+    corrected = gaussian_case()[0]
+    corrected.save_pretrained(tmp_path / "corrector")
+    before = {folder: files_in(tmp_path / folder) for folder in ("adapter", "corrector")}
+    with pytest.raises(ValueError, match="holds an adapter. Save to another folder"):
+        corrected.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="holds a noise corrector. Save to another folder"):
+        save_pgraft_adapter(pipeline, tmp_path / "corrector", SWITCH)
+    assert before == {folder: files_in(tmp_path / folder) for folder in ("adapter", "corrector")}
+
+
+def test_a_pushed_corrector_replaces_one_of_another_kind(hub):
+    network_case()[0].push_to_hub("fixer", **TOKEN)
+    HfApi(**TOKEN).upload_file(path_or_fileobj=b"mine", path_in_repo="network/mine.txt", repo_id="ann/fixer")
+    corrected, make, kwargs = gaussian_case()
+    corrected.push_to_hub("fixer", **TOKEN)
+    files = {"README.md", "noise_correction.json", "gaussian.safetensors", "network/mine.txt"}
+    assert set(hub.repo("ann/fixer").files) == files
+    loaded = NoiseCorrectedPipeline.from_pretrained("ann/fixer", make(), **TOKEN)
+    wanted = corrected(**kwargs, generator=generator()).images
+    assert torch.equal(loaded(**kwargs, generator=generator()).images, wanted)
 
 
 def files_in(folder):

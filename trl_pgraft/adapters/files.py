@@ -3,6 +3,7 @@
 """Adapters on disk: in PEFT's and in diffusers' format, with the noise level at which they switch off."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -31,7 +32,10 @@ CORRECTOR_FILE = "noise_correction.json"
 NETWORK_FOLDER = "network"
 GAUSSIAN_FILE = "gaussian.safetensors"
 CORRECTOR_FOLDER = "corrector"  # where the trainer saves it, in its output folder
-CORRECTOR_FILES = (CORRECTOR_FILE, *PEFT_FILES, f"{NETWORK_FOLDER}/*", GAUSSIAN_FILE)
+NETWORK_FILES = (f"{NETWORK_FOLDER}/config.json", f"{NETWORK_FOLDER}/diffusion_pytorch_model*")
+CORRECTOR_FILES = (CORRECTOR_FILE, *PEFT_FILES, *NETWORK_FILES, GAUSSIAN_FILE)
+# One of these says that the files beside it are of this package.
+MARKERS = (SWITCH_FILE, CORRECTOR_FILE)
 PEFT_PREFIX = "base_model.model."
 
 
@@ -39,7 +43,7 @@ def save_pgraft_adapter(
     pipeline: DiffusionPipeline, folder: str | Path, switch: SwitchLevel, name: str = ADAPTER_NAME
 ) -> None:
     r"""
-    Save an adapter and the noise level at which it switches off.
+    Save an adapter and the noise level at which it switches off. Files of an earlier one in the folder are removed.
 
     The folder loads with `pipeline.load_lora_weights` and with PEFT, which both leave out the switch, and with
     [`load_pgraft_adapter`], which does not.
@@ -53,9 +57,13 @@ def save_pgraft_adapter(
             Noise level at which the adapter hands over to the reference.
         name (`str`, *optional*, defaults to `"pgraft"`):
             Name of the adapter in the denoiser.
+
+    Raises:
+        `ValueError`: the folder holds a noise corrector.
     """
     folder, denoiser = Path(folder), uncompiled(denoiser_of(pipeline))
     metadata = {"format": "pt", SWITCH_METADATA: switch.to_json()}
+    make_folder(folder, ADAPTER_FILES, CORRECTOR_FILE)
     state = save_adapter_weights(denoiser, folder, name, metadata)
     config = denoiser.peft_config[name]
     if isinstance(config, LoraConfig) and hasattr(pipeline, "save_lora_weights"):
@@ -74,7 +82,7 @@ def save_adapter_weights(
     denoiser: ModelMixin, folder: Path, name: str, metadata: dict[str, str]
 ) -> dict[str, torch.Tensor]:
     r"""
-    Write an adapter in PEFT's format, and remove files of an earlier one that the folder has in another format.
+    Write an adapter in PEFT's format.
 
     Args:
         denoiser (`diffusers.ModelMixin`):
@@ -90,12 +98,35 @@ def save_adapter_weights(
         `dict[str, torch.Tensor]`: the adapter's weights on the CPU, by PEFT's names without the adapter's own.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for earlier in set(ADAPTER_FILES) - set(PEFT_FILES):
-        (folder / earlier).unlink(missing_ok=True)
     state = {k: v.contiguous().cpu() for k, v in get_peft_model_state_dict(denoiser, adapter_name=name).items()}
     save_file({PEFT_PREFIX + k: v for k, v in state.items()}, folder / "adapter_model.safetensors", metadata=metadata)
     denoiser.peft_config[name].save_pretrained(str(folder))
     return state
+
+
+def make_folder(folder: Path, files: Sequence[str], marker: str) -> None:
+    r"""
+    Make a folder for an adapter or a corrector, without the files of an earlier one.
+
+    Args:
+        folder (`Path`):
+            The folder; it may be there.
+        files (`Sequence[str]`):
+            Patterns of the files that an earlier one may have.
+        marker (`str`):
+            File that a folder of the other kind has.
+
+    Raises:
+        `ValueError`: the folder holds one of the other kind, which nothing is to be written beside or over.
+    """
+    if (folder / marker).is_file():
+        raise ValueError(
+            f"{folder} has {marker}, so it holds {'a noise corrector' if marker == CORRECTOR_FILE else 'an adapter'}. "
+            "Save to another folder, or delete that one first."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for earlier in [path for pattern in files for path in folder.glob(pattern)]:
+        earlier.unlink(missing_ok=True)
 
 
 def read_switch(folder: str | Path) -> SwitchLevel:
@@ -176,9 +207,8 @@ def load_pgraft_adapter(
             stacklevel=2,
         )
     load_frozen_adapter(denoiser, folder, name)
-    former = gate_on(denoiser_of(pipeline), name)  # of an adapter that was deleted
-    if former is not None:
-        former.remove()
+    if (former := gate_on(denoiser_of(pipeline), name)) is not None:
+        former.remove()  # of an adapter that was deleted
     return TimestepGate(denoiser_of(pipeline), name, switch.switch_timestep, switch.clock, pipeline, format)
 
 

@@ -75,7 +75,7 @@ class TimestepGate(AbstractContextManager["TimestepGate"]):
         self._known = set(uncompiled(denoiser).peft_config)
         self._hooks = ExitStack()
         if not self._adapter.is_on:
-            self._hooks.callback(self._switch_off)
+            self._hooks.callback(lambda: self._adapter.turn(False))
             self.enable()
         self._hooks.enter_context(observe_calls(denoiser, self._on_call))
         self._hooks.callback(denoiser.register_forward_hook(self._after_call, always_call=True).remove)
@@ -159,9 +159,6 @@ class TimestepGate(AbstractContextManager["TimestepGate"]):
             self._is_off_for_call = False
             self._adapter.turn(True)
 
-    def _switch_off(self) -> None:
-        self._adapter.turn(False)
-
 
 # Denoisers keep their gates alive by their hooks; nothing else needs to.
 _active_gates: weakref.WeakSet[TimestepGate] = weakref.WeakSet()
@@ -169,5 +166,4 @@ _active_gates: weakref.WeakSet[TimestepGate] = weakref.WeakSet()
 
 def gate_on(denoiser: torch.nn.Module, adapter_name: str | None = None) -> TimestepGate | None:
     """The gate on `denoiser`, of one adapter where its name is given; `None` where there is none."""
-    gates = (gate for gate in _active_gates if gate.denoiser is denoiser)
-    return next((gate for gate in gates if adapter_name in (None, gate.adapter_name)), None)
+    return next((g for g in _active_gates if g.denoiser is denoiser and adapter_name in (None, g.adapter_name)), None)

@@ -9,11 +9,23 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from peft import PeftConfig
 
-from ..adapters.files import ADAPTER_FILES, CORRECTOR_FILE, CORRECTOR_FILES, clean, read_switch, redacted
+from ..adapters.files import (
+    ADAPTER_FILES,
+    CORRECTOR_FILE,
+    CORRECTOR_FILES,
+    MARKERS,
+    clean,
+    read_switch,
+    redacted,
+)
 from .cards import CARD_FILE, GRID_FILE, write_adapter_card, write_corrector_card, write_samples_card
 from .facts import ROUND_FILES, AdapterFacts, kind_of
 from .repositories import new_files, prepare_repository
 from .retries import retried
+
+
+# In cards that a push writes. Those of a folder that gets another adapter are written anew.
+SHORT_CARD = "<!-- Each push writes this card anew. To keep your changes, remove this line. -->"
 
 
 class PushError(RuntimeError):
@@ -138,6 +150,21 @@ def _write_short_card(folder: Path, repo_id: str) -> None:
     write_adapter_card(folder, repo_id, AdapterFacts(read_switch(folder), kind=kind))
 
 
+def _ensure_card(folder: Path, kind: str, name: str, write_card: Callable[[Path, str], None]) -> None:
+    """Write a data set's card, or a model's where the folder has none but such a one."""
+    path = folder / CARD_FILE
+    if kind == "dataset" or not path.is_file() or SHORT_CARD in path.read_text():
+        write_card(folder, name)
+        if kind == "model":
+            path.write_text(f"{path.read_text().rstrip()}\n\n{SHORT_CARD}\n")
+
+
+def _files_of_earlier(api: HfApi, name: str, revision: str | None) -> list[str]:
+    """Patterns of files of an adapter or corrector of this package, where a model repository has one."""
+    is_ours = any(api.file_exists(name, marker, revision=revision) for marker in MARKERS)
+    return [*ADAPTER_FILES, *CORRECTOR_FILES, GRID_FILE] if is_ours else []
+
+
 def _push(
     folder: str | Path,
     repo_id: str,
@@ -152,23 +179,24 @@ def _push(
     """
     Prepare the repository, write the folder's card and upload its files, with retries.
 
-    A model's card is written where the folder has none, and the files that match the patterns `files` are uploaded; a
-    data set's card is always written, and the samples that the repository does not have yet are uploaded.
+    A model's card is written where the folder has none of a user's or of a run's, and the files that match the
+    patterns `files` are uploaded; those of an earlier adapter or corrector that are not among them are deleted there.
+    A data set's card is always written, and the samples that the repository does not have yet are uploaded.
     """
     folder, token, name = Path(folder), clean(token), repo_id
-
-    def ensure_card() -> None:
-        if kind == "dataset" or not (folder / CARD_FILE).is_file():
-            write_card(folder, name)
+    earlier: list[str] = []  # patterns of files that an earlier push has left, and this one has not
 
     def attempt() -> str:
-        nonlocal name
+        nonlocal name, earlier
         name, api = prepare_repository(repo_id, kind, private, token), HfApi(token=token)
-        ensure_card()
+        _ensure_card(folder, kind, name, write_card)
         patterns = new_files(folder, api, name) if kind == "dataset" else files
         if patterns:
+            earlier = _files_of_earlier(api, name, revision) if kind == "model" else []
             options = {"repo_type": kind, "commit_message": commit_message, "revision": revision}
-            api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=patterns, **options)
+            api.upload_folder(
+                repo_id=name, folder_path=folder, allow_patterns=patterns, delete_patterns=earlier or None, **options
+            )
         return name
 
     try:
@@ -176,11 +204,12 @@ def _push(
     except ValueError:
         raise
     except Exception as error:
-        ensure_card()
+        _ensure_card(folder, kind, name, write_card)
         command = [
             *("hf", "upload", name, str(folder.resolve()), ".", "--repo-type", kind),
             *(["--private"] if private else []),
             *(["--revision", revision] if revision else []),
+            *(part for pattern in earlier for part in ("--delete", pattern)),
         ]
         raise PushError(
             f"{folder} was not pushed to {kind} repository {name}: {redacted(error, token)}\nNothing is lost. To "

@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import send_to_device
 from diffusers import DiffusionPipeline
 
-from ..adapters.files import CORRECTOR_FILE, CORRECTOR_FILES, CORRECTOR_FOLDER, fetched
+from ..adapters.files import CORRECTOR_FILE, CORRECTOR_FILES, CORRECTOR_FOLDER, SWITCH_FILE, fetched, make_folder
 from ..hub.push import push_corrector_to_hub
 from ..pipelines.denoiser_call import DenoiserCall, branches_of
 from ..pipelines.denoiser_format import DenoiserFormat
@@ -185,14 +185,17 @@ class NoiseCorrectedPipeline:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """
-        Save the corrector, without the pipeline.
+        Save the corrector, without the pipeline. Files of an earlier corrector in the folder are removed.
 
         Args:
             folder (`str` or `Path`):
                 Folder to write to; it is made if missing.
+
+        Raises:
+            `ValueError`: the folder holds an adapter.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, CORRECTOR_FILES, SWITCH_FILE)
         self.corrector.save(folder)
         facts = {
             "corrector": self.corrector.kind,

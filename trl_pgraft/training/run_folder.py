@@ -146,8 +146,7 @@ class RunFolder:
 
     def _signature_for(self, checkpoint: Path) -> dict[str, Any]:
         """The signature to compare with a checkpoint's; one of an earlier version knows less of the model."""
-        stored = json.loads((checkpoint / "run.json").read_text())
-        signature = self.resume_signature()
+        stored, signature = json.loads((checkpoint / "run.json").read_text()), self.resume_signature()
         known = {n: value for n, value in signature.items() if not n.startswith(WEIGHTS) or n in stored}
         model = stored.get(MODEL, "")
         return {**known, MODEL: model} if self.finetuner.policy.has_fingerprint(model) else known

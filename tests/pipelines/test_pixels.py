@@ -120,6 +120,7 @@ def test_a_pipeline_of_four_channels_is_handed_the_transparency():
     [
         (Image.new("RGBA", (4, 4), (1, 2, 3, 99)), "control_image: .*'RGBA' has transparent pixels.*background"),
         (Image.new("LA", (4, 4), (1, 99)), "'LA' has transparent pixels"),
+        (COLOURS.tolist(), "a list of whole numbers is not taken for an image"),
         (Image.new("F", (4, 4)), "mode 'F', whose range is unknown; convert it"),
         ("no/such/file.png", "cannot be read.*no/such/file.png"),
         (encoded(RGB)[:100], "cannot be read"),

@@ -35,6 +35,7 @@ from trl_pgraft.rewards import (
     score,
     score_all,
 )
+from trl_pgraft.rewards.registry import choose_rewards
 from trl_pgraft.rollouts.sampling import map_in_threads
 
 
@@ -496,3 +497,23 @@ def test_an_error_while_sampling_does_not_wait_for_the_scores_that_are_queued():
     with pytest.raises(KeyboardInterrupt):
         map_in_threads(slow, items(), workers=1)
     assert len(started) <= 2
+
+
+@pytest.mark.parametrize(
+    "weights, message",
+    [
+        ([math.nan], "reward_weights=nan is not a finite number"),
+        (["high"], r"reward_weights='high' \(str\) is not a number"),
+        ([True], r"reward_weights=True \(bool\) is not a number"),
+        ([1.0, 2.0], "reward_weights has 2 values for 1 reward_funcs"),
+    ],
+)
+def test_a_weight_is_a_finite_number_for_each_reward(weights, message):
+    with pytest.raises(ValueError, match=message):
+        choose_rewards(None, lambda **_: [], weights)
+
+
+@pytest.mark.parametrize("weights", [0.5, [0.5], ("0.5",), np.array([0.5])])
+def test_weights_are_taken_in_any_form(weights):
+    (reward,) = choose_rewards(None, lambda **_: [], weights)
+    assert type(reward.weight) is float and reward.weight == 0.5

@@ -77,6 +77,10 @@ def as_image(value: Any, name: str, mode: str = "RGB") -> Any:
     if isinstance(value, list) and value and not isinstance(value[0], int | float | list):
         return [as_image(item, name, mode) for item in value]
     if (image := _opened(value, name)) is None:
+        if isinstance(value, list) and np.asarray(value).dtype.kind in "iu":
+            raise ValueError(
+                f"{name}: a list of whole numbers is not taken for an image; make the column one of images."
+            )
         return value
     original = image.mode
     if original.startswith("I;16") or (original == "I" and image.format == "PNG"):

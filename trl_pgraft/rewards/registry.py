@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..config import as_annotated
 from ..core.importing import import_function
 
 
@@ -136,7 +137,8 @@ def choose_rewards(
             Whether no reward at all is an error.
 
     Raises:
-        `ValueError`: both conventions, none, a wrong number of weights, or two rewards of one name.
+        `ValueError`: both conventions, none, a wrong number of weights or one that is no finite number, or two rewards
+            of one name.
     """
     if reward_function is not None:
         if reward_funcs is not None or reward_weights is not None:
@@ -154,7 +156,8 @@ def choose_rewards(
     )
     if required and not functions:
         raise ValueError("No reward: give reward_function (DDPO's convention) or reward_funcs (TRL's).")
-    weights = list(reward_weights) if reward_weights is not None else [1.0] * len(functions)
+    given = [reward_weights] if isinstance(reward_weights, str | int | float) else reward_weights
+    weights = [1.0] * len(functions) if given is None else [as_annotated("reward_weights", w, float) for w in given]
     if len(weights) != len(functions):
         raise ValueError(f"reward_weights has {len(weights)} values for {len(functions)} reward_funcs.")
     rewards = [make_reward(function, weight) for function, weight in zip(functions, weights, strict=True)]

@@ -150,7 +150,7 @@ def accumulated_kl(
         group_size (`int`):
             M, the samples per prompt.
         k (`int` or `None`):
-            Number of accepted samples per prompt; `None` for another rule than top-k.
+            Number of accepted samples per prompt: 1 for best-of-M and preference, `None` for other rules than top-k.
         composes (`bool`):
             Whether the selections of the iterations before compose; `True` for the first one.
 

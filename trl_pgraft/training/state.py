@@ -5,9 +5,10 @@
 from dataclasses import dataclass, field
 
 from ..config import GraftConfig
-from ..core.acceptance import default_k
+from ..core.acceptance import accept_top_k, default_k, get_acceptance
 from ..core.divergence import accumulated_kl
 from ..rollouts.rollout import Rollout
+from ..rollouts.selection import RANK_RULES
 from .callbacks import Callbacks
 from .finetuner import Finetuner
 from .optimizer import learning_rates
@@ -66,7 +67,10 @@ class TrainerState:
         if config.sample_from == "reference":
             return rollout.implied_kl
         kl, size = rollout.implied_kl, rollout.groups[0].size
-        k = config.acceptance_kwargs.get("k", default_k(size)) if config.acceptance == "top_k" else None
+        rule, k = get_acceptance(config.acceptance), None
+        if rule in RANK_RULES:
+            # Best of M and the winner of a pair are the top one.
+            k = config.acceptance_kwargs.get("k", default_k(size)) if rule is accept_top_k else 1
         self.kl_rounds, self.kl_sum = self.kl_rounds + 1, self.kl_sum + kl
         total, self.kl_composes = accumulated_kl(kl, self.kl_sum, self.kl_rounds, size, k, self.kl_composes)
         return total

@@ -18,6 +18,7 @@ from trl_pgraft.noise_correction.correctors.network import NetworkCorrector, mak
 from trl_pgraft.noise_correction.correctors.transport import perturb, transport
 from trl_pgraft.noise_correction.inversion import _anderson
 from trl_pgraft.pipelines.conditioning import record_conditioning
+from trl_pgraft.rollouts.collect import gathered
 from trl_pgraft.training.graft_loss import graft_loss
 from trl_pgraft.training.metrics import FineTuningReport
 
@@ -86,11 +87,11 @@ def test_the_pilots_gradients(config, sd, monkeypatch):
 def test_rewards_and_losses_of_all_processes(config, monkeypatch):
     trainer = make_trainer(config())
     rewards = torch.rand(3, 2, dtype=torch.float64)
-    assert torch.equal(trainer.collector._gather(rewards), rewards)
+    assert torch.equal(gathered(trainer.accelerator, rewards), rewards)
     accelerator = Accelerator(cpu=True)
     monkeypatch.setattr(type(accelerator), "device", DEVICE)
     with WithoutFloat64():
-        assert trainer.collector._gather(rewards).dtype == torch.float64
+        assert gathered(trainer.accelerator, rewards).dtype == torch.float64
         report = FineTuningReport(losses=[torch.ones(2)], bins=[torch.tensor([0, 3])])
         assert report.to_metrics(accelerator)["loss"] == 1
 

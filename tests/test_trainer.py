@@ -19,10 +19,10 @@ from transformers import TrainerCallback
 
 from trl_pgraft import PGraftTrainer, TimestepGate, accept_best_of_n, load_pgraft_adapter, register_reward
 from trl_pgraft.adapters.files import read_switch
-from trl_pgraft.adapters.lora import adapter_parameters, tuner_layers
+from trl_pgraft.adapters.lora import AdapterSwitch, adapter_parameters, tuner_layers
 from trl_pgraft.pipelines.denoiser_call import denoiser_of
 from trl_pgraft.rewards import RewardError, registry as functions
-from trl_pgraft.training import finetuner as finetuner_module
+from trl_pgraft.training import difference, finetuner as finetuner_module
 
 
 def colour(images):
@@ -156,35 +156,76 @@ def test_a_control_sees_as_many_rows_of_the_same_groups(config, monkeypatch):
 @pytest.mark.parametrize(
     "options, scale, guidance",
     [
-        ({"guidance_loss": "conditional"}, 2 / 3, 3.0),
-        ({"guidance_loss": "corrected"}, 2.0, 3.0),
-        ({"guidance_loss": "combined"}, 2.0, 3.0),
+        ({"guidance_loss": "conditional"}, 2.0, 3.0),
+        ({"guidance_loss": "corrected"}, 6.0, 3.0),
+        ({"guidance_loss": "combined"}, 6.0, 3.0),
         ({"guidance_loss": "corrected", "tuned_guidance_scale": 1.0}, 2.0, 1.0),
-        ({"guidance_loss": "conditional", "tuned_guidance_scale": 2.0, "control_scale": 1.0}, 1 / 2, 2.0),
-        ({"guidance_loss": "conditional", "control_scale": 6.0}, 2.0, 3.0),
-        ({"guidance_loss": "corrected", "control_scale": 6.0}, 6.0, 3.0),
+        ({"guidance_loss": "conditional", "tuned_guidance_scale": 2.0, "control_scale": 1.0}, 1.0, 2.0),
+        ({"guidance_loss": "conditional", "control_scale": 6.0}, 6.0, 3.0),
+        ({"guidance_loss": "corrected", "control_scale": 6.0}, 18.0, 3.0),
     ],
     ids=str,
 )
 def test_guidance_is_that_of_the_tuned_steps(config, monkeypatch, options, scale, guidance):
-    """The guided field moves by `control_scale` of the adapters' difference, the conditional branch by 1/w of it."""
-    runs, scales, original = spied_fine_tunings(monkeypatch), [], finetuner_module.merge_difference
+    """The adapters' difference is scaled to `scale`, of which what it moves the guided field by is divided out."""
+    runs, scales, original = spied_fine_tunings(monkeypatch), [], difference.merge_difference
 
     def spy(denoiser, policy, accepted, control, scale, max_rank):
         scales.append(scale)
         original(denoiser, policy, accepted, control, scale, max_rank)
 
-    monkeypatch.setattr(finetuner_module, "merge_difference", spy)
-    make_trainer(config(control_adapter=True, num_epochs=2, **options)).train()
-    assert scales == [scale] * 2
+    monkeypatch.setattr(difference, "merge_difference", spy)
+    history = make_trainer(config(control_adapter=True, num_epochs=2, **options)).train()
+    assert [metrics["control/scale"] for metrics in history] == scales
+    assert scales == pytest.approx([scale / metrics["control/movement"] for metrics in history])
+    is_measured = guidance > 1 and options["guidance_loss"] != "combined"
+    for metrics in history:
+        assert 1 <= metrics["control/movement"] < 1.2 * guidance if is_measured else guidance
     assert {loss.guidance_scale for loss, _, _ in runs} == {guidance}
     expected = [["pgraft_accepted"], ["pgraft_control"], ["pgraft", "pgraft_accepted"], ["pgraft", "pgraft_control"]]
     assert [loss.adapters for loss, _, _ in runs] == expected, "which distinguish the policy from the reference"
 
 
+@pytest.mark.parametrize("guidance_loss, fitted", [("conditional", 1.0), ("corrected", 3.0)])
+def test_the_guided_field_moves_by_control_scale_of_what_was_fitted(config, monkeypatch, guidance_loss, fitted):
+    """On other states than those that the scale is measured on; the unconditional branch moves as well."""
+    original, found = difference.merge_difference, []
+    options = {"guidance_loss": guidance_loss, "train_learning_rate": 2e-4, "control_scale": 2.0}
+    trainer = make_trainer(config(control_adapter=True, train_num_inner_epochs=8, **options))
+    runs = spied_fine_tunings(monkeypatch)
+
+    def fields(loss):
+        generator = torch.Generator().manual_seed(5)
+        timesteps = loss.levels.sample(32, generator)
+        x_t, prompts = torch.randn(32, 4, 8, 8, generator=generator), torch.zeros(32, dtype=torch.long)
+        with torch.no_grad():
+            c, u = (loss._predict(loss.denoiser, x_t, timesteps, prompts, is_u) for is_u in (False, True))
+        return c, u, u + 3.0 * (c - u)
+
+    def measured(denoiser, policy, accepted, control, *rest):
+        of_fits = []
+        for name in (accepted, control):
+            AdapterSwitch(denoiser, name).turn(True)
+            of_fits.append(fields(runs[0][0]))
+            AdapterSwitch(denoiser, name).turn(False)
+        c, u, _ = (one - other for one, other in zip(*of_fits, strict=True))
+        before = fields(runs[0][0])[2]
+        original(denoiser, policy, accepted, control, *rest)
+        moved = fields(runs[0][0])[2] - before
+        found.append([(moved * c).sum() / c.square().sum(), (u * c).sum() / c.square().sum()])
+
+    monkeypatch.setattr(difference, "merge_difference", measured)
+    (metrics,) = trainer.train()
+    moved, unconditional = found[0]
+    assert moved == pytest.approx(2.0 * fitted, rel=0.1)
+    assert unconditional > 0.2, "with 1/w for the scale it would be wrong"
+    assert 0 < metrics["control/merge_error"] < 0.1
+
+
 def test_without_a_signal_the_control_changes_next_to_nothing(config):
     """Where everything is accepted, both adapters learn the same, and less is left than one of them alone changes."""
-    options = {"acceptance": "all", "train_num_inner_epochs": 4}
+    options = {"acceptance": "all", "train_num_inner_epochs": 4, "sample_num_batches_per_epoch": 8}
+    options |= {"train_batch_size": 8, "train_learning_rate": 1e-3}
     plain = make_trainer(config(**options))
     plain.train()
     controlled = make_trainer(config(**options, control_adapter=True, control_scale=1.0))

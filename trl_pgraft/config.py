@@ -360,8 +360,9 @@ class GraftConfig:
     )
     control_scale: float = config_field(
         2.0,
-        "Factor of the difference that `control_adapter` keeps. Above 1 it amplifies short training, and its noise as "
-        "well; long training needs 1 (docs/comparison.md).",
+        "Factor of the difference that `control_adapter` keeps. By how much the guided prediction moves is measured, "
+        "and divided out. Above 1 it amplifies short training, and its noise as well; long training needs 1 "
+        "(docs/comparison.md, measured before that, with less by a quarter to a third).",
     )
     tuned_guidance_scale: float | None = config_field(
         None, "Guidance scale of the tuned steps while sampling; 1.0 is none there. None: `sample_guidance_scale`."

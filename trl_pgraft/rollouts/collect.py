@@ -138,13 +138,20 @@ class RolloutCollector:
         with self.policy.sampler(reference=config.sample_from == "reference"):
             batches = self.sample_and_score(own, cache)
         batch = RolloutBatch.collate(own, batches)
-        states, rewards = self._gather(batch.x_i), self._gather(batch.rewards)
+        states, rewards = gathered(self.accelerator, batch.x_i), gathered(self.accelerator, batch.rewards)
         total_reward = total_rewards(rewards, self.weights, groups)
         seed_parts, keys = (config.seed, epoch, "accept"), self._duplicate_keys(batch)
         selection = accept(total_reward, groups, self.acceptance, config.acceptance_kwargs, seed_parts, keys)
-        calls = int(self._gather(torch.tensor([batch.denoiser_calls])).sum())
+        calls = int(gathered(self.accelerator, torch.tensor([batch.denoiser_calls])).sum())
         rollout = Rollout(
-            groups, samples, states, rewards, total_reward, *selection, calls, self._gather(batch.flagged)
+            groups,
+            samples,
+            states,
+            rewards,
+            total_reward,
+            *selection,
+            calls,
+            gathered(self.accelerator, batch.flagged),
         )
         self._save_samples(rollout, batch, epoch)
         return rollout, batches
@@ -287,8 +294,9 @@ class RolloutCollector:
         with atomic_save(folder / f"samples-{rank:05d}-of-{world:05d}.parquet") as aside:
             dataset.to_parquet(aside)
 
-    def _gather(self, values: torch.Tensor) -> torch.Tensor:
-        """Values of all processes, in their order, on the host."""
-        # As their bits, because not every device has float64.
-        bits = values.view(torch.int64) if values.dtype == torch.float64 else values
-        return self.accelerator.gather(bits.to(self.accelerator.device)).cpu().view(values.dtype)
+
+def gathered(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
+    """Values of all processes, in their order, on the host."""
+    # As their bits, because not every device has float64.
+    bits = values.view(torch.int64) if values.dtype == torch.float64 else values
+    return accelerator.gather(bits.to(accelerator.device)).cpu().view(values.dtype)

@@ -16,7 +16,6 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from ..adapters.lora import ADAPTER_NAME, AdapterSwitch, adapter_parameters, add_adapter, is_plain_lora
-from ..adapters.merge import merge_difference
 from ..adapters.policy import Policy
 from ..config import GraftConfig
 from ..core.seeding import generator_of, noise_of, seed_of
@@ -24,6 +23,7 @@ from ..pipelines.checks import guides_plainly
 from ..pipelines.conditioning import Conditioning, record_conditioning
 from ..pipelines.placement import on_device
 from ..rollouts.rollout import Rollout
+from .difference import Fields, Probe, merge_fits
 from .graft_loss import GraftLoss, graft_loss
 from .memory import estimate_memory
 from .metrics import FineTuningReport
@@ -154,22 +154,26 @@ class Finetuner:
             return self._fine_tune(
                 ADAPTER_NAME, self.optimizer, data, data.rows.passes(count), learning_rate, on_event
             )
-        accepted, control = "pgraft_accepted", "pgraft_control"
-        report = self._fine_tune_new(accepted, epoch, data, data.rows.passes(count), learning_rate, on_event)
-        self._fine_tune_new(control, epoch, data, data.rows.passes(count, control=True), learning_rate)
-        scale = self.config.control_scale
-        if self.config.guidance_loss == "conditional":
-            scale /= self.policy.tuned_guidance_scale
-        merge_difference(self.policy.denoiser, ADAPTER_NAME, accepted, control, scale, self.config.max_merged_rank)
+        names, passes = ("pgraft_accepted", "pgraft_control"), data.rows.passes
+        report, accepted = self._fine_tune_new(names[0], epoch, data, passes(count), learning_rate, on_event)
+        _, control = self._fine_tune_new(names[1], epoch, data, passes(count, control=True), learning_rate)
+        report.control = merge_fits(self._probe(names[0], epoch, data), names, (accepted, control))
         return report
 
-    def _fine_tune_new(self, name: str, epoch: int, *arguments: Any) -> FineTuningReport:
-        """Fine-tune a new adapter on top of the policy, and take it out of the forward pass again."""
+    def _fine_tune_new(
+        self, name: str, epoch: int, data: TrainingSet, *arguments: Any
+    ) -> tuple[FineTuningReport, Fields]:
+        """Fine-tune a new adapter on top of the policy, have it predict, and take it out of the forward pass again."""
         peft_config, seed = copy.deepcopy(self.policy.peft_config), seed_of(self.config.seed, "adapter", epoch)
         add_adapter(self.policy.denoiser, peft_config, name, seed)
-        report = self._fine_tune(name, self._new_optimizer(name), *arguments)
+        report = self._fine_tune(name, self._new_optimizer(name), data, *arguments)
+        fields = self._probe(name, epoch, data).predict()
         AdapterSwitch(self.policy.denoiser, name).turn(False)
-        return report
+        return report, fields
+
+    def _probe(self, name: str, epoch: int, data: TrainingSet) -> Probe:
+        loss = graft_loss(self.policy, name, data.conditioning)
+        return Probe.of(self.policy, loss, data.states[data.rows.accepted], data.rows.prompt_rows, epoch)
 
     def _fine_tune(
         self,

@@ -99,6 +99,15 @@ class GraftLoss:
         )
         return weighted_mse(prediction, target, weight)
 
+    def fields(
+        self, model: torch.nn.Module, x_t: torch.Tensor, timesteps: torch.Tensor, prompts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The conditional and the guided prediction of `model`, the same tensor without guidance; see the call."""
+        c = self._predict(model, x_t, timesteps, prompts)
+        if not self.call.is_guided or self.guidance_scale == 1.0:
+            return c, c
+        return c, guided(self._predict(model, x_t, timesteps, prompts, unconditional=True), c, self.guidance_scale)
+
     def _predict(
         self,
         model: torch.nn.Module,

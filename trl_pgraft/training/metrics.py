@@ -21,6 +21,8 @@ class FineTuningReport:
             Optimizer steps.
         skipped (`int`, *optional*, defaults to `0`):
             Steps among them whose gradient was not finite.
+        control (`dict[str, float]`, *optional*):
+            Metrics of the merge with a reference fit, see [`merge_fits`]; none without one.
         losses (`list[torch.Tensor]`, *optional*):
             Loss of each row, a tensor of shape `(B,)` for each microbatch of this process; none where not given.
         bins (`list[torch.Tensor]`, *optional*):
@@ -29,6 +31,7 @@ class FineTuningReport:
 
     steps: int = 0
     skipped: int = 0
+    control: dict[str, float] = field(default_factory=dict)
     losses: list[torch.Tensor] = field(default_factory=list)
     bins: list[torch.Tensor] = field(default_factory=list)
 
@@ -43,4 +46,5 @@ class FineTuningReport:
             "loss": (total.sum() / count.sum()).item(),
             **{f"loss/level_{i}": (total[i] / count[i]).item() for i in levels},
             "skipped_steps": self.skipped,
+            **self.control,
         }

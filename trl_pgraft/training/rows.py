@@ -72,6 +72,8 @@ class SelectedRows:
             Prompts whose conditioning the rows need, each once.
         inputs (`list[dict]`):
             What the pipeline's call takes of each of these prompts' columns.
+        prompt_rows (`torch.Tensor` of shape `(R,)`, int64):
+            Index of each accepted sample's prompt among these.
     """
 
     def __init__(
@@ -94,7 +96,7 @@ class SelectedRows:
         self.prompts = [prompt for prompt, _ in distinct]
         self.inputs = list(distinct.values())
         index_of = {key: index for index, key in enumerate(distinct)}
-        self._prompt_rows = torch.tensor([index_of[key] for key in keys], dtype=torch.long)
+        self.prompt_rows = torch.tensor([index_of[key] for key in keys], dtype=torch.long)
 
     def __len__(self) -> int:
         return len(self.accepted)
@@ -114,7 +116,7 @@ class SelectedRows:
             states = self._unselected(number) if control else self.accepted
             pairs = self._shuffled(len(self) * timesteps, "order", number)
             rows, uses = pairs // timesteps, pairs % timesteps
-            yield Rows(states[rows], self._prompt_rows[rows], [seeds[row] for row in rows.tolist()], uses)
+            yield Rows(states[rows], self.prompt_rows[rows], [seeds[row] for row in rows.tolist()], uses)
 
     def _unselected(self, number: int) -> torch.Tensor:
         """For each accepted sample one of its group, taking turns, so that passes cover the group evenly."""

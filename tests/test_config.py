@@ -122,7 +122,7 @@ def test_what_is_out_of_range_is_named(options, message):
             {"acceptance": "threshold", "acceptance_kwargs": {"threshold": float("nan")}},
             "threshold=nan is not a finite",
         ),
-        ({"seed": 10**30}, "seed=10+ is beyond 64 bits|seed=1.*is beyond 64 bits"),
+        ({"seed": 10**30}, "seed=1.*beyond 64 bits"),
         ({"sample_num_steps": 10**9}, "sample_num_steps=1000000000 must be at least 1 and at most 10,000"),
         ({"lora_rank": 10**9}, "lora_rank=1000000000 must be at least 1 and at most 10,000"),
         (

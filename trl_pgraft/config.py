@@ -143,10 +143,8 @@ def as_annotated(name: str, value: Any, annotation: Any, is_shown: bool = True) 
             found = _as_kind(value, typing.get_origin(kind) or kind)
         except (TypeError, ValueError, OverflowError):
             continue
-        if isinstance(found, float) and not math.isfinite(found):
-            raise ValueError(f"{shown} is not a finite number.")
-        if isinstance(found, int) and abs(found) >= 2**63:
-            raise ValueError(f"{shown} is beyond 64 bits.")
+        if isinstance(found, int | float) and not abs(found) < (2**63 if isinstance(found, int) else math.inf):
+            raise ValueError(f"{shown} is not a finite number, or a whole one beyond 64 bits.")
         return found
     expected = " or ".join(dict.fromkeys(_EXPECTED[typing.get_origin(kind) or kind] for kind in kinds))
     raise ValueError(f"{shown} ({type(value).__name__}) is not {expected}.")
@@ -437,8 +435,7 @@ class GraftConfig:
         check_fields(self, _RANGES)
         if self.train_cfg:
             self.guidance_loss = "combined"
-        images = self.sample_batch_size * self.sample_num_batches_per_epoch
-        if images > MOST_IMAGES:
+        if (images := self.sample_batch_size * self.sample_num_batches_per_epoch) > MOST_IMAGES:
             raise ValueError(
                 f"sample_batch_size * sample_num_batches_per_epoch = {images} images of an iteration and process are "
                 f"more than {MOST_IMAGES}."

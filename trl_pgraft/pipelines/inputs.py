@@ -216,8 +216,8 @@ def sampling_arguments(
         `ValueError`: see [`checked_arguments`].
     """
     given, taken = checked_arguments(pipeline, pipeline_kwargs), parameters_of(pipeline)
-    wanted = {name: value for name, (_, value) in _sampling_fields(config, taken).items() if value != ""}
-    arguments = wanted | given
+    wanted = {name: getattr(config, field) for name, field in _sampling_fields(taken).items()}
+    arguments = {name: value for name, value in wanted.items() if value != ""} | given
     if arguments.get("true_cfg_scale", 1.0) > 1.0 and not {"negative_prompt", "negative_prompt_embeds"} & {*arguments}:
         # With this scale pipelines guide only where they are handed a negative prompt.
         arguments["negative_prompt"] = ""
@@ -269,28 +269,27 @@ def config_in_force(
     Raises:
         `ValueError`: a value has another type than the field; the message names the argument.
     """
-    fields, hints = _sampling_fields(config, parameters_of(pipeline)), get_type_hints(GraftConfig)
+    fields, hints = _sampling_fields(parameters_of(pipeline)), get_type_hints(GraftConfig)
     given = {name: value for name, value in (pipeline_kwargs or {}).items() if name in fields}
     if not given:
         return config
     config = copy.copy(config)
     for name, value in given.items():
-        field, _ = fields[name]
         if name == "negative_prompt" and not isinstance(value, str):
             value = ", ".join(as_annotated(f"pipeline_kwargs: {name}", value, list[str] | None) or [])
-        setattr(config, field, as_annotated(f"pipeline_kwargs: {name}", value, hints[field]))
+        setattr(config, fields[name], as_annotated(f"pipeline_kwargs: {name}", value, hints[fields[name]]))
     return config
 
 
-def _sampling_fields(config: GraftConfig, taken: dict[str, inspect.Parameter]) -> dict[str, tuple[str, Any]]:
-    """Arguments of the pipeline call that the configuration sets: the field's name, and the value."""
+def _sampling_fields(taken: dict[str, inspect.Parameter]) -> dict[str, str]:
+    """Fields of the configuration that set arguments of the pipeline call, by the names of these."""
     names = {
         "num_inference_steps": "sample_num_steps",
         _guidance_argument(taken): "sample_guidance_scale",
         "eta": "sample_eta",
         "negative_prompt": "negative_prompts",
     }
-    return {name: (field, getattr(config, field)) for name, field in names.items() if name in taken}
+    return {name: field for name, field in names.items() if name in taken}
 
 
 def _guidance_argument(parameters: dict[str, inspect.Parameter]) -> str:

@@ -82,14 +82,13 @@ def as_image(value: Any, name: str, mode: str = "RGB") -> Any:
                 f"{name}: a list of whole numbers is not taken for an image; make the column one of images."
             )
         return value
-    original = image.mode
-    if original.startswith("I;16") or (original == "I" and image.format == "PNG"):
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         image = Image.fromarray((np.asarray(image).astype(np.uint32) / 257).round().astype(np.uint8))
     if image.mode not in CONVERTIBLE:
-        raise ValueError(f"{name}: an image has mode {original!r}, whose range is unknown; convert it to L or RGB.")
+        raise ValueError(f"{name}: an image has mode {image.mode!r}, whose range is unknown; convert it to L or RGB.")
     if mode != "RGBA" and image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
         raise ValueError(
-            f"{name}: an image of mode {original!r} has transparent pixels, and what is behind them is unknown. Put "
+            f"{name}: an image of mode {image.mode!r} has transparent pixels, and what is behind them is unknown. Put "
             "it on a background, for example `Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)`."
         )
     image = ImageOps.exif_transpose(image).convert(mode)

@@ -90,8 +90,8 @@ class RolloutCollector:
             return
         check_names(self.policy.pipeline, dataset.column_names)
         if self.policy.inputs_of(example):
-            wanted = self.config.num_epochs * -(-self.images // self.group_size)
-            check_inputs(self.policy, self.prompt_source(0, min(wanted, len(dataset))), "train_dataset")
+            wanted = min(len(dataset), self.config.num_epochs * -(-self.images // self.group_size))
+            check_inputs(self.policy, self.prompt_source(0, wanted), "train_dataset")
 
     def groups(self, epoch: int) -> list[PromptGroup]:
         r"""

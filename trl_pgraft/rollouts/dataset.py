@@ -81,8 +81,8 @@ def example_columns(dataset: datasets.Dataset | None) -> dict[str, Any]:
     """
     if not isinstance(dataset, datasets.Dataset) or not len(dataset):
         return {}
-    rows = (dataset[i] for i in range(min(99, len(dataset))))
-    row = next((row for row in rows if None not in row.values()), None) or dataset[0]
+    rows = map(dataset.__getitem__, range(min(99, len(dataset))))
+    row = next((row for row in rows if None not in row.values()), dataset[0])
     return _without_prefix(row) if "x_I" in row else row
 
 

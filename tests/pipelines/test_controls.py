@@ -229,15 +229,16 @@ def test_a_replaced_controlnet_is_named(tmp_path):
         trainer.train()
 
 
-@pytest.mark.parametrize("name", ["SD", "Flux"])
-def test_an_offloaded_controlnet_is_trained_with(name, tmp_path):
+@pytest.mark.parametrize("name, control_adapter", [("SD", True), ("Flux", False)])
+def test_an_offloaded_controlnet_is_trained_with(name, control_adapter, tmp_path):
     def offloaded():
         pipeline = CASES[name].make()
         pipeline.enable_model_cpu_offload(device="cpu")
         return pipeline
 
-    plain = make_trainer(CASES[name], tmp_path / "plain", num_epochs=2)
-    trainer = make_trainer(replace(CASES[name], make=offloaded), tmp_path / "offloaded", num_epochs=2)
+    options = {"num_epochs": 2, "control_adapter": control_adapter}
+    plain = make_trainer(CASES[name], tmp_path / "plain", **options)
+    trainer = make_trainer(replace(CASES[name], make=offloaded), tmp_path / "offloaded", **options)
     plain.train()
     trainer.train()
     for one, other in zip(*(adapter_parameters(t.denoiser, "pgraft") for t in (plain, trainer)), strict=True):

@@ -77,7 +77,7 @@ class Probe:
         """The conditional and the guided prediction of the denoiser as it is now, on the host."""
         policy, accelerator, denoiser = self.policy, self.policy.accelerator, self.loss.denoiser
         parts = []
-        with on_device(policy.pipeline, policy.denoiser, accelerator), evaluation_mode(policy.denoiser):
+        with on_device(policy.pipeline, policy.modules, accelerator), evaluation_mode(policy.denoiser):
             for rows in torch.arange(len(self.x_t)).split(
                 max(policy.config.train_batch_size, policy.config.sample_batch_size)
             ):

@@ -142,7 +142,7 @@ def test_the_package_is_small():
     nodes = [node for tree in MODULES.values() for node in ast.walk(tree)]
     with_docstring = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     docstrings = sum(isinstance(node, with_docstring) and ast.get_docstring(node) is not None for node in nodes)
-    assert sum(isinstance(node, ast.stmt) for node in nodes) - docstrings <= 6050
+    assert sum(isinstance(node, ast.stmt) for node in nodes) - docstrings <= 6300
 
 
 def test_pipelines_trainers_and_configurations_have_types():

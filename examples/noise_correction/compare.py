@@ -34,6 +34,9 @@ from trl_pgraft import NoiseCorrectedPipeline, NoiseCorrectionConfig, NoiseCorre
 
 
 ARMS = ("gaussian", "network", "lora")
+# Of the configuration, by arm. The published Gaussian is the one of full covariance.
+CORRECTORS = {"gaussian": "gaussian_full", "gaussian_chosen": "gaussian", "network": "network", "lora": "lora"}
+TRAINED = ("network", "lora")
 LORA_TARGETS = ("conv1", "conv2", "to_q", "to_k", "to_v", "to_out.0")
 UNCORRECTED = (2, 3, 4, 5, 6, 8, 10, 14, 20, 25, 30, 50, 100)
 SETTINGS = (
@@ -158,7 +161,7 @@ def new_trainer(comparison: Comparison, dataset: Dataset, arm: str, steps: int, 
     config = NoiseCorrectionConfig(
         output_dir=str(args.output / f"steps_{steps}" / f"seed_{seed}"),
         seed=seed,
-        corrector=arm,
+        corrector=CORRECTORS[arm],
         num_inference_steps=steps,
         network_channels=args.network_channels,
         lora_rank=args.lora_rank,
@@ -209,11 +212,11 @@ def corrected(comparison: Comparison, dataset: Dataset, steps: int) -> None:
     args = comparison.args
     for arm, seed in itertools.product(args.correctors, args.seeds):
         # A linear map is the same in one step or several.
-        counts = args.corrector_steps if arm != "gaussian" else args.corrector_steps[:1]
+        counts = args.corrector_steps if arm in TRAINED else args.corrector_steps[:1]
         missing = [n for n in counts if not comparison.is_done(**_with(arm, steps, n, seed))]
         if missing:
             pipeline = corrected_pipeline(comparison, dataset, arm, steps, seed)
-        training_steps = args.training_steps if arm != "gaussian" else 0
+        training_steps = args.training_steps if arm in TRAINED else 0
         facts = {**inversion_facts(args, dataset), "training_steps": training_steps}
         for n in missing:
             sampler = sampler_of(pipeline, steps, corrector_steps=n)
@@ -253,7 +256,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, nargs="*", default=UNCORRECTED, help="uncorrected")
     parser.add_argument("--corrected", type=int, nargs="*", default=(2, 3, 5, 10, 25, 50), help="that are corrected")
-    parser.add_argument("--correctors", nargs="*", choices=ARMS, default=ARMS)
+    parser.add_argument("--correctors", nargs="*", choices=CORRECTORS, default=ARMS)
     parser.add_argument("--corrector-steps", type=int, nargs="+", default=(1, 2))
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--images", type=int, default=10_000, help="drawn for each distance")

@@ -25,6 +25,7 @@ import pandas as pd
 STYLES = {
     "uncorrected": ("from N(0, I)", "black"),
     "gaussian": ("Gaussian fit of the inverted noise", "tab:green"),
+    "gaussian_chosen": ("Gaussian chosen by likelihood", "tab:red"),
     "network": ("network", "tab:blue"),
     "lora": ("LoRA", "tab:orange"),
     "inverted": ("inverted training images", "tab:gray"),

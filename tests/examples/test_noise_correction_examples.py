@@ -4,18 +4,32 @@
 
 import gzip
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from diffusers import UNet2DModel
-from noise_correction import compare, frechet, remake, report, samples, tolerance, train_classifier, train_flow
+from noise_correction import (
+    compare,
+    frechet,
+    gaussians,
+    remake,
+    report,
+    samples,
+    tolerance,
+    train_classifier,
+    train_flow,
+)
 from noise_correction.data import Images, centred, dequantise, load_images, to_bytes
 from noise_correction.flow_pipeline import FlowPipeline
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_flow import flow_data
 from torch.utils.flop_counter import FlopCounterMode
+
+from trl_pgraft.noise_correction.correctors import GaussianCorrector
 
 
 FLOW = ["--domain", "emoji", "--widths", "8", "16", "--layers", "1", "--patch-size", "4", "--limit", "64"]
@@ -191,6 +205,22 @@ def test_flops_count_model_and_corrector(comparison):
     network = flops["network", 3, 1] - 3 * call
     assert 0 < network and flops["network", 3, 2] == 3 * call + 2 * network
     assert flops["lora", 3, 1] > 5 * call
+
+
+def test_the_published_gaussian_is_the_full_one_and_the_chosen_one_is_another_arm(comparison):
+    folder, arguments = comparison
+    assert GaussianCorrector.load(folder / "out/steps_3/seed_0/gaussian", None).family == "full"
+    args = compare.parse([*arguments, "--correctors", "gaussian_chosen"])
+    trainer = compare.new_trainer(SimpleNamespace(args=args), flow_data(4), "gaussian_chosen", 3, 0)
+    assert trainer.config.corrector == "gaussian"
+    assert "gaussian_chosen" in report.STYLES
+
+
+@pytest.mark.parametrize(("law", "chosen"), [("normal", "none"), ("spectral", "spectral"), ("low_rank", "low_rank")])
+def test_gaussians_of_known_laws_are_measured(law, chosen):
+    found = gaussians.measure(law, (4, 16, 16), 200, 25)
+    assert found["chosen"] == chosen
+    assert found["spectral"] != found["low_rank"] and found["seconds"] > 0
 
 
 def test_samples_are_drawn_with_every_corrector(comparison):

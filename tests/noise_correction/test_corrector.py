@@ -10,7 +10,7 @@ from tiny_flow import tiny_flow
 from tiny_transformers import tiny_sd3
 
 from trl_pgraft.adapters.lora import active_adapters, default_lora_config
-from trl_pgraft.noise_correction.correctors import GaussianCorrector, LoraCorrector, NetworkCorrector
+from trl_pgraft.noise_correction.correctors import LoraCorrector, NetworkCorrector
 from trl_pgraft.noise_correction.correctors.lora import CORRECTION_ADAPTER
 from trl_pgraft.noise_correction.correctors.network import make_network
 from trl_pgraft.noise_correction.correctors.transport import perturb, transport
@@ -117,53 +117,3 @@ def test_a_new_lora_corrects_nothing_and_a_trained_one_is_seen_by_no_one_else(ma
 def test_no_steps_leave_the_noise_alone():
     noise = torch.randn(2, 3)
     assert torch.equal(transport(ExactCorrector(1.0, 2.0), noise, None, {}, 0), noise)
-
-
-def mixed(count, shape=(2, 3), seed=1):
-    """Gaussian noise with a mean and correlations, and their exact values."""
-    generator = torch.Generator().manual_seed(seed)
-    elements = math.prod(shape)
-    mixing = torch.eye(elements) + 0.3 * torch.randn(elements, elements, generator=generator)
-    mean = torch.randn(elements, generator=generator)
-    samples = mean + torch.randn(count, elements, generator=generator) @ mixing.T
-    return samples.reshape(count, *shape), mean, mixing @ mixing.T
-
-
-def test_a_gaussian_has_the_mean_and_covariance_of_the_noise():
-    samples, mean, covariance = mixed(100_000)
-    corrector = GaussianCorrector.fit(samples)
-    noise = torch.randn(100_000, 2, 3, generator=torch.Generator().manual_seed(2))
-    found = corrector.correct(noise, None, {}, 1).flatten(1)
-    torch.testing.assert_close(found.mean(0), mean, rtol=0, atol=0.02)
-    torch.testing.assert_close(found.T.cov(), covariance, rtol=0, atol=0.05)
-    assert torch.equal(corrector.correct(noise, None, {}, 0), noise)
-    whitened = corrector.whiten(corrector.correct(noise[:10], None, {}, 1))
-    torch.testing.assert_close(whitened.float(), noise[:10], rtol=0, atol=1e-4)
-
-
-def test_a_gaussian_gains_the_divergence_of_the_noise_from_the_standard_normal():
-    samples, mean, covariance = mixed(200_000)
-    held_out = mixed(200_000, seed=1)[0][100_000:]
-    divergence = (covariance.trace() + mean @ mean - 6 - torch.logdet(covariance)) / 2
-    gained = GaussianCorrector.fit(samples[:100_000]).nats_gained(held_out)
-    assert gained == pytest.approx(divergence.item() / 6, abs=0.01)
-
-
-def test_a_gaussian_does_not_take_chance_for_covariance():
-    """With 5 samples an element, on noise that was held out; the gain of the samples' own covariance is negative."""
-    generator = torch.Generator().manual_seed(0)
-    deviations = torch.ones(100)
-    deviations[:3] = torch.tensor([3.0, 2.0, 0.5])
-    samples, held_out = (deviations * torch.randn(count, 100, generator=generator) for count in (500, 5000))
-    values, vectors = torch.linalg.eigh(samples.T.cov())
-    own = GaussianCorrector(samples.mean(0), (vectors * values.sqrt()) @ vectors.T)
-    ours = GaussianCorrector.fit(samples)
-    assert own.nats_gained(held_out) < 0 < ours.nats_gained(held_out)
-    wrong = [(corrector.root - deviations.diag()).norm() for corrector in (ours, own)]
-    assert wrong[0] < wrong[1] / 2
-
-
-def test_a_gaussian_of_too_few_samples_or_too_many_elements_is_refused():
-    for shape in ((5, 6), (10, 9000)):
-        with pytest.raises(ValueError, match=f"{shape[0]} samples of {shape[1]} elements"):
-            GaussianCorrector.fit(torch.zeros(shape))

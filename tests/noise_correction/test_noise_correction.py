@@ -19,6 +19,7 @@ from trl_pgraft import NoiseCorrectedPipeline, save_pgraft_adapter
 from trl_pgraft.adapters.lora import default_lora_config
 from trl_pgraft.hub.push import push_corrector_to_hub
 from trl_pgraft.noise_correction.correctors import GaussianCorrector, LoraCorrector, NetworkCorrector
+from trl_pgraft.noise_correction.correctors.full import FullGaussian
 from trl_pgraft.noise_correction.correctors.network import make_network
 from trl_pgraft.pipelines.denoiser_call import denoiser_of
 
@@ -167,7 +168,7 @@ def network_case():
 
 
 def gaussian_case():
-    corrector = GaussianCorrector(torch.linspace(-1, 1, 64), torch.eye(64) * 0.9)
+    corrector = GaussianCorrector(FullGaussian(torch.linspace(-1, 1, 64).reshape(1, 8, 8), torch.eye(64) * 0.9))
     return NoiseCorrectedPipeline(tiny_flow(), corrector), tiny_flow, CASES["unconditional"][1]
 
 
@@ -297,7 +298,7 @@ def test_another_size_is_run_with_a_warning_or_refused():
         assert corrected(latents=torch.zeros(1, 1, 16, 16), num_inference_steps=2).images[0].size == (16, 16)
     with pytest.raises(ValueError, match=r"trained on latents of shape \[1, 8, 8\] and cannot run on \[1, 10, 10\]"):
         corrected(latents=torch.zeros(1, 1, 10, 10), num_inference_steps=2)
-    with pytest.raises(ValueError, match=r"fitted to latents of 64 elements, and this call starts from"):
+    with pytest.raises(ValueError, match=r"fitted to latents of shape \(1, 8, 8\), and this call starts from"):
         gaussian_case()[0](latents=torch.zeros(1, 1, 16, 16), num_inference_steps=2)
 
 

@@ -501,7 +501,8 @@ def test_a_gaussian_is_fitted(tmp_path):
     assert found.std().item() == pytest.approx(STD, abs=0.03)
     assert "held_out/nats_gained" in (tmp_path / "out/metrics.jsonl").read_text()
     loaded = NoiseCorrectedPipeline.from_pretrained(tmp_path / "out/corrector", tiny_flow())
-    assert torch.equal(loaded.corrector.root, corrected.corrector.root)
+    assert (loaded.corrector.family, loaded.trained_for["family"]) == (corrected.corrector.family,) * 2
+    assert torch.equal(loaded.corrector.correct(noise, None, {}, 1), found)
 
 
 def test_a_corrector_of_an_unknown_kind_is_refused(tmp_path):
@@ -510,11 +511,36 @@ def test_a_corrector_of_an_unknown_kind_is_refused(tmp_path):
         NoiseCorrectedPipeline.from_pretrained(tmp_path, tiny_flow())
 
 
-def test_too_few_samples_for_a_gaussian_are_refused_before_the_inversion(tmp_path):
-    trainer = trainer_of(tmp_path, flow_data(8), corrector="gaussian")
-    with pytest.raises(ValueError, match="A Gaussian of 8 samples of .* more samples than elements"):
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [("gaussian_full", "8 samples of 64 elements .* more samples than elements"), ("gaussian", "holds out 0 of 8")],
+)
+def test_too_few_samples_for_a_gaussian_are_refused_before_the_inversion(tmp_path, choice, message):
+    trainer = trainer_of(tmp_path, flow_data(8), corrector=choice)
+    with pytest.raises(ValueError, match=f"corrector='{choice}'.* {message}"):
         trainer.train()
     assert not (trainer.output_dir / "inverted").exists()
+
+
+def test_noise_that_no_gaussian_describes_better_is_left_alone(tmp_path, hub):
+    """Said when it is fitted, when it is loaded, and in the card; the pipeline then samples as it is."""
+    latents = tiny_flow()(
+        latents=torch.randn(100, 1, 8, 8, generator=torch.Generator().manual_seed(0)),
+        num_inference_steps=STEPS, output_type="latent",
+    ).images  # fmt: skip
+    data = Dataset.from_dict({"latents": latents.numpy()})
+    options = {"held_out_fraction": 0.3, "inversion_batch_size": 100, "tolerance": 1e-3, "corrector": "gaussian"}
+    with pytest.warns(UserWarning, match="corrector='gaussian': no Gaussian describes .* samples as it is"):
+        corrected = trainer_of(tmp_path, data, **options).train()
+    assert json.loads((tmp_path / "out/corrector/noise_correction.json").read_text())["corrector"] == "none"
+    with pytest.warns(UserWarning, match="no Gaussian describes .* samples as it is"):
+        loaded = NoiseCorrectedPipeline.from_pretrained(tmp_path / "out", tiny_flow())
+    call = {"batch_size": 2, "num_inference_steps": STEPS, "output_type": "latent"}
+    images = [p(**call, generator=torch.Generator().manual_seed(1)).images for p in (corrected, loaded, tiny_flow())]
+    for image in images[:2]:
+        torch.testing.assert_close(image, images[2], rtol=0, atol=1e-5)
+    corrected.push_to_hub("none", **TOKEN)
+    assert "no Gaussian describes it better than N(0, I)" in hub.repo("ann/none").files["README.md"].decode()
 
 
 def test_the_report_of_the_same_noise_is_kept(tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ CORRECTOR_KINDS = {
     "lora": "a LoRA of the model itself",
     "network": "a small network",
     "gaussian": "the Gaussian of its mean and covariance",
+    "none": "none, as no Gaussian describes it better than N(0, I), so that the model samples as it is,",
 }
 
 

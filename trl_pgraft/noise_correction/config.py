@@ -46,9 +46,10 @@ class NoiseCorrectionConfig:
     seed: int = config_field(0, "Random seed of initial weights, batches and noise.")
     corrector: str = config_field(
         "network",
-        "What is trained: a small 'network' without prompts, the 'gaussian' of the noise's mean and covariance, which "
-        "needs no training, or a 'lora' on the model, which uses the prompts (docs/noise_correction.md).",
-        choices=["network", "gaussian", "lora"],
+        "What is trained: a small 'network' without prompts; a 'gaussian' of the noise, which needs no training: the "
+        "best of those named below it on held-out noise, or none; or a 'lora' on the model, which uses the prompts "
+        "(docs/noise_correction.md).",
+        choices=["network", "gaussian", "gaussian_full", "gaussian_spectral", "gaussian_low_rank", "lora"],
     )
     corrector_steps: int = config_field(1, "Steps of the corrector when sampling, unless a call asks for others.")
     lora_rank: int = config_field(16, "Rank of the default LoRA, where no `peft_config` is given.")

@@ -20,7 +20,7 @@ from ..pipelines.denoiser_format import DenoiserFormat
 from ..pipelines.inputs import input_names, parameters_of
 from ..pipelines.introspection import introspect
 from ..pipelines.recording import first_calls
-from .correctors import CORRECTORS, Corrector, NetworkCorrector
+from .correctors import CORRECTORS, Corrector, NetworkCorrector, NoCorrector
 
 
 # Arguments that do not change how the pipeline calls its denoiser.
@@ -133,7 +133,7 @@ class NoiseCorrectedPipeline:
         arguments = {**dict(zip(parameters_of(self.pipeline), args, strict=False)), **kwargs}
         if self.corrector is None:
             raise ValueError("There is no corrector yet: NoiseCorrectionTrainer.train() makes it.")
-        if steps == 0:
+        if steps == 0 or isinstance(self.corrector, NoCorrector):
             return self.pipeline(**arguments)
         return self.pipeline(**{**arguments, "latents": self._corrected_noise(arguments, steps)})
 

@@ -4,6 +4,7 @@
 
 import json
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from ..training.optimizer import launched_accelerator
 from ..training.run_log import METRICS_FILE, RunLog
 from .checks import check_arguments
 from .config import NoiseCorrectionConfig
-from .correctors import Corrector, FlowCorrector, GaussianCorrector, LoraCorrector, NetworkCorrector
+from .correctors import Corrector, FlowCorrector, LoraCorrector, NetworkCorrector, NoCorrector
+from .correctors.gaussian import NO_CORRECTOR, families_of, fit_gaussian
 from .correctors.network import make_network
 from .dataset import DatasetInverter, Encoder, InvertedData
 from .fine_tuning import CHECKPOINT_FILE, CorrectorData, CorrectorFinetuner, split
@@ -117,9 +119,7 @@ class NoiseCorrectionTrainer:
         self.sampler = FlowSampler(pipeline, kwargs, config.guided, denoiser_format)
         self.inverter = DatasetInverter(self.sampler, self.train_dataset, encode, config, self.output_dir / "inverted")
         # A Gaussian is made when it is fitted.
-        self.corrector: Corrector | None = (
-            None if config.corrector == "gaussian" else self._make_corrector(peft_config, network)
-        )
+        self.corrector: Corrector | None = None if self._is_gaussian else self._make_corrector(peft_config, network)
         trained_for = {
             "base_model": repository_of(pipeline),
             "num_inference_steps": config.num_inference_steps,
@@ -130,6 +130,10 @@ class NoiseCorrectionTrainer:
         self.corrected = NoiseCorrectedPipeline(
             pipeline, self.corrector, config.corrector_steps, trained_for, denoiser_format
         )
+
+    @property
+    def _is_gaussian(self) -> bool:
+        return self.config.corrector.startswith("gaussian")
 
     def _make_corrector(self, peft_config: PeftConfig | None, network: ModelMixin | None) -> FlowCorrector:
         denoiser, seed = denoiser_of(self.pipeline), seed_of(self.config.seed, "corrector")
@@ -205,15 +209,14 @@ class NoiseCorrectionTrainer:
                 loss or gradient.
             [`InversionError`]: see [`~NoiseCorrectionTrainer.invert`].
         """
-        if self.config.corrector == "gaussian":
-            GaussianCorrector.check_size(
-                len(split(len(self.train_dataset), self.config)[1]), self.sampler.like[0].numel()
-            )
+        if self._is_gaussian:
+            held_out, rows = split(len(self.train_dataset), self.config)
+            families_of(self.config.corrector, len(rows), len(held_out), self.sampler.like.shape[1:])
         data = self.invert()
         if self.accelerator.is_main_process and not self.config.resume_from_checkpoint:
             archive_previous_run(self.output_dir, [CHECKPOINT_FILE, METRICS_FILE, CORRECTOR_FOLDER])
         self.accelerator.wait_for_everyone()
-        if self.corrector is None or isinstance(self.corrector, GaussianCorrector):
+        if not isinstance(self.corrector, FlowCorrector):
             self.corrector = self.corrected.corrector = self._fit_gaussian(data.noise)
         else:
             training_data = self._training_data(data)
@@ -228,12 +231,18 @@ class NoiseCorrectionTrainer:
             self.push_to_hub()
         return self.corrected
 
-    def _fit_gaussian(self, noise: torch.Tensor) -> GaussianCorrector:
+    def _fit_gaussian(self, noise: torch.Tensor) -> Corrector:
         held_out, rows = split(len(noise), self.config)
-        gaussian = GaussianCorrector.fit(noise[rows].to(self.accelerator.device))
-        if len(held_out):
-            self.log({"held_out/nats_gained": gaussian.nats_gained(noise[held_out].to(self.accelerator.device))})
-        return gaussian
+        arguments = (self.config.corrector, self.accelerator.device)
+        corrector, gained = fit_gaussian(noise[rows], noise[held_out], *arguments)
+        if gained:
+            best = 0.0 if isinstance(corrector, NoCorrector) else gained[corrector.family]
+            of_each = {f"held_out/nats_gained_{name}": value for name, value in gained.items()}
+            self.log({"held_out/nats_gained": best, **of_each})
+        if isinstance(corrector, NoCorrector):
+            warnings.warn(f"corrector={self.config.corrector!r}: {NO_CORRECTOR}", stacklevel=3)
+        self.corrected.trained_for["family"] = getattr(corrector, "family", "N(0, I)")
+        return corrector
 
     def _training_data(self, data: InvertedData) -> CorrectorData:
         if isinstance(self.corrector, NetworkCorrector):  # does not depend on prompts, and encoding many takes long

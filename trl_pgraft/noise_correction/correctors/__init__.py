@@ -20,15 +20,16 @@ A `FlowCorrector` is trained. It also has
 - a call `(x, signal, call, conditioning, model)`: predict the target u of `transport.py`.
 """
 
-from .gaussian import GaussianCorrector
+from .gaussian import GaussianCorrector, NoCorrector
 from .lora import LoraCorrector
 from .network import NetworkCorrector
 
 
 FlowCorrector = LoraCorrector | NetworkCorrector
-Corrector = FlowCorrector | GaussianCorrector
+Corrector = FlowCorrector | GaussianCorrector | NoCorrector
 CORRECTORS: dict[str, type[Corrector]] = {
     "lora": LoraCorrector,
     "network": NetworkCorrector,
     "gaussian": GaussianCorrector,
+    "none": NoCorrector,
 }

@@ -1,80 +1,68 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The Gaussian of inverted noise as a corrector: a linear map that needs no training."""
+"""
+The Gaussian of inverted noise as a corrector: a linear map that needs no training.
 
+There are several families of Gaussians. Each is a class with
+
+- `obstacle(count, shape)`: why it cannot be fitted to so many samples of a shape, or an empty text;
+- `fit(noise, device)`: fit it to noise of shape `(N, ...)`;
+- `mean`: its mean, of the shape of the latents;
+- `colour(z)`: the linear map from N(0, I) to it, for z of shape `(B, ...)`;
+- `whiten(x)`: the inverse of `colour`;
+- `log_volume`: logarithm of the determinant of `colour`.
+"""
+
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ...adapters.files import GAUSSIAN_FILE
 from ...pipelines.denoiser_call import DenoiserCall
+from .full import FullGaussian
+from .low_rank import LowRankGaussian
+from .shrinkage import in_parts
+from .spectral import SpectralGaussian
 
 
-# Of a covariance: a matrix of 8192 x 8192 float64 has 0.5 GiB.
-MOST_ELEMENTS = 8192
+Gaussian = FullGaussian | SpectralGaussian | LowRankGaussian
+FAMILIES: dict[str, type[Gaussian]] = {
+    "full": FullGaussian,
+    "spectral": SpectralGaussian,
+    "low_rank": LowRankGaussian,
+}
+NO_CORRECTOR = (
+    "no Gaussian describes the held-out inverted noise better than N(0, I), so there is no corrector and the pipeline "
+    "samples as it is. corrector='network' or 'lora' may find what a Gaussian cannot have."
+)
+LEAST_HELD_OUT = 5
+# Standard errors by which a Gaussian must be better than N(0, I) to be chosen.
+STANDARD_ERRORS = 2
 
 
 @dataclass(frozen=True)
 class GaussianCorrector:
     """
-    The Gaussian with the mean m and covariance C of the inverted noise, reached by the linear map `m + C^(1/2) x`.
-
-    Of all maps from N(0, I) to this Gaussian, this one moves the noise the least in mean squared distance (Peyre and
-    Cuturi, Computational Optimal Transport, remark 2.31).
+    A Gaussian fitted to the inverted noise. It does not depend on prompts.
 
     Args:
-        mean (`torch.Tensor` of shape `(d,)`, float32):
-            Mean of the flattened noise, on the CPU.
-        root (`torch.Tensor` of shape `(d, d)`, float32):
-            Symmetric root of its covariance, on the CPU.
+        gaussian (`Gaussian`):
+            One of `FAMILIES`.
     """
 
     kind: ClassVar[str] = "gaussian"
-    mean: torch.Tensor
-    root: torch.Tensor
+    gaussian: Gaussian
 
-    @staticmethod
-    def check_size(count: int, elements: int) -> None:
-        """
-        Check that a covariance can be fitted, before anything is inverted.
-
-        Args:
-            count (`int`):
-                Number of samples that it is fitted to.
-            elements (`int`):
-                Number of elements of one sample.
-
-        Raises:
-            `ValueError`: there are too few samples for a covariance, or too many elements.
-        """
-        if elements > MOST_ELEMENTS or count <= elements:
-            raise ValueError(
-                f"A Gaussian of {count} samples of {elements} elements: it needs more samples than elements (what is "
-                f"held out does not count), and no more than {MOST_ELEMENTS} elements. Use corrector='network' or "
-                "'lora'."
-            )
-
-    @classmethod
-    def fit(cls, noise: torch.Tensor) -> "GaussianCorrector":
-        """
-        Fit to inverted noise. The covariance is [`cross_validated_covariance`].
-
-        Args:
-            noise (`torch.Tensor` of shape `(N, ...)`):
-                Inverted noise; the computation runs on its device, in float64.
-
-        Raises:
-            `ValueError`: there are too few samples for a covariance, or too many elements.
-        """
-        flat = noise.flatten(1).double()
-        cls.check_size(*flat.shape)
-        values, vectors = torch.linalg.eigh(cross_validated_covariance(flat))
-        root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-        return cls(flat.mean(0).float().cpu(), root.float().cpu())
+    @property
+    def family(self) -> str:
+        """Its name in `FAMILIES`."""
+        return next(name for name, family in FAMILIES.items() if type(self.gaussian) is family)
 
     def correct(
         self, noise: torch.Tensor, call: DenoiserCall, conditioning: dict[str, Any], steps: int
@@ -92,62 +80,139 @@ class GaussianCorrector:
 
         Returns:
             `torch.Tensor` of the shape and dtype of `noise`.
+
+        Raises:
+            `ValueError`: the latents are of another size than those that the Gaussian was fitted to.
         """
         if steps == 0:
             return noise
-        if noise[0].numel() != len(self.mean):
+        fitted, shape = tuple(self.gaussian.mean.shape), tuple(noise.shape[1:])
+        # Files of earlier versions have a flat mean.
+        if shape != fitted and (len(fitted) > 1 or noise[0].numel() != fitted[0]):
             raise ValueError(
-                f"The Gaussian of this corrector was fitted to latents of {len(self.mean)} elements, and this call "
-                f"starts from {tuple(noise.shape[1:])}. It knows no other size. Sample with the height and width that "
-                "were inverted, or with corrector_steps=0, or train corrector='network' or 'lora', which run at other "
-                "sizes."
+                f"The Gaussian of this corrector was fitted to latents of shape {fitted}, and this call starts from "
+                f"{shape}. It knows no other size. Sample with the height and width that were inverted, "
+                "or with corrector_steps=0, or train corrector='network' or 'lora', which run at other sizes."
             )
-        mean, root = self.mean.to(noise.device), self.root.to(noise.device)
-        return (mean + noise.float().flatten(1) @ root).reshape(noise.shape).to(noise.dtype)
+        return self.gaussian.colour(noise.float()).to(noise.dtype)
 
     def save(self, folder: Path) -> None:
-        save_file({"mean": self.mean, "root": self.root.contiguous()}, folder / GAUSSIAN_FILE)
+        tensors = {name: tensor.contiguous() for name, tensor in vars(self.gaussian).items()}
+        save_file(tensors, folder / GAUSSIAN_FILE, {"family": self.family})
 
     @classmethod
     def load(cls, folder: Path, pipeline: DiffusionPipeline) -> "GaussianCorrector":
-        return cls(**load_file(folder / GAUSSIAN_FILE))
+        path = folder / GAUSSIAN_FILE
+        with safe_open(path, "pt") as file:
+            family = (file.metadata() or {}).get("family", "full")
+        if family not in FAMILIES:
+            raise ValueError(
+                f"{path} has a Gaussian of the family {family!r}; this version of trl_pgraft supports "
+                f"{', '.join(FAMILIES)}."
+            )
+        return cls(FAMILIES[family](**load_file(path)))
 
-    def whiten(self, noise: torch.Tensor) -> torch.Tensor:
-        """The inverse of `correct`, for noise of shape `(N, ...)`; float64."""
-        mean, root = self.mean.to(noise.device).double(), self.root.to(noise.device).double()
-        return torch.linalg.solve(root, (noise.flatten(1).double() - mean).T).T.reshape(noise.shape)
-
-    def nats_gained(self, noise: torch.Tensor) -> float:
+    def nats_gained(self, noise: torch.Tensor) -> torch.Tensor:
         """
-        Mean log-likelihood ratio of samples under this Gaussian and under N(0, I), in nats per element.
+        Log-likelihood ratio of samples under this Gaussian and under N(0, I), in nats per element.
 
         Args:
             noise (`torch.Tensor` of shape `(N, ...)`):
                 Inverted noise that the Gaussian was not fitted to.
+
+        Returns:
+            `torch.Tensor` of shape `(N,)`, float64, on the CPU.
         """
-        squares = noise.double().square().sum() - self.whiten(noise).square().sum()
-        volume = torch.linalg.slogdet(self.root.to(noise.device).double())[1]
-        return (squares / (2 * len(noise)) - volume).item() / noise[0].numel()
+        pairs = ((part.double(), self.gaussian.whiten(part).double()) for part in in_parts(noise, noise.device))
+        gained = torch.cat([(x.square() - z.square()).flatten(1).sum(1) / 2 for x, z in pairs])
+        return (gained - self.gaussian.log_volume) / noise[0].numel()
 
 
-def cross_validated_covariance(samples: torch.Tensor) -> torch.Tensor:
+@dataclass(frozen=True)
+class NoCorrector:
+    """Leaves the noise as it is. It stands where a corrector was looked for and N(0, I) was the best."""
+
+    kind: ClassVar[str] = "none"
+
+    def correct(
+        self, noise: torch.Tensor, call: DenoiserCall, conditioning: dict[str, Any], steps: int
+    ) -> torch.Tensor:
+        return noise
+
+    def save(self, folder: Path) -> None:
+        """There is nothing to write beside the kind."""
+
+    @classmethod
+    def load(cls, folder: Path, pipeline: DiffusionPipeline) -> "NoCorrector":
+        warnings.warn(f"{folder}: {NO_CORRECTOR}", stacklevel=4)
+        return cls()
+
+
+def fit_gaussian(
+    noise: torch.Tensor, held_out: torch.Tensor, choice: str, device: torch.device
+) -> tuple[GaussianCorrector | NoCorrector, dict[str, float]]:
     """
-    Covariance with the variances of each half of the samples along the eigenvectors of the other half, averaged.
+    Fit the Gaussians of a choice to noise, and keep the one of highest likelihood on held-out noise.
 
-    A sample covariance is too large along its own first eigenvectors and too small along its last. Taking
-    directions and variances from different samples follows Abadir, Distaso and Zikes (2014), Design-free estimation of
-    variance matrices.
+    The difference of two held-out log-likelihoods is that of the images' likelihoods as well: under one sampler the
+    Jacobian cancels.
 
     Args:
-        samples (`torch.Tensor` of shape `(N, d)`):
-            The samples; even rows are one half and odd rows the other.
+        noise (`torch.Tensor` of shape `(N, ...)`):
+            Inverted noise to fit to, in random order, on the CPU.
+        held_out (`torch.Tensor` of shape `(M, ...)`):
+            Inverted noise to choose by, on the CPU.
+        choice (`str`):
+            `"gaussian"` for all families that take so many samples of this shape, with N(0, I) where none is better
+            than that by `STANDARD_ERRORS`; or `"gaussian_<family>"`, which is kept whatever the likelihood is.
+        device (`torch.device`):
+            Where they are fitted.
 
     Returns:
-        `torch.Tensor` of shape `(d, d)`.
+        `tuple[GaussianCorrector | NoCorrector, dict[str, float]]`: the corrector, and the held-out nats per element
+            that each family gains over N(0, I).
     """
-    halves = [part - samples.mean(0) for part in (samples[::2], samples[1::2])]
-    found = torch.zeros_like(samples[0].outer(samples[0]))
-    for half, other in (halves, halves[::-1]):
-        _, vectors = torch.linalg.eigh(half.T @ half)
-        found += (vectors * (other @ vectors).square().mean(0)) @ vectors.T / 2
-    return found
+    best: GaussianCorrector | NoCorrector = NoCorrector()
+    highest, found = -torch.inf, dict[str, float]()
+    for name in families_of(choice, len(noise), len(held_out), noise.shape[1:]):
+        corrector = GaussianCorrector(FAMILIES[name].fit(noise, device))
+        if not len(held_out):
+            return corrector, {}
+        gained = corrector.nats_gained(held_out)
+        found[name] = gained.mean().item()
+        least = max(highest, STANDARD_ERRORS * gained.std().item() / len(gained) ** 0.5)
+        if choice != "gaussian" or found[name] > least:
+            best, highest = corrector, found[name]
+    return best, found
+
+
+def families_of(choice: str, count: int, held_out: int, shape: torch.Size) -> list[str]:
+    """
+    Names of the Gaussians of a choice that can be fitted.
+
+    Args:
+        choice (`str`):
+            See [`fit_gaussian`].
+        count, held_out (`int`):
+            Numbers of samples to fit to and to choose by.
+        shape (`torch.Size`):
+            Shape of one sample.
+
+    Raises:
+        `ValueError`: none of them can, or there are too few samples to choose by; the message says why.
+    """
+    names = [name for name in FAMILIES if choice in ("gaussian", f"gaussian_{name}")]
+    obstacles = {name: FAMILIES[name].obstacle(count, shape) for name in names}
+    if all(obstacles.values()):
+        reasons = "; ".join(f"{name}: {why}" for name, why in obstacles.items())
+        raise ValueError(
+            f"corrector={choice!r}: a Gaussian cannot be fitted to {count} samples of {shape.numel()} elements "
+            f"{tuple(shape)} (what is held out does not count). {reasons}. Use corrector='network' or 'lora'."
+        )
+    if choice == "gaussian" and held_out < LEAST_HELD_OUT:
+        raise ValueError(
+            f"corrector='gaussian' chooses by the likelihood of held-out noise, and holds out {held_out} of "
+            f"{count + held_out} samples; it needs {LEAST_HELD_OUT}. Raise held_out_fraction, take more samples, or "
+            f"name one: {', '.join(f'gaussian_{name}' for name in FAMILIES)}."
+        )
+    return [name for name in names if not obstacles[name]]

@@ -26,7 +26,9 @@ def test_the_kl_of_equal_selections_composes_until_one_differs(kwargs):
 
 
 @pytest.mark.parametrize(
-    ("rule", "size"), [("best_of_n", 8), (accept_best_of_n, 8), ("preference", 2), (accept_top_k, 8)], ids=str
+    ("rule", "size"),
+    [("best_of_n", 8), (accept_best_of_n, 8), ("preference", 2), (accept_top_k, 8)],
+    ids=["best_of_n", "its function", "preference", "top_k's function"],
 )
 def test_the_kl_of_other_rules_by_rank_composes(rule, size):
     k = 2 if rule is accept_top_k else 1

@@ -41,6 +41,8 @@ def stored(tmp_path):
 
 def resume(folder, **options):
     options = {"control_adapter": folder.name == "control", "resume_from_checkpoint": True, **options}
+    if "control_scale" in json.loads((folder / "checkpoints" / "checkpoint_0" / "run.json").read_text()):
+        options.setdefault("control_scale", 2.0)  # the default of then
     return make_trainer(folder, **options)
 
 
@@ -95,7 +97,7 @@ def test_a_stored_adapter_samples():
     assert not torch.equal(gated, before) and not torch.equal(gated, always_on)
 
 
-@pytest.mark.parametrize("field, other", [("warmup_steps", 3), ("control_scale", 1.0), ("ema_decay", 0.5)])
+@pytest.mark.parametrize("field, other", [("warmup_steps", 3), ("control_scale", 3.0), ("ema_decay", 0.5)])
 def test_a_field_newer_than_the_run_counts_as_its_default(stored, field, other):
     folder = stored(without=[[field]])
     resume(folder)

@@ -357,10 +357,9 @@ class GraftConfig:
         "from the reward cancels. None: on for plain LoRAs if guidance is u + w (c - u) or off (docs/comparison.md).",
     )
     control_scale: float = config_field(
-        2.0,
+        1.0,
         "Factor of the difference that `control_adapter` keeps. By how much the guided prediction moves is measured, "
-        "and divided out. Above 1 it amplifies short training, and its noise as well; long training needs 1 "
-        "(docs/comparison.md, measured before that, with less by a quarter to a third).",
+        "and divided out, so 1 is what was fitted; more amplifies it, and its noise (docs/comparison.md).",
     )
     tuned_guidance_scale: float | None = config_field(
         None, "Guidance scale of the tuned steps while sampling; 1.0 is none there. None: `sample_guidance_scale`."

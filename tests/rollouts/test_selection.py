@@ -3,14 +3,16 @@
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from trl_pgraft.core.acceptance import accept_all, accept_best_of_n, accept_exponential, accept_threshold, accept_top_k
 from trl_pgraft.core.divergence import implied_kl
 from trl_pgraft.rollouts.prompts import PromptGroup, samples_of
 from trl_pgraft.rollouts.rollout import Rollout
-from trl_pgraft.rollouts.selection import accept, total_rewards
+from trl_pgraft.rollouts.selection import accept, duplicate_keys, total_rewards
 from trl_pgraft.training.rows import SelectedRows
 
 
@@ -197,3 +199,22 @@ def test_metrics_of_a_rollout():
     assert found["acceptance_rate"] == pytest.approx(1 / 6)
     assert found["frac_reward_zero_std"] == 0.5, "of the two groups that can be compared"
     assert found["groups_skipped"] == 1 and found["implied_kl"] == 0.2
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        lambda image, prompt: image,
+        lambda image, prompt: np.asarray(image),
+        lambda image, prompt: torch.tensor(image.getpixel((0, 0))),
+        lambda image, prompt: list(image.getpixel((0, 0))),
+        lambda image, prompt: (prompt, [torch.tensor(image.getpixel((0, 0)))]),
+        lambda image, prompt: {"colour": image.getpixel((0, 0))},
+        lambda image, prompt: image.tobytes(),
+    ],
+)
+def test_duplicates_are_found_whatever_the_key_function_returns(key):
+    samples = [(Image.new("RGB", (4, 4), colour), "a cat") for colour in ("red", "blue", "red")]
+    keys = duplicate_keys(key, samples)
+    accepted, _, _ = accept(rewards_of(1.0, 2.0, 3.0), groups_of(3), accept_all, {}, ("seed",), keys)
+    assert accepted.tolist() == [True, True, False]

@@ -27,7 +27,7 @@ from .dataset import to_dataset
 from .prompts import Prompt, PromptGroup, PromptSource, Sample, form_groups, samples_of
 from .rollout import Evaluation, Rollout, RolloutBatch
 from .sampling import map_in_threads, sample_batches
-from .selection import accept, total_rewards
+from .selection import accept, duplicate_keys, total_rewards
 
 
 class RolloutCollector:
@@ -273,10 +273,9 @@ class RolloutCollector:
 
     def _duplicate_keys(self, batch: RolloutBatch) -> list[Hashable] | None:
         """Keys that are the same for equal samples, gathered over the processes."""
-        key = self.config.deduplicate_by
-        if key is None:
-            return None
-        return gather_object([key(*sample) for sample in zip(to_pil(batch.images), batch.prompts, strict=True)])
+        samples = zip(to_pil(batch.images), batch.prompts, strict=True)
+        keys = duplicate_keys(self.config.deduplicate_by, samples)
+        return None if keys is None else gather_object(keys)
 
     def _save_samples(self, rollout: Rollout, batch: RolloutBatch, epoch: int) -> None:
         """Write this process's shard of the rollout as parquet."""

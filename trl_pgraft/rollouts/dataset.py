@@ -16,7 +16,7 @@ from ..pipelines.pixels import as_image, to_pil
 from ..rewards.registry import Reward
 from .prompts import Prompt, PromptGroup, Sample
 from .rollout import Rollout, RolloutBatch
-from .selection import accept_rounds, total_rewards
+from .selection import accept_rounds, duplicate_keys, total_rewards
 
 
 # Prefix of the columns with a prompt's own inputs; without it, an input `image` would be taken for a sample.
@@ -167,7 +167,7 @@ def stored_rollout(
     total = (
         total_rewards(stored.rewards, [r.weight for r in rewards], stored.groups) if rewards else stored.total_reward
     )
-    keys = key and [key(as_image(row["image"], "image"), row["prompt"]) for row in dataset]
+    keys = duplicate_keys(key, ((as_image(row["image"], "image"), row["prompt"]) for row in dataset))
     named, kwargs = config.to_dict()["acceptance"], config.acceptance_kwargs
     try:
         accepted, kl, skipped = accept_rounds(

@@ -3,7 +3,7 @@
 """From rewards to accepted samples: the weighted sum of the rewards, and the acceptance rule group by group."""
 
 import itertools
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ..core.acceptance import (
     probabilities_of,
 )
 from ..core.divergence import estimated_kl, implied_kl
+from ..core.identity import stable
 from ..core.seeding import generator_of
 from .prompts import PromptGroup
 
@@ -48,6 +49,28 @@ def total_rewards(rewards: torch.Tensor, weights: Sequence[float], groups: Seque
         total = torch.where(silent, 0.0, block * torch.tensor(weights, dtype=block.dtype)).sum(1)
         parts.append(torch.where(silent.all(), torch.nan, total))
     return torch.cat(parts)
+
+
+def duplicate_keys(key: Callable[..., Any] | None, samples: Iterable[tuple[Any, str]]) -> list[Hashable] | None:
+    r"""
+    The keys by which equal samples are found; `None` without a function.
+
+    Args:
+        key (`Callable` or `None`):
+            Function of (PIL image, prompt), the configuration's `deduplicate_by`. Lists, arrays, tensors and images
+            that it returns are compared by their content.
+        samples (`Iterable[tuple[Any, str]]`):
+            PIL images with their prompts.
+    """
+    return None if key is None else [_as_key(key(image, prompt)) for image, prompt in samples]
+
+
+def _as_key(value: Any) -> Hashable:
+    """The value, or text of its content where it has no hash, or one of its address."""
+    if isinstance(value, tuple):
+        return tuple(map(_as_key, value))
+    by_content = isinstance(value, torch.Tensor) or type(value).__hash__ in (None, object.__hash__)
+    return stable(value) if by_content else value
 
 
 def accept(

@@ -164,6 +164,8 @@ def test_a_reward_can_be_imported():
         ("no_such_reward", "reward_funcs: no reward is registered as 'no_such_reward'.*jpeg_compressibility"),
         ("no_such_module:f", "reward_funcs: 'no_such_module:f' cannot be imported"),
         ("trl_pgraft.rewards:no_such_function", "reward_funcs.*cannot be imported.*no_such_function"),
+        (3, r"reward_funcs: 3 \(int\) is neither a function nor a name"),
+        (None, r"reward_funcs: None \(NoneType\) is neither"),
     ],
 )
 def test_an_unknown_reward_is_named(name, message):

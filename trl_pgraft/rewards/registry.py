@@ -111,8 +111,10 @@ def make_reward(
             How the function is called, see [`call_reward`]: `"trl"` or `"ddpo"`.
 
     Raises:
-        `ValueError`: the name is unknown or cannot be imported.
+        `ValueError`: it is neither, or the name is unknown or cannot be imported.
     """
+    if not isinstance(spec, str) and not callable(spec):
+        raise ValueError(f"reward_funcs: {spec!r} ({type(spec).__name__}) is neither a function nor a name.")
     name = spec.rpartition(":")[2] if isinstance(spec, str) else getattr(spec, "__name__", type(spec).__name__)
     return Reward(name, get_reward(spec) if isinstance(spec, str) else spec, weight, convention)
 

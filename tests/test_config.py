@@ -118,6 +118,9 @@ def test_what_is_out_of_range_is_named(options, message):
         ({"acceptance": 3}, r"acceptance=3 is not|acceptance=3 \(int\) is not a string or a callable"),
         ({"accelerator_kwargs": {1: 2}}, r"accelerator_kwargs=\{1: 2\} must be a dict of names"),
         ({"acceptance_kwargs": {"k": "two"}}, r"acceptance_kwargs: k='two' \(str\) is not a whole number"),
+        ({"acceptance_kwargs": {"k": "2"}, "acceptance": "all"}, "acceptance_kwargs do not fit acceptance='all'.*'k'"),
+        ({"acceptance_kwargs": {"rewards": 1}}, "acceptance_kwargs do not fit acceptance='top_k'.*'rewards'"),
+        ({"acceptance_kwargs": {"return": 1}}, "acceptance_kwargs do not fit acceptance='top_k'.*'return'"),
         (
             {"acceptance": "threshold", "acceptance_kwargs": {"threshold": float("nan")}},
             "threshold=nan is not a finite",

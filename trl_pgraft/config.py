@@ -487,8 +487,8 @@ class GraftConfig:
         rule, size = get_acceptance(self.acceptance), self.samples_per_prompt
         self.acceptance_kwargs = kwargs = {name: v for name, v in self.acceptance_kwargs.items() if v is not None}
         is_own = rule not in ACCEPTANCE_RULES.values()
-        hints = {"k": int | None} if is_own else typing.get_type_hints(rule)
-        for name in kwargs.keys() & hints.keys():
+        hints = {"k": int | None, **({} if is_own else typing.get_type_hints(rule))}
+        for name in (kwargs.keys() & hints.keys()) - {"rewards", "return"}:
             kwargs[name] = as_annotated(f"acceptance_kwargs: {name}", kwargs[name], hints[name])
         k = kwargs.get("k")
         if size is not None and size < 2:

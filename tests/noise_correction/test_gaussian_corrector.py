@@ -147,6 +147,31 @@ def test_standard_normal_noise_is_not_corrected(seed):
     assert torch.equal(corrector.correct(noise, None, {}, 1), noise)
 
 
+def test_a_gaussian_that_is_shrunk_to_standard_normal_noise_is_none():
+    """It differs by rounding, always to one side."""
+    seeds, kinds = range(40), []
+    for seed in seeds:
+        noise = torch.randn(500, 2, generator=torch.Generator().manual_seed(seed))
+        kinds.append(fit_gaussian(noise[:450], noise[450:], "gaussian", CPU)[0].kind)
+    assert kinds.count("none") >= len(seeds) - 2
+
+
+@pytest.mark.parametrize("same", [(slice(None), 1), (slice(None), slice(None), 0, 0), (...,)], ids=str)
+@pytest.mark.parametrize("value", [0.0, 0.5])
+@pytest.mark.parametrize("choice", ["gaussian", *(f"gaussian_{family}" for family in LAWS)])
+def test_elements_that_are_the_same_in_all_samples_have_a_small_variance(choice, same, value):
+    noise = torch.randn(200, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    noise[same] = value
+    corrector, gained = fit_gaussian(noise[:150], noise[150:], choice, CPU)
+    assert all(math.isfinite(value) for value in gained.values())
+    z = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    corrected = corrector.correct(z, None, {}, 1)
+    # The others take one element of a channel for chance.
+    if corrector.family == "full" or same != (slice(None), slice(None), 0, 0):
+        assert (corrected[same] - value).abs().max() < 0.2
+    torch.testing.assert_close(corrector.gaussian.whiten(corrected).float(), z, rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("family", LAWS)
 def test_another_size_is_refused(family):
     shape = (1, 4, 4)

@@ -8,6 +8,8 @@ from math import prod
 
 import torch
 
+from .shrinkage import LEAST_VARIANCE
+
 
 # Of a covariance: a matrix of 8192 x 8192 float64 has 0.5 GiB.
 MOST_ELEMENTS = 8192
@@ -50,7 +52,7 @@ class FullGaussian:
         """
         flat = noise.flatten(1).to(device if device.type == "cuda" else "cpu").double()
         values, vectors = torch.linalg.eigh(cross_validated_covariance(flat))
-        root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+        root = (vectors * values.clamp(min=LEAST_VARIANCE).sqrt()) @ vectors.T
         return cls(flat.mean(0).float().cpu().reshape(noise.shape[1:]), root.float().cpu())
 
     def colour(self, z: torch.Tensor) -> torch.Tensor:

@@ -42,8 +42,10 @@ NO_CORRECTOR = (
     "samples as it is. corrector='network' or 'lora' may find what a Gaussian cannot have."
 )
 LEAST_HELD_OUT = 5
-# Standard errors by which a Gaussian must be better than N(0, I) to be chosen.
-STANDARD_ERRORS = 2
+# By how much a Gaussian must be better than N(0, I) to be chosen: in standard errors, and in nats per element, because
+# one that was shrunk to N(0, I) differs from it by rounding, which has next to no error.
+STANDARD_ERRORS = 3
+LEAST_GAIN = 1e-6
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,8 @@ def fit_gaussian(
             Inverted noise to choose by, on the CPU.
         choice (`str`):
             `"gaussian"` for all families that take so many samples of this shape, with N(0, I) where none is better
-            than that by `STANDARD_ERRORS`; or `"gaussian_<family>"`, which is kept whatever the likelihood is.
+            than that by `STANDARD_ERRORS` and `LEAST_GAIN`; or `"gaussian_<family>"`, which is kept whatever the
+            likelihood is.
         device (`torch.device`):
             Where they are fitted.
 
@@ -180,8 +183,10 @@ def fit_gaussian(
             return corrector, {}
         gained = corrector.nats_gained(held_out)
         found[name] = gained.mean().item()
-        least = max(highest, STANDARD_ERRORS * gained.std().item() / len(gained) ** 0.5)
-        if choice != "gaussian" or found[name] > least:
+        if choice != "gaussian":
+            return corrector, found
+        least = max(highest, LEAST_GAIN, STANDARD_ERRORS * gained.std().item() / len(gained) ** 0.5)
+        if found[name] > least:
             best, highest = corrector, found[name]
     return best, found
 

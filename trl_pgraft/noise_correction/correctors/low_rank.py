@@ -8,7 +8,7 @@ from math import sqrt
 
 import torch
 
-from .shrinkage import beyond_chance, summed
+from .shrinkage import LEAST_VARIANCE, beyond_chance, summed
 
 
 MOST_FACTORS = 128
@@ -71,7 +71,7 @@ class LowRankGaussian:
             explained = diagonal * (values * factors.double().square()).sum(0)
             left = (variance - explained).clamp(min=0) * freedom / (freedom - len(variances))
         mean = mean * beyond_chance(mean.square(), variance / len(flat), groups)
-        scale = (diagonal * level).sqrt()
+        scale = (diagonal * level).clamp(min=LEAST_VARIANCE).sqrt()
         return cls(mean.reshape(noise.shape[1:]).float(), scale.float(), factors, variances.sqrt().float())
 
     def colour(self, z: torch.Tensor) -> torch.Tensor:

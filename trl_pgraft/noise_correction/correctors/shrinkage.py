@@ -8,6 +8,8 @@ import torch
 
 
 VALUES_IN_MEMORY = 2**25  # float32, 128 MiB
+# Of any direction, so that elements which are the same in all samples leave a map that has an inverse.
+LEAST_VARIANCE = 1e-4
 
 
 def in_parts(noise: torch.Tensor, device: torch.device) -> Iterator[torch.Tensor]:

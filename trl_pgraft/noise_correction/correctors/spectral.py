@@ -9,13 +9,12 @@ from math import isqrt, pi, prod
 
 import torch
 
-from .shrinkage import beyond_chance, in_parts, summed
+from .shrinkage import LEAST_VARIANCE, beyond_chance, in_parts, summed
 
 
 # Of the covariances of all frequencies, and of a discrete cosine transform.
 MOST_VALUES = 2**26
 LONGEST_AXIS = 8192
-LEAST_VARIANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -110,6 +109,7 @@ def shrunk(covariances: torch.Tensor, freedom: int, bands: torch.Tensor) -> torc
     variance = relative.diagonal(dim1=1, dim2=2).mean(1)
     chance = 2 * relative.square().sum((1, 2)) / (channels**2 * freedom)
     variance = 1 + beyond_chance((variance - 1).square(), chance, bands) * (variance - 1)
+    variance = variance.clamp(min=LEAST_VARIANCE)
     relative = _kept(relative / variance[:, None, None], identity, freedom, bands)
     return variance[:, None, None] * (root[bands] @ relative @ root[bands])
 

@@ -118,6 +118,10 @@ def test_values_are_the_same_in_another_process_and_differ_from_each_other(tmp_p
     assert len(set(here.values())) == len(here) and " at 0x" not in runs[0]
 
 
+def test_large_whole_numbers_of_a_tensor_are_told_apart():
+    assert stable(torch.tensor([2**24])) != stable(torch.tensor([2**24 + 1]))
+
+
 def test_plain_values_have_the_texts_that_stored_fingerprints_have():
     image, tensor = Image.new("RGB", (4, 4), "red"), torch.ones(2)
     assert [stable(v) for v in (1, 0.5, True, None, "a", np.float32(0.5), torch.float16)] == [

@@ -44,7 +44,8 @@ def stable(value: Any, depth: int = 0) -> str:
     if isinstance(value, set | frozenset):
         return str(sorted(map(inner, value)))
     if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().float().numpy().tobytes()
+        value = value.detach().cpu()
+        value = (value.float() if value.is_floating_point() else value).numpy().tobytes()
     elif hasattr(value, "tobytes") and getattr(value, "ndim", 1) != 0:  # an image or an array, but no number of numpy
         value = value.tobytes()
     if isinstance(value, bytes):

@@ -229,6 +229,13 @@ def test_a_replaced_controlnet_is_named(tmp_path):
         trainer.train()
 
 
+def test_one_of_several_controlnets_that_is_replaced_is_seen(tmp_path):
+    trainer = make_trainer(CASES["SD, two"], tmp_path)
+    trainer.pipeline.controlnet.nets[0] = tiny.tiny_controlnet(9)
+    with pytest.raises(ValueError, match="its controlnet changed after the trainer was made"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("name, control_adapter", [("SD", True), ("Flux", False)])
 def test_an_offloaded_controlnet_is_trained_with(name, control_adapter, tmp_path):
     def offloaded():

@@ -135,9 +135,7 @@ class Policy:
         """What sampling depends on and a user may replace: components, and the scheduler's settings."""
         scheduler, components = self.pipeline.scheduler, self.pipeline.components.items()
         return {
-            **{
-                n: uncompiled(c) if isinstance(c, torch.nn.Module) else c for n, c in components if n not in NO_SAMPLES
-            },
+            **{n: _parts_of(c, self.denoiser) for n, c in components if n not in NO_SAMPLES},
             # By what it is, because some pipelines make theirs anew in each call.
             "scheduler": (
                 type(scheduler),
@@ -278,6 +276,14 @@ class Policy:
                     TunedGuidance(self.pipeline, self.call, own, self.tuned_guidance_scale, switch_timestep)
                 )
             yield self.pipeline
+
+
+def _parts_of(component: Any, denoiser: torch.nn.Module) -> Any:
+    """What a component is compared by: a module with those in it, of which the denoiser's change with adapters."""
+    if not isinstance(component, torch.nn.Module):
+        return component
+    inner = uncompiled(component)
+    return inner if inner is denoiser else list(inner.modules())
 
 
 def _with_format(switch: SwitchLevel, format: DenoiserFormat, denoiser: torch.nn.Module) -> SwitchLevel:

@@ -303,7 +303,11 @@ def exact_gaussian():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"control_adapter": True}, pytest.param({"tuned_fraction": 1.0}, marks=pytest.mark.slow)],
+    [
+        {},
+        {"control_adapter": True, "control_scale": 2.0},
+        pytest.param({"tuned_fraction": 1.0}, marks=pytest.mark.slow),
+    ],
     ids=["P-GRAFT", "P-GRAFT with control", "GRAFT"],
 )
 def test_rewards_improve_towards_red_and_towards_blue(config, options):

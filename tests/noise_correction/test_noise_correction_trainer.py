@@ -217,8 +217,10 @@ def test_data_that_change_from_reading_to_reading_are_refused(tmp_path):
         trainer_of(tmp_path, flow_data(3).with_transform(change), tolerance=0.1).invert()
 
 
+# A checkpoint is of step 3, lines are of steps 2 (before it), 4 (with its pending loss) and 6 (evaluated, then saved).
+@pytest.mark.parametrize("lines", [1, 2, 3])
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
-def test_a_resumed_training_ends_as_an_uninterrupted_one(tmp_path, ema_decay):
+def test_a_resumed_training_ends_as_an_uninterrupted_one(tmp_path, ema_decay, lines):
     straight = trainer_of(tmp_path / "a", ema_decay=ema_decay)
     straight.train()
     broken = trainer_of(tmp_path / "b", ema_decay=ema_decay)
@@ -227,7 +229,7 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(tmp_path, ema_decay):
     def stop_late(metrics):
         original(metrics)
         count[0] += 1
-        if count[0] == 2:
+        if count[0] == lines:
             raise KeyboardInterrupt
 
     broken.log = stop_late
@@ -236,8 +238,8 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(tmp_path, ema_decay):
     resumed = trainer_of(tmp_path / "b", ema_decay=ema_decay, resume_from_checkpoint=True)
     resumed.train()
     assert torch.equal(weights(resumed), weights(straight))
-    lines = (tmp_path / "b/out/metrics.jsonl").read_text().splitlines()
-    assert json.loads(lines[-1])["step"] == 6
+    logs = [(tmp_path / run / "out/metrics.jsonl").read_text() for run in "ab"]
+    assert logs[0] == logs[1] and len(logs[0].splitlines()) == 3
 
 
 def test_a_second_run_in_the_same_folder_leaves_the_first_ones_results_aside(tmp_path):
@@ -631,6 +633,8 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, die_at):
     resumed = start(tmp_path / "killed", resume_from_checkpoint=True)
     assert resumed.returncode == 0, resumed.stderr
     assert torch.equal(weights_in(tmp_path / "killed"), weights_in(tmp_path / "straight"))
+    logs = [(tmp_path / run / "out/metrics.jsonl").read_text() for run in ("killed", "straight")]
+    assert logs[0] == logs[1]
     assert all(path.stat().st_mtime_ns == made for path, made in there.items())
 
 

@@ -21,6 +21,7 @@ from ..pipelines.conditioning import Conditioning
 from ..pipelines.denoiser_call import DenoiserCall
 from ..training.checkpoints import load_optimizer_tensors, optimizer_tensors, refuse_changes
 from ..training.optimizer import OptimizerSteps, learning_rates, prepared
+from ..training.run_log import METRICS_FILE
 from .config import NoiseCorrectionConfig
 from .correctors import FlowCorrector
 from .correctors.transport import perturb
@@ -83,7 +84,7 @@ class CorrectorFinetuner:
     ):
         self.accelerator, self.corrector, self.data, self.config, self.log = accelerator, corrector, data, config, log
         self.path, self.step = folder / CHECKPOINT_FILE, 0
-        self._losses: list[torch.Tensor] = []
+        self._losses: list[torch.Tensor] = []  # since the last line of the log
         self.parameters = corrector.parameters
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.average = EMAModel(self.parameters, decay=config.ema_decay, foreach=True) if config.ema_decay else None
@@ -98,8 +99,10 @@ class CorrectorFinetuner:
             `RuntimeError`: ten optimizer steps in a row had a non-finite loss or gradient.
         """
         config, accelerator = self.config, self.accelerator
-        if config.resume_from_checkpoint and self.path.is_file():
-            self._load()
+        if config.resume_from_checkpoint:
+            if self.path.is_file():
+                self._load()
+            self._cut_log()
         rate = learning_rates(config.lr_scheduler_type, config.learning_rate, config.warmup_steps, config.max_steps)
         bar = tqdm(
             range(self.step, config.max_steps),
@@ -176,12 +179,13 @@ class CorrectorFinetuner:
         """Metrics and a checkpoint, where they are due."""
         is_last = self.step == self.config.max_steps
         saves = self.step % self.config.save_steps == 0 or is_last
-        if saves and self.accelerator.is_main_process:
-            self._save()
         if self.step % self.config.logging_steps == 0 or is_last:
             loss, held_out = torch.stack(self._losses).mean().item(), self.evaluate() if saves else {}
             self.log({"step": self.step, "loss": loss, "learning_rate": learning_rate, **held_out})
             self._losses.clear()
+        # After the log, so that a checkpoint has no line left to write.
+        if saves and self.accelerator.is_main_process:
+            self._save()
 
     def _weights(self) -> dict[str, torch.Tensor]:
         """The trained parameters, and their moving average where one is kept, by their names in the checkpoint."""
@@ -191,9 +195,10 @@ class CorrectorFinetuner:
     def _save(self) -> None:
         """Write the checkpoint, whole or not at all."""
         optimizer = {f"optimizer.{name}": value for name, value in optimizer_tensors(self.optimizer).items()}
+        losses = torch.stack(self._losses) if self._losses else torch.empty(0)
         save_tensors(
             self.path,
-            {**self._weights(), **optimizer},
+            {**self._weights(), **optimizer, "losses": losses},
             {"step": str(self.step), "run": json.dumps(self._resume_signature())},
         )
 
@@ -217,9 +222,18 @@ class CorrectorFinetuner:
         self.step = int(metadata["step"])
         for name, tensor in self._weights().items():
             tensor.data.copy_(tensors.pop(name))
+        # Checkpoints of earlier versions have no losses.
+        self._losses = [*tensors.pop("losses", torch.empty(0)).to(self.accelerator.device)]
         load_optimizer_tensors({n.removeprefix("optimizer."): value for n, value in tensors.items()}, self.optimizer)
         if self.average is not None:
             self.average.optimization_step = self.step
+
+    def _cut_log(self) -> None:
+        """Take out of `metrics.jsonl` what follows the checkpoint, because these steps are taken again."""
+        path = self.path.parent / METRICS_FILE
+        if self.accelerator.is_main_process and path.is_file():
+            whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            path.write_text("".join(line for line in whole if json.loads(line).get("step", 0) <= self.step))
 
 
 def split(count: int, config: NoiseCorrectionConfig) -> tuple[torch.Tensor, torch.Tensor]:

@@ -111,19 +111,20 @@ def merge_fits(probe: Probe, names: tuple[str, str], fits: tuple[Fields, Fields]
             Predictions of each, from [`~Probe.predict`].
 
     Returns:
-        `dict[str, float]`: metrics. `control/movement` is the quotient above, `control/scale` the factor of the merged
-            difference, and `control/merge_error` the error of what the merged adapter adds to the guided prediction,
-            relative to the scaled difference of the fits: the merge is exact in the weights, and to first order in
-            what they compute.
+        `dict[str, float]`: metrics. `control/movement` is the quotient above, at least 1 with guidance;
+            `control/scale` the factor of the merged difference; and `control/merge_error` the error of what the merged
+            adapter adds to the guided prediction, relative to the scaled difference of the fits: the merge is exact in
+            the weights, and to first order in what they compute.
     """
     policy, config, w = probe.policy, probe.policy.config, probe.loss.guidance_scale
     c, g = (one - other for one, other in zip(*fits, strict=True))
-    intended = {"conditional": 1.0, "corrected": w, "combined": w}[config.guidance_loss]
     movement = w
-    if config.guidance_loss != "combined" and (squared := probe.inner(c, c)) > 0:
+    if (squared := probe.inner(c, c)) > 0:
         # A smaller quotient is noise, and to divide by it would amplify that.
         movement = max(probe.inner(g, c) / squared, min(1.0, w))
-    scale, (_, before) = config.control_scale * intended / movement, probe.predict()
+    # The combined loss fits the guided prediction itself; the corrected one a w-th of its change.
+    factor = {"conditional": 1 / movement, "corrected": w / movement, "combined": 1.0}[config.guidance_loss]
+    scale, (_, before) = config.control_scale * factor, probe.predict()
     merge_difference(policy.denoiser, ADAPTER_NAME, *names, scale, config.max_merged_rank)
     error, size = probe.predict()[1] - before - scale * g, scale * g
     relative = (probe.inner(error, error) / max(probe.inner(size, size), 1e-30)) ** 0.5

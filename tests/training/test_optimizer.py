@@ -152,7 +152,7 @@ def test_an_accumulation_of_the_launcher_is_refused(launcher):
     launcher(GRADIENT_ACCUMULATION_STEPS="4")
     with pytest.raises(ValueError, match="gradient_accumulation_steps=4, and train_gradient_accumulation_steps is 2"):
         launched_accelerator(None, accumulation=FIELD)
-    with pytest.raises(ValueError, match="Nothing is accumulated here"):
+    with pytest.raises(ValueError, match="noise correction is 1. Nothing is accumulated here: leave it out"):
         launched_accelerator(None)
     launcher(GRADIENT_ACCUMULATION_STEPS="1")
     with pytest.raises(ValueError, match="gradient_accumulation_steps=3"):

@@ -203,11 +203,11 @@ def launched_accelerator(
     # The launcher's wins over an argument.
     wanted = {accelerator.gradient_accumulation_steps, options.get("gradient_accumulation_steps", 1)} - {1, steps}
     if wanted:
-        advice = f"Set {field} to what is wanted" if field else "Nothing is accumulated here"
+        advice = f"Set {field} to what is wanted, and leave" if field else "Nothing is accumulated here: leave"
         raise ValueError(
             f"accelerate is set to gradient_accumulation_steps={max(wanted)}, and "
-            f"{field or 'the configuration'} is {steps}. {advice}, and leave it out of `accelerate launch`, of its "
-            "file and of accelerator_kwargs."
+            f"{field or 'that of noise correction'} is {steps}. {advice} it out of `accelerate launch`, of its file "
+            "and of accelerator_kwargs."
         )
     return accelerator
 

@@ -2,6 +2,7 @@
 
 """Every pipeline that is tested, with what its call is handed, and a small run on each."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,13 +11,16 @@ from typing import Any
 import datasets
 import tiny_pipelines as tiny
 import tiny_transformers as transformers
+import torch
 from PIL import Image
 from worked_overrides import overrides
 
 from trl_pgraft import GraftConfig, PGraftTrainer
+from trl_pgraft.pipelines.denoiser_call import denoiser_of
 from trl_pgraft.pipelines.denoiser_format import DenoiserFormat
-from trl_pgraft.pipelines.inputs import as_batch, inputs_of, sampling_arguments, takes_prompts
+from trl_pgraft.pipelines.inputs import as_batch, call_pipeline, inputs_of, sampling_arguments, takes_prompts
 from trl_pgraft.pipelines.introspection import introspect
+from trl_pgraft.pipelines.observe import observe_steps
 
 
 SMALL = {"height": 16, "width": 16}
@@ -120,3 +124,25 @@ def make_trainer(case: Case, folder: Any, eval_dataset: Any = None, **options: A
         pipeline_kwargs=case.kwargs,
         denoiser_format=case.denoiser_format,
     )
+
+
+def observed_run(
+    pipeline: Any, case: Case, arguments: dict[str, Any], output_type: str
+) -> list[tuple[list[tuple], torch.Tensor]]:
+    """Of each step of a run: arguments and output of the denoiser's calls, and what the scheduler was given."""
+    steps, calls, denoiser = [], [], denoiser_of(pipeline)
+    names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
+
+    def on_call(module, args, kwargs, output):
+        calls.append(({**dict(zip(names, args, strict=False)), **kwargs}, output))
+
+    def on_step(model_output, **_):
+        steps.append((calls.copy(), model_output))
+        calls.clear()
+
+    handle = denoiser.register_forward_hook(on_call, with_kwargs=True)
+    with observe_steps(pipeline.scheduler, on_step):
+        inputs = case.inputs(pipeline, arguments, [0, 1])
+        call_pipeline(pipeline, PROMPTS, [5, 6], {**arguments, "output_type": output_type}, inputs)
+    handle.remove()
+    return steps

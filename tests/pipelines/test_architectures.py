@@ -2,48 +2,25 @@
 
 """Every pipeline alike: its calls are replayed exactly, and an adapter is trained, saved, loaded and gated."""
 
-import inspect
 import math
 from functools import partial
-from typing import Any
 
 import pytest
 import tiny_pipelines as tiny
 import tiny_transformers as transformers
 import torch
-from cases import CASES, PROMPTS, Case, make_trainer
+from cases import CASES, PROMPTS, Case, make_trainer, observed_run
 
 from trl_pgraft import load_pgraft_adapter
 from trl_pgraft.adapters.lora import adapter_parameters
 from trl_pgraft.pipelines.conditioning import record_conditioning
 from trl_pgraft.pipelines.denoiser_call import denoiser_of, prediction_of, replay
 from trl_pgraft.pipelines.inputs import call_pipeline
-from trl_pgraft.pipelines.observe import observe_steps
 from trl_pgraft.pipelines.tree import same_shapes
 from trl_pgraft.training.graft_loss import graft_loss
 
 
 each_pipeline = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-
-
-def observed_run(pipeline: Any, case: Case, arguments: dict[str, Any]) -> list[tuple[list[tuple], torch.Tensor]]:
-    """Of each step of a run: arguments and output of the denoiser's calls, and what the scheduler was given."""
-    steps, calls, denoiser = [], [], denoiser_of(pipeline)
-    names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
-
-    def on_call(module, args, kwargs, output):
-        calls.append(({**dict(zip(names, args, strict=False)), **kwargs}, output))
-
-    def on_step(model_output, **_):
-        steps.append((calls.copy(), model_output))
-        calls.clear()
-
-    handle = denoiser.register_forward_hook(on_call, with_kwargs=True)
-    with observe_steps(pipeline.scheduler, on_step):
-        inputs = case.inputs(pipeline, arguments, [0, 1])
-        call_pipeline(pipeline, PROMPTS, [5, 6], {**arguments, "output_type": "pt"}, inputs)
-    handle.remove()
-    return steps
 
 
 @pytest.mark.parametrize("guidance", [3.0, 1.0])
@@ -57,7 +34,7 @@ def test_replay_is_the_pipelines_own_prediction(case, guidance):
     conditioning = record_conditioning(
         pipeline, call, PROMPTS[::-1], arguments, case.inputs(pipeline, arguments, [1, 0])
     )
-    for calls, model_output in observed_run(pipeline, case, arguments):
+    for calls, model_output in observed_run(pipeline, case, arguments, "pt"):
         outputs = torch.cat([call.sign * prediction_of(call.format, o, call.format.latents(a)) for a, o in calls])
         x_t = call.format.latents(calls[0][0])[:2]
         t = torch.full((2,), call.training_timestep(float(call.format.timestep(calls[0][0]).flatten()[0])))

@@ -3,7 +3,6 @@
 """ControlNets: what is trained is given what the ControlNet makes of the very state that is trained at."""
 
 import copy
-import inspect
 import math
 from dataclasses import replace
 
@@ -11,7 +10,7 @@ import datasets
 import pytest
 import tiny_controlnets as tiny
 import torch
-from cases import BLACK, LEFT, SMALL, WHITE, Case, make_trainer
+from cases import BLACK, LEFT, PROMPTS, SMALL, WHITE, Case, make_trainer, observed_run
 from tiny_pipelines import adapter_use
 
 from trl_pgraft import PGraftTrainer, load_pgraft_adapter
@@ -22,11 +21,9 @@ from trl_pgraft.pipelines.controls import matching_rows
 from trl_pgraft.pipelines.denoiser_call import denoiser_of, replay
 from trl_pgraft.pipelines.inputs import call_pipeline
 from trl_pgraft.pipelines.introspection import introspect
-from trl_pgraft.pipelines.observe import observe_steps
 from trl_pgraft.training.graft_loss import graft_loss
 
 
-PROMPTS = ["a cat", "two brown dogs"]
 HALF = {"control_guidance_end": 0.5}
 LENGTH = {**SMALL, "max_sequence_length": 24}
 IMAGES = {"image": [BLACK, WHITE]}
@@ -69,26 +66,6 @@ CASES = {
 }
 
 
-def observed_steps(pipeline, case, arguments):
-    """Of each step of a run: the denoiser's calls with their outputs."""
-    steps, calls, denoiser = [], [], denoiser_of(pipeline)
-    names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
-
-    def on_call(module, args, kwargs, output):
-        calls.append(({**dict(zip(names, args, strict=False)), **kwargs}, output[0]))
-
-    def on_step(**_):
-        steps.append(calls.copy())
-        calls.clear()
-
-    handle = denoiser.register_forward_hook(on_call, with_kwargs=True)
-    with observe_steps(pipeline.scheduler, on_step):
-        inputs = case.inputs(pipeline, arguments, [0, 1])
-        call_pipeline(pipeline, PROMPTS, [5, 6], {**arguments, "output_type": "latent"}, inputs)
-    handle.remove()
-    return steps
-
-
 def recorded(case, pipeline, arguments):
     """How the denoiser is called, and the conditioning of both prompts."""
     call = case.learn(pipeline, arguments)
@@ -106,9 +83,9 @@ def test_replay_is_the_pipelines_own_prediction(name, guidance):
     arguments = case.arguments(pipeline, sample_guidance_scale=guidance)
     call, conditioning = recorded(case, pipeline, arguments)
     assert [control.name for control in call.controls] == ["controlnet"]
-    for calls in observed_steps(pipeline, case, arguments):
+    for calls, _ in observed_run(pipeline, case, arguments, "latent"):
         own = calls[0][0]
-        expected = call.sign * torch.cat([output for _, output in calls])
+        expected = call.sign * torch.cat([output[0] for _, output in calls])
         x_t = call.format.latents(own)[:2]
         t = torch.full((2,), call.training_timestep(float(call.format.timestep(own).flatten()[0])))
         replayed = []

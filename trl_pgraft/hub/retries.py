@@ -26,15 +26,15 @@ def retried(action: Callable[[], Result]) -> Result:
     The result of `action`, which calls the Hub's client: each of its requests is repeated, and `action` itself where
     a commit failed.
     """
-    for wait in (*WAITS, None):
-        try:
-            with _each_request_repeated():
+    with _each_request_repeated():
+        for wait in WAITS:
+            try:
                 return action()
-        except Exception as error:
-            if wait is None or _is_final(error):
-                raise
-        time.sleep(wait)
-    raise AssertionError("unreachable")
+            except Exception as error:
+                if _is_final(error):
+                    raise
+            time.sleep(wait)
+        return action()
 
 
 @contextmanager

@@ -69,9 +69,8 @@ def save_pgraft_adapter(
     if isinstance(config, LoraConfig) and hasattr(pipeline, "save_lora_weights"):
         prefix, path = denoiser_name_of(pipeline), folder / LORA_FILE
         # Without the adapter's own metadata diffusers forgets alpha, and a LoRA of alpha != r comes back wrong.
-        pipeline.save_lora_weights(
-            folder, **{f"{prefix}_lora_layers": state, f"{prefix}_lora_adapter_metadata": config.to_dict()}
-        )
+        arguments = {f"{prefix}_lora_layers": state, f"{prefix}_lora_adapter_metadata": config.to_dict()}
+        pipeline.save_lora_weights(folder, **arguments)
         with safe_open(path, "pt") as file:
             written = file.metadata() or {}
         save_file(load_file(path), path, metadata={**written, **metadata})

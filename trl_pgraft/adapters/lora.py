@@ -161,12 +161,9 @@ def full_copy_config(denoiser: torch.nn.Module) -> LNTuningConfig:
 
 def adapter_parameters(denoiser: torch.nn.Module, name: str) -> list[torch.nn.Parameter]:
     """Parameters of adapter `name`, in an order that is the same after it was loaded."""
+    layers = tuner_layers(denoiser, name)
     # PEFT lists DoRA's parts in another order in a layer that is loaded, and optimizers go by the order.
-    parts = (
-        getattr(layer, part)
-        for layer in tuner_layers(denoiser, name)
-        for part in sorted(set(layer.adapter_layer_names))
-    )
+    parts = (getattr(layer, part) for layer in layers for part in sorted(set(layer.adapter_layer_names)))
     values = [part[name] for part in parts if name in part]
     return [p for v in values for p in ([v] if isinstance(v, torch.nn.Parameter) else v.parameters())]
 

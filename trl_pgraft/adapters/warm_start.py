@@ -146,9 +146,8 @@ def read_starting_adapter(
 
 def _downloaded(source: str, token: str | None) -> Path:
     try:
-        folder = Path(
-            snapshot_download(source, allow_patterns=[SWITCH_FILE, CORRECTOR_FILE, *PEFT_FILES], token=clean(token))
-        )
+        files = [SWITCH_FILE, CORRECTOR_FILE, *PEFT_FILES]
+        folder = Path(snapshot_download(source, allow_patterns=files, token=clean(token)))
         if not all((folder / name).is_file() for name in PEFT_FILES):
             snapshot_download(source, allow_patterns=[SWITCH_FILE, LORA_FILE], token=clean(token))
     except (OSError, ValueError) as error:

@@ -258,10 +258,8 @@ def _information(collector: RolloutCollector, pilot: Pilot, step_index: int, com
     """How far x_I determines the reward; with `completions` = 1, wholly."""
     sizes = [group.size for group in pilot.groups]
     predicted, flagged = score_predictions(collector, pilot, step_index)
-    readable, flagged = (
-        rank_correlation(pilot.total_reward.split(sizes), predicted.split(sizes)),
-        flagged + pilot.flagged,
-    )
+    flagged += pilot.flagged
+    readable = rank_correlation(pilot.total_reward.split(sizes), predicted.split(sizes))
     if completions == 1:
         information = {"reward_variance": 0.0, "information": max(0.0, readable) ** 2}
     else:

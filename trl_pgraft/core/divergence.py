@@ -49,11 +49,9 @@ def implied_kl(
     """
     if not 1 <= k < group_size or rounds < 1:
         raise ValueError(f"Need 1 <= k < group_size and rounds >= 1; got {k=}, {group_size=}, {rounds=}.")
-    return (
-        _continuous_kl(group_size, k, rounds)
-        if atoms is None
-        else _atomic_kl(group_size, k, rounds, torch.as_tensor(atoms, dtype=torch.float64))
-    )
+    if atoms is None:
+        return _continuous_kl(group_size, k, rounds)
+    return _atomic_kl(group_size, k, rounds, torch.as_tensor(atoms, dtype=torch.float64))
 
 
 def _log_binomial_terms(n: int, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
@@ -84,12 +82,14 @@ def _log_cdf(
 def _continuous_kl(group_size: int, k: int, rounds: int) -> float:
     # u = sigmoid(x): the integrand in x is smooth and decays exponentially at both ends, so the trapezoidal rule
     # converges faster than any power of the step.
-    x = torch.arange(-40, 40 + rounds * math.log(group_size / k), 0.05, dtype=torch.float64)
+    upper = 40 + rounds * math.log(group_size / k)
+    x = torch.arange(-40, upper, 0.05, dtype=torch.float64)
     log_u, log_tail = F.logsigmoid(x), F.logsigmoid(-x)
     log_jacobian = log_u + log_tail
     log_d = torch.zeros_like(x)
     for _ in range(rounds):
-        log_d += math.log(group_size / k) + _log_binomial_terms(group_size - 1, log_tail, log_u)[:k].logsumexp(0)
+        terms = _log_binomial_terms(group_size - 1, log_tail, log_u)[:k]
+        log_d += math.log(group_size / k) + terms.logsumexp(0)
         log_u, log_tail = _log_cdf(log_u, log_tail, group_size, k)
     return (0.05 * ((log_d + log_jacobian).exp() * log_d).sum()).item()
 

@@ -102,7 +102,8 @@ class NoiseSchedule:
             s = t / self.num_train_timesteps
             return 1 - s, s
         below = t.floor().long()
-        phi = torch.lerp(self.angles[below], self.angles[(below + 1).clamp(max=last)], t - below)
+        above = (below + 1).clamp(max=last)
+        phi = torch.lerp(self.angles[below], self.angles[above], t - below)
         # sin(pi/2 - phi) rather than cos(phi): exactly 0 at pure noise.
         return (math.pi / 2 - phi).sin(), phi.sin()
 

@@ -26,9 +26,8 @@ def check_prediction_type(prediction_type: str | None, owner: str = "The denoise
         `ValueError`: it is none of them.
     """
     if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(
-            f"{owner} has prediction_type {prediction_type!r}; supported are {', '.join(PREDICTION_TYPES)}."
-        )
+        known = ", ".join(PREDICTION_TYPES)
+        raise ValueError(f"{owner} has prediction_type {prediction_type!r}; supported are {known}.")
     return prediction_type
 
 

@@ -69,8 +69,6 @@ def same_level(one: SwitchLevel, other: SwitchLevel) -> bool:
 
 def level_in_words(switch: SwitchLevel) -> str:
     """What an adapter with this switch level does, as the end of a sentence."""
-    return (
-        "tunes all noise levels"
-        if switch.switch_timestep is None
-        else f"switches at timestep {switch.switch_timestep:g} (log-SNR {switch.switch_log_snr:.2f})"
-    )
+    if switch.switch_timestep is None:
+        return "tunes all noise levels"
+    return f"switches at timestep {switch.switch_timestep:g} (log-SNR {switch.switch_log_snr:.2f})"

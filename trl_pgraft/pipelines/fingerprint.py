@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
@@ -87,10 +87,10 @@ def _sums_of_bits(tensor: torch.Tensor) -> list[int]:
 @functools.cache
 def _factors(device: torch.device) -> torch.Tensor:
     """An odd number of 64 bits for each place in a block, by the splitmix generator."""
-    x = numpy.arange(1, BLOCK + 1, dtype=numpy.uint64) * numpy.uint64(0x9E3779B97F4A7C15)
+    x = np.arange(1, BLOCK + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ (x >> numpy.uint64(shift))) * numpy.uint64(factor)
-    return torch.from_numpy((x | numpy.uint64(1)).view(numpy.int64)).to(device)
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return torch.from_numpy((x | np.uint64(1)).view(np.int64)).to(device)
 
 
 def is_same_fingerprint(stored: str, fingerprint: str, former: Callable[[], str]) -> bool:

@@ -159,26 +159,21 @@ def stored_rollout(
     """
     if dataset is None:
         return None
-    stored, key, rule = (
-        rollout_from_dataset(dataset, [r.name for r in rewards]),
-        config.deduplicate_by,
-        config.acceptance,
-    )
-    total = (
-        total_rewards(stored.rewards, [r.weight for r in rewards], stored.groups) if rewards else stored.total_reward
-    )
-    keys = duplicate_keys(key, ((as_image(row["image"], "image"), row["prompt"]) for row in dataset))
-    named, kwargs = config.to_dict()["acceptance"], config.acceptance_kwargs
+    stored = rollout_from_dataset(dataset, [reward.name for reward in rewards])
+    total = stored.total_reward
+    if rewards:
+        total = total_rewards(stored.rewards, [reward.weight for reward in rewards], stored.groups)
+    samples = ((as_image(row["image"], "image"), row["prompt"]) for row in dataset)
+    keys = duplicate_keys(config.deduplicate_by, samples)
+    rule, kwargs, named = get_acceptance(config.acceptance), config.acceptance_kwargs, config.to_dict()["acceptance"]
     try:
-        accepted, kl, skipped = accept_rounds(
-            total, stored.groups, dataset["round"], get_acceptance(rule), kwargs, config.seed, keys
-        )
+        accepted, kl, skipped = accept_rounds(total, stored.groups, dataset["round"], rule, kwargs, config.seed, keys)
     except ValueError as error:
         raise ValueError(f"samples_dataset: acceptance={named!r} does not fit it: {error}") from error
     counted = " + ".join(f"{reward.weight:g} * {reward.name}" for reward in rewards) or "the stored reward"
     accelerator.print(
         f"Stored samples are decided anew: acceptance {named} {kwargs} of {counted}"
-        f"{', without duplicates' * bool(key)}. {accepted.sum()} of {len(total)} are accepted; "
+        f"{', without duplicates' if keys else ''}. {accepted.sum()} of {len(total)} are accepted; "
         f"{stored.accepted.sum()} were when they were stored."
     )
     return replace(stored, total_reward=total, accepted=accepted, implied_kl=kl, groups_skipped=skipped)

@@ -118,10 +118,8 @@ def check_same_run(checkpoint: Path, signature: dict[str, Any], config: GraftCon
 
 def _with_adapter_spread(values: dict[str, Any]) -> dict[str, Any]:
     """The values with those of the adapter under a name each."""
-    return {
-        **{name: value for name, value in values.items() if name != "adapter"},
-        **{f"adapter's {name}": value for name, value in values.get("adapter", {}).items()},
-    }
+    adapter = {f"adapter's {name}": value for name, value in values.get("adapter", {}).items()}
+    return {**{name: value for name, value in values.items() if name != "adapter"}, **adapter}
 
 
 def refuse_changes(

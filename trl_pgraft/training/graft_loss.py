@@ -92,11 +92,10 @@ class GraftLoss:
             with torch.no_grad(), without_adapters(self.denoiser, self.adapters):
                 u = self._predict(self.denoiser, x_t, timesteps, prompts, unconditional=True)
             target = corrected_target(target, u.to(target.dtype), self.guidance_scale)
-        prediction = (
-            self._predict_dropped(model, x_t, timesteps, prompts, dropped)
-            if kind == "conditional" and dropped.any()
-            else self._predict(model, x_t, timesteps, prompts)
-        )
+        if kind == "conditional" and dropped.any():
+            prediction = self._predict_dropped(model, x_t, timesteps, prompts, dropped)
+        else:
+            prediction = self._predict(model, x_t, timesteps, prompts)
         return weighted_mse(prediction, target, weight)
 
     def fields(
